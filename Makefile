@@ -1,0 +1,33 @@
+# A fresh machine needs Python 3.10 or newer and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+export PYTHONSAFEPATH = 1
+
+.PHONY: demo test quick check clean
+
+demo: $(VENV)/.installed  ## quantize a trained pipeline to 4 bits, sample from it, compare it with the original
+	PATH="$(abspath $(BIN)):$$PATH" sh scripts/demo
+
+test: $(VENV)/.installed-dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/.installed-dev  ## the tests that take less than a few seconds each
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/.installed-dev  ## format, lint, types and tests: the whole gate
+	PATH="$(abspath $(BIN)):$$PATH" sh scripts/check
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,train]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

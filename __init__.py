@@ -1,0 +1,55 @@
+"""dacc: offline compression of Hugging Face diffusers pipelines.
+
+This face is light: names are resolved at first use, and the quantization method registers itself with diffusers when
+diffusers is imported, before or after dacc.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import wrapt
+
+__version__ = "0.1.0"
+
+_FACE = {
+    "EvaluateConfig": "evaluate.config",
+    "QuantizeConfig": "quant.config",
+    "attach_clock": "runtime.clock",
+    "current_run": "runtime.clock",
+    "evaluate_pipelines": "evaluate.api",
+    "inspect_pipeline": "evaluate.inspection",
+    "load": "runtime.load",
+    "quantize_pipeline": "quant.api",
+    "verify_bundle": "core.verify",
+}
+
+__all__ = [
+    "EvaluateConfig",
+    "QuantizeConfig",
+    "attach_clock",
+    "current_run",
+    "evaluate_pipelines",
+    "inspect_pipeline",
+    "load",
+    "quantize_pipeline",
+    "verify_bundle",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FACE:
+        return getattr(importlib.import_module(f".{_FACE[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+@wrapt.when_imported("diffusers.quantizers.auto")
+def _register(_module: Any) -> None:
+    from .runtime.diffusers_quantizer import register
+
+    register()
