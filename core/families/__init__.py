@@ -1,0 +1,57 @@
+"""Which module plays which role in which denoiser. Data only: one file per family, found by the denoiser's class name.
+
+Roles decide what a pass may do to a layer:
+
+- `edge`: the first and last layers, which read and write latents; they stay 16-bit float.
+- `temporal`: embedders of time and class and their projections; weight-only, at least 8 bits.
+- `modulation`: adaLN linears, which turn the time embedding into shifts, scales, gates; weight-only, at least 4 bits.
+- `body`: everything else; takes the scheme that was asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+Role = Literal["edge", "temporal", "modulation", "body"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Roles as glob patterns over module names; the first match in the order edge, temporal, modulation wins.
+
+    Args:
+        name: for messages.
+        denoisers: class names of the models that belong to it.
+    """
+
+    name: str
+    denoisers: tuple[str, ...]
+    edge: tuple[str, ...]
+    temporal: tuple[str, ...]
+    modulation: tuple[str, ...] = ()
+
+    def role(self, module_name: str) -> Role:
+        """The role of the layer called `module_name` (dotted path inside the denoiser)."""
+        if _matches(module_name, self.edge):
+            return "edge"
+        if _matches(module_name, self.temporal):
+            return "temporal"
+        if _matches(module_name, self.modulation):
+            return "modulation"
+        return "body"
+
+
+def find_family(class_name: str) -> tuple[Family, bool]:
+    """The family of a denoiser class, and whether it is really known (otherwise roles are guessed from names)."""
+    from . import dit, flux, generic, pixart, sd3, unet
+
+    for module in (unet, dit, pixart, sd3, flux):
+        if class_name in module.FAMILY.denoisers:
+            return module.FAMILY, True
+    return generic.FAMILY, False
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

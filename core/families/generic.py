@@ -1,0 +1,33 @@
+"""Roles guessed from the names that diffusers uses in most of its models; used, with a notice, for unknown classes."""
+
+from . import Family
+
+FAMILY = Family(
+    name="generic",
+    denoisers=(),
+    edge=(
+        "conv_in",
+        "conv_out",
+        "proj_in",
+        "proj_out",
+        "proj_out_[12]",
+        "pos_embed.proj",
+        "patch_embed*",
+        "x_embedder*",
+        "context_embedder*",
+        "norm_out.linear",
+    ),
+    temporal=(
+        "time_embed*",
+        "time_text_embed*",
+        "timestep_embed*",
+        "condition_embedder.time*",
+        "class_embed*",
+        "guidance_embed*",
+        "adaln_single.emb.*",
+        "time_embed.emb.*",
+        "*.time_emb_proj",
+        "*.norm1.emb.*",
+    ),
+    modulation=("*.norm*.linear", "*adaln*.linear", "*adaLN*", "*.linear_modulation*"),
+)

@@ -1,0 +1,11 @@
+"""PixArt-alpha and -sigma: one adaLN-single for all blocks."""
+
+from . import Family
+
+FAMILY = Family(
+    name="pixart",
+    denoisers=("PixArtTransformer2DModel",),
+    edge=("pos_embed.proj", "proj_out"),
+    temporal=("adaln_single.emb.*",),
+    modulation=("adaln_single.linear",),
+)

@@ -1,0 +1,16 @@
+"""Convolutional UNets of diffusers, with and without cross-attention, for images and video."""
+
+from . import Family
+
+FAMILY = Family(
+    name="unet",
+    denoisers=(
+        "UNet2DModel",
+        "UNet2DConditionModel",
+        "UNet3DConditionModel",
+        "UNetMotionModel",
+        "UNetSpatioTemporalConditionModel",
+    ),
+    edge=("conv_in", "conv_out"),
+    temporal=("time_embedding.*", "add_embedding.*", "add_time_proj.*", "class_embedding*", "*.time_emb_proj"),
+)

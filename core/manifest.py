@@ -1,0 +1,141 @@
+"""The manifest `dacc_manifest.json`: what was done to a pipeline and what a loader must do. Nothing here imports torch.
+
+Every model is frozen and refuses unknown keys; free-form additions go under `extra`. Volatile facts (times, host) are
+not here but in `dacc_run.json`, so that equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from .config import Config
+from .errors import BundleError
+from .scheme import Scheme
+
+MANIFEST_NAME = "dacc_manifest.json"
+RUN_NAME = "dacc_run.json"
+FORMAT = 1
+UNHASHED = (MANIFEST_NAME, RUN_NAME, "README.md")  # outside the promise of equal bytes
+
+
+class FileRecord(Config):
+    """One file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+class SourceRecord(Config):
+    """Where the first pass of the chain started."""
+
+    name: str  # Hub id, zoo name or folder name; never an absolute path
+    revision: str | None = None
+    weights: dict[str, str]  # component -> hash of its weight files
+
+
+class Effect(Config):
+    """Difference between the result and the float reference, from the same noise."""
+
+    relative_l2: float | None = None  # of the final latents (or pixels when there are no latents)
+    psnr: float | None = None  # dB, images in [0, 1]
+    ssim: float | None = None
+    seeds: int = 0
+    steps: int = 0
+    not_measured: str | None = None  # why, when nothing was measured
+
+
+class PassRecord(Config):
+    """One transformation, replayable from its config."""
+
+    command: str
+    config: dict[str, Any]
+    seed: int
+    threads: int
+    calibration: str | None = None  # calibration id
+    notices: list[str] = Field(default_factory=list)
+    effect: dict[str, Effect] = Field(default_factory=dict)  # per component
+
+
+class ModuleRecord(Config):
+    """What happened to one layer: a scheme, or the reason why it was left alone."""
+
+    scheme: str | None = None
+    reason: str | None = None
+    error: float | None = None  # relative output error for white-noise inputs: ||W - W^|| / ||W|| (Frobenius)
+
+
+class QuantizationRecord(Config):
+    """Schemes listed once, layers pointing at them."""
+
+    method: str
+    schemes: dict[str, Scheme]
+    modules: dict[str, ModuleRecord]
+
+
+class ComponentRecord(Config):
+    """One treated model of the pipeline."""
+
+    class_name: str
+    weight_hash: str
+    reference_hash: str  # weight hash of the float component that the chain started from
+    parameters: int
+    bytes_fp32: int  # 4 bytes for every parameter of the float component
+    bytes_before: int  # weight files before the chain
+    bytes_after: int  # weight files now
+    quantization: QuantizationRecord | None = None
+
+
+class Manifest(Config):
+    """The whole file."""
+
+    format: int = FORMAT
+    requires: dict[str, str]  # package -> lowest version that loads this bundle
+    source: SourceRecord
+    pipeline: str
+    passes: list[PassRecord]
+    history: list[str] = Field(default_factory=list)  # hashes of earlier manifests, oldest first
+    components: dict[str, ComponentRecord]
+    files: dict[str, FileRecord]
+    extra: dict[str, Any] = Field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Canonical text: sorted keys, UTF-8, a newline at the end."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def sha256(self) -> str:
+        """Hash of the canonical text; the bundle's identity."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a bundle, or None when the folder is not a bundle.
+
+    Raises:
+        BundleError: the file is not JSON, of a newer format, or does not follow the schema.
+    """
+    file = folder / MANIFEST_NAME
+    if not file.is_file():
+        return None
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file} is not readable JSON ({error}).", mend="Copy the bundle again.") from None
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if not isinstance(found, int):
+        raise BundleError(f"{file} has no format number.", mend="Copy the bundle again.")
+    if found > FORMAT:
+        raise BundleError(
+            f"{file} has format {found}; this dacc reads up to {FORMAT}.",
+            mend="Upgrade: pip install -U dacc-diffusion.",
+        )
+    try:
+        return Manifest(**raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{file}: {where}: {first['msg']}.", mend="Copy the bundle again, or make it anew.") from None

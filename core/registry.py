@@ -1,0 +1,42 @@
+"""Names to method files. A method is one file in a `methods/` folder; its file name is its name on the command line.
+Listing a folder imports nothing; asking for one method imports that file alone. Its import errors are never hidden."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+from .config import nearest
+from .errors import ConfigError
+
+
+class Registry:
+    """The methods of one folder.
+
+    Args:
+        kind: what the folder holds, for messages ("quantization method").
+        package: the folder's package, for example `dacc.quant.methods`.
+        folder: the folder on disk.
+    """
+
+    def __init__(self, kind: str, package: str, folder: Path) -> None:
+        self.kind, self.package, self.folder = kind, package, folder
+
+    def names(self) -> list[str]:
+        """Known names, sorted, without importing anything."""
+        return sorted(file.stem for file in self.folder.glob("*.py") if not file.stem.startswith("_"))
+
+    def check(self, name: str) -> None:
+        """Refuse an unknown name without importing anything.
+
+        Raises:
+            ConfigError: no such file; the nearest names are given.
+        """
+        if name not in self.names():
+            raise ConfigError(f"there is no {self.kind} {name!r}.", mend=nearest(name, self.names()))
+
+    def load(self, name: str) -> ModuleType:
+        """Import the file of one method; raises like `check`."""
+        self.check(name)
+        return importlib.import_module(f"{self.package}.{name}")

@@ -1,0 +1,53 @@
+"""How the numbers of one layer are stored and multiplied: a value, shared by methods, layers, manifest and exports."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from .config import Config
+
+
+class Scheme(Config):
+    """Number format of one quantized layer.
+
+    A weight row of K input features holds G = K / group_size groups (one group when `group_size` is None). With
+    integer codes q, `weight = scale * (q - zero_point)`; symmetric schemes have no zero point and hold two's-complement
+    codes. Two-level schemes split the group scale into `scale (per channel, float) * group_scale (small integer)`, so
+    that `group_scale * q` is an exact int8 value that rides a full-width integer product.
+    """
+
+    bits: int = Field(ge=2, le=8)
+    symmetric: bool = True
+    group_size: int | None = Field(None, ge=1)  # input features per scale; None: one scale per output channel
+    two_level: bool = False
+    act_bits: Literal[16, 8, 4] = 16  # 16: activations stay floating point
+    act_mode: Literal["none", "dynamic"] = "none"  # dynamic: one scale per token (linear) or per sample (convolution)
+
+    @model_validator(mode="after")
+    def _check(self) -> Scheme:
+        if (self.act_bits == 16) != (self.act_mode == "none"):
+            raise ValueError("act_mode is 'none' exactly when act_bits is 16")
+        if self.act_bits < 16 and not self.symmetric:
+            raise ValueError("quantized activations need symmetric weights")
+        if self.two_level and (self.bits > 4 or self.group_size is None or not self.symmetric):
+            raise ValueError("two-level scales need symmetric groups of at most 4 bits")
+        if self.act_bits < 16 and self.group_size is not None and not self.two_level:
+            raise ValueError("a float scale per group cannot ride an integer product; use two_level or per channel")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Short name used in files: `w4-g64-asym`, `w8a8`, `w4a8-g64-two-level`."""
+        acts = f"a{self.act_bits}" if self.act_bits < 16 else ""
+        group = f"-g{self.group_size}" if self.group_size else ""
+        kind = "-two-level" if self.two_level else "" if self.symmetric else "-asym"
+        return f"w{self.bits}{acts}{group}{kind}"
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest integer code."""
+        if self.symmetric:
+            return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return 0, 2**self.bits - 1
