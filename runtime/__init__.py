@@ -1,0 +1,1 @@
+"""Everything that running a compressed pipeline needs."""

@@ -1,0 +1,182 @@
+"""dacc as a quantization method of diffusers: after `import dacc`, plain `from_pretrained` loads our bundles.
+
+The model's config.json names the schemes and which layer has which. Before the weights arrive, these layers are swapped
+on the meta device, so that the keys of the file fit; each stored tensor is then put in place untouched by dtype casts.
+A tensor that is missing or left over is an error: a layer with invented weights would give garbage in silence.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from ..core.errors import BundleError
+from ..core.manifest import FORMAT
+from ..core.scheme import Scheme
+from .layers import QuantizedLayer, swap_layers_
+from .weight import STATE_NAMES
+
+
+class DaccMethod(str, Enum):
+    """diffusers reads `.value` of the method's name."""
+
+    DACC = "dacc"
+
+
+class DaccQuantizationConfig(QuantizationConfigMixin):
+    """The `quantization_config` of config.json.
+
+    Args:
+        schemes: scheme name -> fields of `Scheme`.
+        modules: layer name -> scheme name; layers not named here are ordinary ones.
+        format: format number of the bundle.
+    """
+
+    def __init__(
+        self,
+        schemes: dict[str, dict[str, Any]] | None = None,
+        modules: dict[str, str] | None = None,
+        format: int = FORMAT,
+        **unknown: Any,
+    ) -> None:
+        if format > FORMAT or unknown:
+            raise BundleError(
+                f"this model has dacc format {format}"
+                + (f" with unknown fields {sorted(unknown)}." if unknown else "."),
+                f"This dacc reads up to format {FORMAT}.",
+                "Upgrade: pip install -U dacc-diffusion.",
+            )
+        self.quant_method = DaccMethod.DACC
+        self.schemes, self.modules, self.format = schemes or {}, modules or {}, format
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**{key: value for key, value in config_dict.items() if key != "quant_method"})
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": self.quant_method.value,
+            "format": self.format,
+            "schemes": self.schemes,
+            "modules": self.modules,
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What diffusers prints; there are no defaults to leave out."""
+        return self.to_dict()
+
+    def layer_schemes(self) -> dict[str, Scheme]:
+        """Layer name -> its scheme."""
+        schemes = {name: Scheme(**fields) for name, fields in self.schemes.items()}
+        return {layer: schemes[name] for layer, name in self.modules.items()}
+
+
+class DaccQuantizer(DiffusersQuantizer):
+    """Loads pre-quantized models; quantizing while loading is what `dacc quantize` is for."""
+
+    use_keep_in_fp32_modules = True
+    is_serializable = True
+    is_trainable = False
+    is_compileable = True
+
+    def __init__(self, quantization_config: DaccQuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._loaded: set[str] = set()
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise BundleError(
+                "a dacc quantization config was given for a float model.",
+                mend="Run `dacc quantize` on the pipeline, then load the folder that it makes.",
+            )
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        self._loaded = set(loaded_keys)
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        swap_layers_(model, self.quantization_config.layer_schemes())
+        model.register_to_config(quantization_config=self.quantization_config)  # type: ignore[operator]
+        expected = set(model.state_dict())
+        missing, extra = sorted(expected - self._loaded), sorted(self._loaded - expected)
+        if missing or extra:
+            parts = [f"missing {_some(missing)}" if missing else "", f"left over {_some(extra)}" if extra else ""]
+            raise BundleError(
+                f"the weight files do not fit the config: {'; '.join(filter(None, parts))}.",
+                mend="The bundle is damaged; copy it again or run `dacc verify` on it.",
+            )
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        parent, _, leaf = param_name.rpartition(".")
+        return leaf in STATE_NAMES and isinstance(model.get_submodule(parent), QuantizedLayer)
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Any, loaded_param: Any) -> bool:
+        expected, found = tuple(getattr(current_param, "shape", current_param)), tuple(loaded_param.shape)
+        if expected != found:
+            raise BundleError(
+                f"{param_name} has shape {found}; its scheme needs {expected}.",
+                mend="The bundle is damaged; copy it again or run `dacc verify` on it.",
+            )
+        return True
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device | str,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        parent, _, leaf = param_name.rpartition(".")
+        layer = model.get_submodule(parent)
+        assert isinstance(layer, QuantizedLayer)
+        # the loader has cast param_value to the compute dtype; the file's own tensor is still in state_dict
+        layer.store(leaf, state_dict[param_name].to(target_device).contiguous())
+        if kwargs.get("dtype") is not None:
+            layer.compute_dtype = kwargs["dtype"]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        for name in self.quantization_config.modules:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, QuantizedLayer)
+            model.set_submodule(name, _float_layer(layer))
+        return model
+
+
+def register() -> None:
+    """Make diffusers know the method `dacc`; harmless when repeated."""
+    AUTO_QUANTIZER_MAPPING["dacc"] = DaccQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING["dacc"] = DaccQuantizationConfig
+
+
+def _float_layer(layer: QuantizedLayer) -> nn.Module:
+    """The ordinary layer with the dequantized weight."""
+    kind = next(
+        base for base in type(layer).__mro__ if base.__module__.startswith("torch.nn.modules") and base is not nn.Module
+    )
+    plain = kind.__new__(kind)
+    nn.Module.__init__(plain)
+    own = set(layer.__dict__) - set(plain.__dict__)
+    plain.__dict__.update({key: layer.__dict__[key] for key in own})
+    plain.register_parameter("weight", nn.Parameter(layer.weight, requires_grad=False))
+    if "bias" in layer._parameters:
+        plain.register_parameter("bias", layer._parameters["bias"])
+    return plain
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,173 @@
+"""Layers that hold packed integers and run on them. One class per kind of layer; each is a subclass of the torch layer
+it replaces, so that code which looks for linears (adapters, for instance) still finds them.
+
+Stored tensors: `qweight` is a uint8 parameter; `scale`, `zero_point` and `group_scale` are buffers, which diffusers
+does not take for the model's dtype. `.to(dtype)` changes the compute dtype only; scales are never cast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..core.scheme import Scheme
+from .weight import QuantizedWeight, dequantize_rows, integer_rows, state_shapes
+
+Prefer = Literal["memory", "speed"]
+SCALE_NAMES = ("scale", "zero_point", "group_scale")
+
+
+class QuantizedLayer(nn.Module):
+    """What all kinds share: the stored tensors, their protection from casts, and the unpacked copy for speed."""
+
+    qweight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    group_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, original: nn.Module, scheme: Scheme) -> None:
+        """Take over the hyperparameters and the bias of `original`; the stored tensors start on the meta device."""
+        nn.Module.__init__(self)
+        own = set(self.__dict__)
+        self.__dict__.update({key: value for key, value in original.__dict__.items() if key not in own})
+        weight: Tensor = original.weight  # type: ignore[assignment]
+        self.scheme = scheme
+        self.weight_shape = tuple(weight.shape)
+        self.compute_dtype = weight.dtype
+        self.prefer: Prefer = "memory"
+        self._unpacked: Tensor | None = None
+        for name in SCALE_NAMES:
+            self.register_buffer(name, None)
+        for name, (shape, dtype) in state_shapes(scheme, self.weight_shape).items():
+            self.store(name, torch.empty(shape, dtype=dtype or torch.float32, device="meta"))
+        if not isinstance(original, nn.Embedding):
+            self.register_parameter("bias", original.bias)  # type: ignore[arg-type]
+
+    def store(self, name: str, tensor: Tensor) -> None:
+        """Put one stored tensor in place, as it is."""
+        self._unpacked = None
+        if name == "qweight":
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        else:
+            self._buffers[name] = tensor
+
+    def store_weight(self, weight: QuantizedWeight) -> None:
+        """Put all tensors of a quantized weight in place."""
+        for name, tensor in weight.tensors().items():
+            self.store(name, tensor)
+
+    @property
+    def features(self) -> int:
+        """Values per row of the flattened weight."""
+        return math.prod(self.weight_shape[1:])
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight in the compute dtype, made anew at each access; for code that only looks at it."""
+        rows = dequantize_rows(self.qweight, self.scale, self.zero_point, self.group_scale, self.scheme, self.features)
+        return rows.view(self.weight_shape).to(self.compute_dtype)
+
+    def float_weight(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight for one product; kept when speed is preferred."""
+        if self._unpacked is not None and self._unpacked.dtype == dtype:
+            return self._unpacked
+        rows = dequantize_rows(self.qweight, self.scale, self.zero_point, self.group_scale, self.scheme, self.features)
+        weight = rows.to(dtype).view(self.weight_shape)
+        if self.prefer == "speed":
+            self._unpacked = weight
+        return weight
+
+    def integer_weight(self) -> Tensor:
+        """(O, K) int8 for an integer product; a view of the stored bytes for 8-bit weights."""
+        if self._unpacked is not None:
+            return self._unpacked
+        rows = integer_rows(self.qweight, self.group_scale, self.scheme, self.features)
+        if self.prefer == "speed" and self.scheme.bits < 8:
+            self._unpacked = rows
+        return rows
+
+    def memory_bytes(self) -> int:
+        """Bytes that this layer holds now, unpacked copy included."""
+        tensors = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+        if self._unpacked is not None:
+            tensors.append(self._unpacked)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = {name: self._buffers[name] for name in SCALE_NAMES if self._buffers[name] is not None}
+        super()._apply(fn, recurse)
+        self._unpacked = None
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if after is not None and before is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)  # moved, never cast
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight_shape)}, scheme={self.scheme.name}"
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """`y = x W^T + b` with W held as integers."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return functional.linear(hidden_states, self.float_weight(hidden_states.dtype), self.bias)
+
+
+class _QuantizedConv(QuantizedLayer):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight = self.float_weight(hidden_states.dtype)
+        return self._conv_forward(hidden_states, weight, self.bias)  # type: ignore[operator, no-any-return]
+
+
+class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
+    """Weight-only 1-D convolution."""
+
+
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
+    """2-D convolution with integer weights and, by scheme, integer activations."""
+
+
+class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
+    """Weight-only 3-D convolution."""
+
+
+class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
+    """A lookup table with one scale per entry; only the rows that are asked for are unpacked."""
+
+    def forward(self, indices: Tensor) -> Tensor:
+        flat = indices.reshape(-1)
+        zero_point = None if self.zero_point is None else self.zero_point[flat]
+        rows = dequantize_rows(self.qweight[flat], self.scale[flat], zero_point, None, self.scheme, self.features)
+        return rows.to(self.compute_dtype).view(*indices.shape, self.features)
+
+
+LAYER_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+    nn.Embedding: QuantizedEmbedding,
+}
+
+
+def swap_layers_(model: nn.Module, schemes: dict[str, Scheme]) -> None:
+    """Replace the named layers of `model` by empty quantized ones (stored tensors on the meta device)."""
+    for name, scheme in schemes.items():
+        original = model.get_submodule(name)
+        model.set_submodule(name, LAYER_CLASSES[type(original)](original, scheme))
+
+
+def set_prefer_(model: nn.Module, prefer: Prefer) -> None:
+    """Choose for all quantized layers: unpack at each call (memory) or once (speed)."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer):
+            module.prefer = prefer
+            module._unpacked = None

@@ -1,0 +1,127 @@
+"""The only loader: any source to a pipeline that is ready to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+
+from ..core.errors import ConfigError, ModelError, ResourceError
+from ..core.manifest import MANIFEST_NAME
+from ..core.pipeline import component_classes
+from ..core.reporter import Reporter, silent
+from ..core.safe_read import component_tensors
+from ..core.source import Source, resolve_source
+from ..core.verify import check_bundle
+from .clock import attach_clock
+from .diffusers_quantizer import register
+from .layers import Prefer, set_prefer_
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    prefer: Prefer = "memory",
+) -> DiffusionPipeline:
+    """Load a bundle, a pipeline folder, `zoo:NAME` or a Hub id, ready to sample.
+
+    Args:
+        dtype: "auto" is float32 on a CPU and float16 on an accelerator; also float32, bfloat16, float16.
+        device: "auto" takes the accelerator when there is one.
+        prefer: "memory" keeps weights packed and unpacks them at each call; "speed" unpacks them once.
+
+    Raises:
+        ModelError: the source is missing or not a pipeline.
+        BundleError: the bundle is damaged or of a newer format.
+    """
+    return load_source(resolve_source(str(source), reporter=silent()), dtype=dtype, device=device, prefer=prefer)
+
+
+def load_source(
+    source: Source | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    prefer: Literal["memory", "speed"] = "memory",
+    reporter: Reporter | None = None,
+) -> DiffusionPipeline:
+    """Load a resolved source; see `load`."""
+    folder = source.path if isinstance(source, Source) else source
+    register()
+    _check_files(folder)
+    target = pick_device(device)
+    pipe = _from_pretrained(folder, pick_dtype(dtype, target))
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            set_prefer_(component, prefer)
+    pipe.set_progress_bar_config(disable=True)
+    attach_clock(pipe)
+    return pipe.to(target) if target.type != "cpu" else pipe
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device of an option value.
+
+    Raises:
+        ConfigError: not a device, or not on this machine.
+    """
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        target = torch.device(device)
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {device!r} cannot be used ({str(error).splitlines()[0]}).", mend="Use --device cpu."
+        ) from None
+    return target
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The compute dtype of an option value.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not known.", mend=f"Use one of {', '.join(DTYPES)} or auto.")
+    return DTYPES[dtype]
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse damaged files before anything is mapped: by the manifest, or by the headers where there is none."""
+    if (folder / MANIFEST_NAME).is_file():
+        check_bundle(folder)
+        return
+    for name in component_classes(folder):
+        if any((folder / name).glob("*.safetensors*")):
+            component_tensors(folder / name)
+
+
+def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
+    """diffusers' loader with its failures told in our words."""
+    logging.disable_progress_bar()
+    try:
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"not enough memory to load {folder.name} ({error}).", mend="Use --dtype bfloat16."
+        ) from None
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"diffusers cannot load {folder.name}: {str(error).strip().splitlines()[0] if str(error) else error!r}.",
+            mend="Check the folder with diffusers' own DiffusionPipeline.from_pretrained, or copy it again.",
+        ) from error
+    finally:
+        logging.enable_progress_bar()

@@ -1,0 +1,38 @@
+"""A component's network without its weights: on the meta device, from its config alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from accelerate import init_empty_weights
+from torch import nn
+
+from ..core.errors import ModelError, UnsupportedError
+
+
+def build_skeleton(folder: Path) -> nn.Module:
+    """Instantiate the model of a component folder on the meta device.
+
+    Raises:
+        ModelError: config.json is missing or unreadable.
+        UnsupportedError: not a diffusers model.
+    """
+    file = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read ({error}).", mend="Give a complete pipeline folder.") from None
+    model_class = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
+        raise UnsupportedError(
+            f"{folder.name} is a {config.get('_class_name') or 'model without _class_name'}, not a diffusers model.",
+            mend="Choose a diffusers model with --component.",
+        )
+    with init_empty_weights():
+        model: nn.Module = model_class.from_config(
+            {key: value for key, value in config.items() if key != "quantization_config"}
+        )
+    return model

@@ -1,0 +1,116 @@
+"""One quantized weight as a value: packed codes with their scales, and the arithmetic that turns them back to floats.
+
+Letters: O output channels (rows), K input features per row, G = K / group_size groups per row, B packed bytes per row.
+A convolution weight (O, I / groups, *kernel) is flattened to K = I / groups * prod(kernel) features per row, an
+embedding table (entries, width) has one row per entry.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.scheme import Scheme
+from .packing import pack_codes, packed_width, unpack_codes
+
+STATE_NAMES = ("qweight", "scale", "zero_point", "group_scale")
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """What a quantization method returns and a quantized layer stores.
+
+    Attributes:
+        scheme: number format.
+        shape: shape of the float weight.
+        qweight: (O, B) uint8 packed codes.
+        scale: (O, G) float16 or float32; (O, 1) for per-channel and two-level schemes.
+        zero_point: (O, G) uint8, asymmetric schemes only.
+        group_scale: (O, G) uint8 in 1..15, two-level schemes only.
+    """
+
+    scheme: Scheme
+    shape: tuple[int, ...]
+    qweight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+    group_scale: Tensor | None = None
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,  # (O, K) integers
+        scheme: Scheme,
+        shape: tuple[int, ...],
+        *,
+        scale: Tensor,
+        zero_point: Tensor | None = None,
+        group_scale: Tensor | None = None,
+    ) -> QuantizedWeight:
+        """Pack codes that were rounded against exactly this (already stored-precision) scale."""
+        zero_point = None if zero_point is None else zero_point.to(torch.uint8)
+        group_scale = None if group_scale is None else group_scale.to(torch.uint8)
+        return cls(scheme, tuple(shape), pack_codes(codes, scheme.bits), scale, zero_point, group_scale)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors to store, by their state-dict names."""
+        named = {name: getattr(self, name) for name in STATE_NAMES}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The float weight in its original shape; the arithmetic is done in float32."""
+        return (
+            dequantize_rows(
+                self.qweight, self.scale, self.zero_point, self.group_scale, self.scheme, math.prod(self.shape[1:])
+            )
+            .to(dtype)
+            .view(self.shape)
+        )
+
+
+def state_shapes(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, int], torch.dtype | None]]:
+    """Shapes and dtypes of the stored tensors of a weight; dtype None means float16 or float32, as the file says."""
+    rows, features = shape[0], math.prod(shape[1:])
+    groups = features // scheme.group_size if scheme.group_size else 1
+    shapes: dict[str, tuple[tuple[int, int], torch.dtype | None]] = {
+        "qweight": ((rows, packed_width(features, scheme.bits)), torch.uint8),
+        "scale": ((rows, 1 if scheme.two_level else groups), None),
+    }
+    if not scheme.symmetric:
+        shapes["zero_point"] = ((rows, groups), torch.uint8)
+    if scheme.two_level:
+        shapes["group_scale"] = ((rows, groups), torch.uint8)
+    return shapes
+
+
+def integer_rows(qweight: Tensor, group_scale: Tensor | None, scheme: Scheme, features: int) -> Tensor:
+    """(O, K) int8 weights of a symmetric scheme, group multipliers included (exact)."""
+    codes = unpack_codes(qweight, scheme.bits, features, signed=True)
+    if group_scale is None:
+        return codes
+    rows, groups = group_scale.shape
+    return (codes.view(rows, groups, -1) * group_scale.view(torch.int8).unsqueeze(-1)).view(rows, features)
+
+
+def dequantize_rows(
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_scale: Tensor | None,
+    scheme: Scheme,
+    features: int,
+) -> Tensor:
+    """(R, K) float32 weights from packed rows; the judge of every kernel."""
+    rows = qweight.shape[0]
+    if scheme.symmetric:
+        codes = integer_rows(qweight, group_scale, scheme, features).float()
+    else:
+        codes = unpack_codes(qweight, scheme.bits, features, signed=False).float()
+    groups = scale.shape[1]
+    grouped = codes.view(rows, groups, features // groups)
+    if zero_point is not None:
+        grouped = grouped - zero_point.float().unsqueeze(-1)
+    return (grouped * scale.float().unsqueeze(-1)).view(rows, features)
