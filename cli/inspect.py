@@ -1,0 +1,33 @@
+"""`dacc inspect`: what a pipeline is made of and what could be done to it."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from . import options
+
+
+def mount(app: typer.Typer) -> None:
+    app.command("inspect", epilog="Example: dacc inspect zoo:digits-dit")(inspect)
+
+
+def inspect(
+    source: options.SourceArgument = None,
+    device: options.DeviceOption = "auto",
+    threads: options.ThreadsOption = None,
+    json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+    verbose: options.VerboseOption = False,
+) -> None:
+    """Print components, parameters, bytes, MACs per denoiser call, time shares of blocks, and what dacc could do."""
+    reporter = options.start(quiet=quiet, verbose=verbose, threads=threads)
+    from ..evaluate.inspection import inspect_pipeline
+    from ..evaluate.report import print_inspection
+
+    inspection = inspect_pipeline(source, device=device, reporter=reporter)
+    if json:
+        sys.stdout.write(inspection.model_dump_json() + "\n")
+    else:
+        print_inspection(inspection)

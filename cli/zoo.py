@@ -1,0 +1,43 @@
+"""`dacc zoo`: the embedded pipelines."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+from .options import print_path
+
+app = typer.Typer(help="The embedded pipelines: list them, copy one.", no_args_is_help=True)
+
+
+@app.command("list", epilog="Example: dacc zoo list --json")
+def list_pipelines(json: options.JsonOption = False) -> None:
+    """Print the embedded pipelines: name, class, what they draw."""
+    from ..core.zoo import list_zoo
+
+    entries = list_zoo()
+    if json:
+        rows = [entry.model_dump(mode="json", exclude={"path"}) for entry in entries]
+        sys.stdout.write(jsonlib.dumps({"schema": 1, "pipelines": rows}) + "\n")
+        return
+    for entry in entries:
+        sys.stdout.write(f"zoo:{entry.name:14} {entry.pipeline:14} {entry.description}\n")
+
+
+@app.command("copy", epilog="Example: dacc zoo copy digits-dit -o my-digits")
+def copy(
+    name: Annotated[str, typer.Argument(help="Name, with or without zoo:.")],
+    output: options.OutputOption = None,
+    overwrite: options.OverwriteOption = False,
+    json: options.JsonOption = False,
+) -> None:
+    """Copy an embedded pipeline to a folder of your own, and print its path."""
+    from ..core.zoo import copy_zoo, zoo_entry
+
+    target = output or Path(zoo_entry(name).name)
+    print_path(copy_zoo(name, target, overwrite=overwrite), as_json=json)

@@ -1,0 +1,205 @@
+"""`dacc quantize` from request to bundle: prepare, quantize each component, measure, write.
+
+Everything that needs no weights happens first and without importing torch, so that a wrong option or a result that
+already exists is answered at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.bundle import BundleWriter, check_output, component_weight_bytes, component_weight_hash, existing_bundle
+from ..core.card import model_card
+from ..core.errors import UnsupportedError
+from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
+from ..core.pipeline import pipeline_class, select_components
+from ..core.registry import Registry
+from ..core.reporter import Reporter, silent
+from ..core.requirements import parse_requirements
+from ..core.safe_read import weight_hash
+from ..core.source import Source, resolve_source
+from .config import QuantizeConfig
+
+METHODS = Registry("quantization method", f"{__package__}.methods", Path(__file__).parent / "methods")
+REQUIRES = {"dacc": "0.1.0", "diffusers": "0.42.0", "torch": "2.9.0"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is decided before the first weight is read."""
+
+    source: Source
+    config: QuantizeConfig  # with the method's real name in place of "auto"
+    components: list[str]
+    hashes: dict[str, str]  # component -> weight hash
+    run_key: str  # names this very result
+
+
+def quantize_pipeline(
+    source: str | Path | Source | None,
+    config: QuantizeConfig | None = None,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    device: str = "auto",
+    require: tuple[str, ...] = (),
+    keep_failed: bool = False,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Quantize the denoisers of a pipeline and write a bundle.
+
+    Args:
+        source: a pipeline folder, bundle, Hub id or `zoo:NAME`; None is the embedded default.
+        config: what to do; the defaults are 4-bit weights by the best method that needs no calibration.
+        output: the folder to make; default `./<source>-w<bits>a<act bits>-<method>`.
+        overwrite: replace an existing folder (only when the new one is complete).
+        resume: take over the layers that an interrupted run of the same config had finished.
+        device: where the arithmetic and the comparison with the float pipeline run.
+        require: floors such as "psnr>=25"; when one is missed nothing is put in place.
+        keep_failed: keep what missed a floor as `<output>.failed`.
+
+    Returns:
+        The bundle's folder. If it already holds this very result it is returned at once.
+
+    Raises:
+        DaccError: see its subclasses; nothing of the user's is touched then.
+    """
+    config, reporter, started = config or QuantizeConfig(), reporter or silent(), time.time()
+    requirements = parse_requirements(require)
+    job = prepare(source, config, reporter)
+    target = Path(output) if output else default_output(job)
+    if not overwrite and existing_bundle(target, job.run_key):
+        reporter.notice(f"{target} already holds this result; nothing to do")
+        return target
+    check_output(job.source.path, target, overwrite=overwrite)
+
+    from ..runtime.measure import measure_bundle
+    from .driver import quantize_component
+
+    with BundleWriter(
+        job.source.path,
+        target,
+        replace=set(job.components),
+        run_key=job.run_key,
+        reporter=reporter,
+        overwrite=overwrite,
+        resume=resume,
+    ) as writer:
+        method = METHODS.load(job.config.method)
+        records = {name: quantize_component(job, name, method, writer, device, reporter) for name in job.components}
+        writer.carry_unchanged()
+        effect = measure_bundle(
+            job.source.path, writer.folder, measure=config.measure, device=device, seed=config.seed, reporter=reporter
+        )
+        requirements.check(effect, writer, keep=keep_failed)
+        writer.commit(
+            lambda files: _manifest(job, records, effect, files, reporter.notices),
+            {"command": "quantize", "seconds": round(time.time() - started, 1)},
+            lambda manifest: model_card(manifest, job.source.path),
+        )
+    _summarize(job, target, effect, reporter)
+    return target
+
+
+def prepare(source: str | Path | Source | None, config: QuantizeConfig, reporter: Reporter) -> Job:
+    """Resolve names and check everything that can be checked without reading weights.
+
+    Raises:
+        DaccError: unknown method or component, no pipeline, or a component that is already quantized.
+    """
+    if config.method == "auto":
+        config = config.model_copy(update={"method": "rtn"})
+        reporter.detail("method auto: rtn, the method that needs no calibration set")
+    METHODS.check(config.method)
+    found = source if isinstance(source, Source) else resolve_source(_text(source), reporter=reporter)
+    components = select_components(found.path, list(config.component))
+    _refuse_quantized(found, components)
+    hashes = {name: weight_hash(found.path / name) for name in components}
+    identity = {"source": hashes, "config": config.model_dump(mode="json"), "dacc": REQUIRES["dacc"]}
+    run_key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return Job(found, config, components, hashes, run_key)
+
+
+def default_output(job: Job) -> Path:
+    """`./digits-unet-w4a16-rtn`."""
+    return Path(f"{job.source.name}-w{job.config.bits}a{job.config.act_bits}-{job.config.method}")
+
+
+def _text(source: str | Path | None) -> str | None:
+    return None if source is None else str(source)
+
+
+def _refuse_quantized(source: Source, components: list[str]) -> None:
+    manifest = read_manifest(source.path)
+    for name in components:
+        if manifest and name in manifest.components and manifest.components[name].quantization:
+            raise UnsupportedError(
+                f"{name} of {source.name} is already quantized.",
+                "Quantizing rounded weights again would add their errors.",
+                f"Run dacc quantize on the float source ({manifest.source.name}).",
+            )
+
+
+def _manifest(
+    job: Job,
+    records: dict[str, ComponentRecord],
+    effect: Effect,
+    files: dict[str, FileRecord],
+    notices: list[str],
+) -> Manifest:
+    """The new manifest: this pass after those of the source, untreated components as they were."""
+    import torch
+
+    before = read_manifest(job.source.path)
+    written = {name: _with_written_files(record, name, files) for name, record in records.items()}
+    this = PassRecord(
+        command="quantize",
+        config=job.config.model_dump(mode="json"),
+        seed=job.config.seed,
+        threads=torch.get_num_threads(),
+        notices=list(notices),
+        effect={"pipeline": effect},
+    )
+    source = SourceRecord(name=job.source.identity, revision=job.source.revision, weights=job.hashes)
+    return Manifest(
+        requires=REQUIRES,
+        source=before.source if before else source,
+        pipeline=pipeline_class(job.source.path),
+        passes=[*(before.passes if before else []), this],
+        history=[*(before.history if before else []), *([before.sha256()] if before else [])],
+        components={**(before.components if before else {}), **written},
+        files=files,
+    )
+
+
+def _with_written_files(record: ComponentRecord, name: str, files: dict[str, FileRecord]) -> ComponentRecord:
+    """Fill in hash and size, which are known only when the files are written."""
+    facts = {"weight_hash": component_weight_hash(files, name), "bytes_after": component_weight_bytes(files, name)}
+    return record.model_copy(update=facts)
+
+
+def _summarize(job: Job, target: Path, effect: Effect, reporter: Reporter) -> None:
+    """The closing lines on stderr: size, damage, and what another option would bring."""
+    manifest = read_manifest(target)
+    assert manifest is not None
+    for name in job.components:
+        record = manifest.components[name]
+        share = record.bytes_after / record.bytes_fp32
+        reporter.say(
+            f"{name}: {record.bytes_before / 1e6:.2f} MB -> {record.bytes_after / 1e6:.2f} MB "
+            f"({share:.3f} of float32, {record.parameters / 1e6:.2f} M parameters)"
+        )
+    if effect.not_measured:
+        reporter.say(f"difference to the float pipeline: not measured ({effect.not_measured})")
+    else:
+        reporter.say(
+            f"difference to the float pipeline: relative L2 {effect.relative_l2:.4f}, PSNR {effect.psnr:.1f} dB, "
+            f"SSIM {effect.ssim:.4f} ({effect.seeds} seeds, {effect.steps} steps)"
+        )
+    if job.config.bits == 8 and job.config.act_bits == 16:
+        reporter.say("--act-bits 8 would also run the products on 8-bit integers: same size, faster")

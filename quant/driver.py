@@ -1,0 +1,147 @@
+"""Quantize one component: walk its layers, hand each weight to the method, store what comes back.
+
+Weights are read layer by layer from the files and each finished layer goes to disk at once, so peak memory follows the
+largest layer and an interrupted run goes on where it stopped. The network itself is only built on the meta device.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.bundle import BundleWriter
+from ..core.config import Config, build_config
+from ..core.errors import ModelError
+from ..core.families import find_family
+from ..core.manifest import FORMAT, ComponentRecord, ModuleRecord, QuantizationRecord
+from ..core.reporter import Reporter
+from ..core.safe_read import resolve_shards
+from ..core.tensor_file import StoredTensor, stored_tensors
+from ..runtime.load import pick_device
+from ..runtime.skeleton import build_skeleton
+from ..runtime.weight import QuantizedWeight
+from .api import Job
+from .config import QuantizeConfig
+from .plan import LayerPlan, plan_layers
+
+WIDE = ("F32", "F64")
+
+
+def quantize_component(
+    job: Job, name: str, method: ModuleType, writer: BundleWriter, device: str, reporter: Reporter
+) -> ComponentRecord:
+    """Quantize one model, layer by layer, into the writer. Hash and size of the result are filled in at the end."""
+    folder = job.source.path / name
+    method_config = build_config(method.CONFIG, **job.config.settings)
+    target = pick_device(device)
+    skeleton, plans = plan_component(folder, job.config, reporter)
+    stored = stored_tensors(folder)
+    modules: dict[str, ModuleRecord] = {}
+    for plan in reporter.progress(plans, f"quantize {name}"):
+        if plan.scheme is None:
+            modules[plan.name] = ModuleRecord(reason=plan.reason)
+            continue
+        unit = f"{name}/{plan.name}"
+        if unit not in writer.finished_units():
+            _quantize_layer(method, method_config, plan, stored, writer, unit, target)
+        modules[plan.name] = ModuleRecord(**writer.unit_record(unit))
+    schemes = {plan.scheme.name: plan.scheme for plan in plans if plan.scheme}
+    writer.write_component(
+        name,
+        _component_config(folder, schemes, modules),
+        _untouched(stored, skeleton, modules),
+        info=f"quantized by {job.config.method}; schemes {', '.join(sorted(schemes))}",
+    )
+    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    return ComponentRecord(
+        class_name=type(skeleton).__name__,
+        weight_hash="",
+        reference_hash=job.hashes[name],
+        parameters=parameters,
+        bytes_fp32=4 * parameters,
+        bytes_before=sum(file.stat().st_size for file in resolve_shards(folder).values()),
+        bytes_after=0,
+        quantization=QuantizationRecord(method=job.config.method, schemes=schemes, modules=modules),
+    )
+
+
+def plan_component(folder: Path, config: QuantizeConfig, reporter: Reporter) -> tuple[nn.Module, list[LayerPlan]]:
+    """The network of a component on the meta device, and what will happen to each of its layers."""
+    skeleton = build_skeleton(folder)
+    family, known = find_family(type(skeleton).__name__)
+    if not known:
+        reporter.notice(f"{type(skeleton).__name__} is not a known family; roles of its layers are guessed from names")
+    return skeleton, plan_layers(skeleton, family, config)
+
+
+def _quantize_layer(
+    method: ModuleType,
+    config: Config,
+    plan: LayerPlan,
+    stored: dict[str, StoredTensor],
+    writer: BundleWriter,
+    unit: str,
+    device: torch.device,
+) -> None:
+    """Read one weight, quantize it, store it with its distance to the float one."""
+    assert plan.scheme is not None
+    name = f"{plan.name}.weight"
+    if name not in stored or stored[name].shape != plan.shape:
+        found = f"has shape {stored[name].shape}" if name in stored else "is missing"
+        raise ModelError(
+            f"{name} {found}; the config needs {plan.shape}.",
+            mend="Config and weights belong to different models; get both again.",
+        )
+    weight = stored[name].load().to(device)
+    if not bool(torch.isfinite(weight).all()):
+        raise ModelError(
+            f"{name} holds NaN or infinity.", mend="The file is damaged or the training diverged; get another copy."
+        )
+    quantized: QuantizedWeight = method.quantize(weight, plan.scheme, config)
+    record = ModuleRecord(scheme=plan.scheme.name, error=_relative_error(weight, quantized))
+    tensors = {f"{plan.name}.{key}": value.cpu() for key, value in quantized.tensors().items()}
+    writer.save_unit(unit, tensors, record.model_dump())
+
+
+def _relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
+    """||W - W^|| / ||W||: the relative output error for white-noise inputs. Six digits, so that reports agree."""
+    norm = weight.float().norm()
+    difference = (quantized.dequantize() - weight.float()).norm()
+    return float(f"{float(difference / norm) if float(norm) > 0 else 0.0:.6g}")
+
+
+def _untouched(
+    stored: dict[str, StoredTensor], skeleton: nn.Module, modules: dict[str, ModuleRecord]
+) -> dict[str, StoredTensor]:
+    """The tensors that no layer replaced. Wide floats are stored in 16 bits unless the model keeps them in float32."""
+    replaced = {f"{name}.weight" for name, record in modules.items() if record.scheme}
+    kept = set(getattr(skeleton, "_keep_in_fp32_modules", None) or ())
+    return {
+        name: _narrow(tensor) if tensor.dtype in WIDE and not kept & set(name.split(".")) else tensor
+        for name, tensor in stored.items()
+        if name not in replaced
+    }
+
+
+def _narrow(tensor: StoredTensor) -> StoredTensor:
+    """float16, or bfloat16 where float16 would overflow."""
+    values = tensor.load()
+    fits = values.numel() == 0 or float(values.abs().max()) <= torch.finfo(torch.float16).max
+    return tensor.to("F16" if fits else "BF16")
+
+
+def _component_config(folder: Path, schemes: dict[str, Any], modules: dict[str, ModuleRecord]) -> dict[str, Any]:
+    """The model's own config.json with the `quantization_config` that the loader reads."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {
+        "quant_method": "dacc",
+        "format": FORMAT,
+        "schemes": {name: scheme.model_dump(mode="json") for name, scheme in sorted(schemes.items())},
+        "modules": {name: record.scheme for name, record in sorted(modules.items()) if record.scheme},
+    }
+    return config

@@ -1,0 +1,1 @@
+"""One file per quantization method; the file name is the name on the command line."""

@@ -1,0 +1,133 @@
+"""Decide, before any weight is read, what happens to each layer: its scheme, or the reason to leave it alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Literal
+
+from torch import nn
+
+from ..core.config import nearest
+from ..core.errors import ConfigError, UnsupportedError
+from ..core.families import Family
+from ..core.pipeline import walk_layers
+from ..core.scheme import Scheme
+from ..runtime.layers import LAYER_CLASSES
+from .config import QuantizeConfig
+
+AUTO_GROUP = 64  # input features per scale for narrow weights; halved until it divides a layer's features
+SMALLEST_GROUP = 16
+GROUPED_BITS = 5  # up to here one scale per channel costs too much quality
+TEMPORAL_BITS = 8
+MODULATION_BITS = 4
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: `scheme` or, when it is None, `reason`."""
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: Scheme | None
+    reason: str | None = None
+
+
+def plan_layers(model: nn.Module, family: Family, config: QuantizeConfig) -> list[LayerPlan]:
+    """The plan for every linear, convolution and embedding of a denoiser (which may live on the meta device).
+
+    Raises:
+        ConfigError: a glob matches nothing, or an explicit group size does not divide a layer's features.
+        UnsupportedError: nothing is left to quantize.
+    """
+    layers = list(walk_layers(model))
+    _check_globs([name for name, _ in layers], config)
+    uses = Counter(id(layer.weight) for _, layer in layers)
+    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    plans = []
+    for name, layer in layers:
+        shape = tuple(layer.weight.shape)
+        reason = _reason_to_skip(name, layer, family, config, kept, shared=uses[id(layer.weight)] > 1)
+        scheme = None if reason else _scheme(name, layer, family, config)
+        plans.append(LayerPlan(name, shape, scheme, reason))
+    if all(plan.scheme is None for plan in plans):
+        raise UnsupportedError(
+            f"{type(model).__name__} has no layer left to quantize.", mend="Widen --include or drop an --exclude."
+        )
+    return plans
+
+
+def _check_globs(names: list[str], config: QuantizeConfig) -> None:
+    for glob in (*config.include, *config.exclude, *(glob for glob, _ in config.layer_bits)):
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise ConfigError(f"the pattern {glob!r} matches no layer.", mend=nearest(glob, names))
+
+
+def _reason_to_skip(
+    name: str, layer: nn.Module, family: Family, config: QuantizeConfig, kept: tuple[str, ...], *, shared: bool
+) -> str | None:
+    asked = _asked_bits(name, config)
+    if type(layer) not in LAYER_CLASSES:
+        return f"{type(layer).__name__} is not a plain layer"
+    if shared:
+        return "shares its weight with another layer"
+    if any(fnmatchcase(name, glob) for glob in config.exclude):
+        return "excluded"
+    if config.include and not any(fnmatchcase(name, glob) for glob in config.include):
+        return "not included"
+    if asked == 16:
+        return "kept at 16 bits as asked"
+    if any(part in name.split(".") for part in kept):
+        return "the model keeps it in float32"
+    if family.role(name) == "edge" and asked is None:
+        return "first and last layers stay 16-bit float"
+    return None
+
+
+def _asked_bits(name: str, config: QuantizeConfig) -> int | None:
+    """Bits that --layer-bits asks for this layer; the last matching pattern wins."""
+    return next((bits for glob, bits in reversed(config.layer_bits) if fnmatchcase(name, glob)), None)
+
+
+def _scheme(name: str, layer: nn.Module, family: Family, config: QuantizeConfig) -> Scheme:
+    """Roles decide how far down a layer may go and whether its activations are quantized."""
+    role, asked = family.role(name), _asked_bits(name, config)
+    if isinstance(layer, nn.Embedding):
+        return Scheme(bits=asked or 8)
+    floor = {"temporal": TEMPORAL_BITS, "modulation": MODULATION_BITS}.get(role, 0)
+    bits = asked or max(config.bits, floor)
+    act_bits = config.act_bits if role == "body" and isinstance(layer, nn.Linear | nn.Conv2d) else 16
+    group_size = _group_size(name, tuple(layer.weight.shape), bits, act_bits, config)  # type: ignore[arg-type]
+    if act_bits < 16:
+        return Scheme(
+            bits=bits, group_size=group_size, two_level=group_size is not None, act_bits=act_bits, act_mode="dynamic"
+        )
+    symmetric = group_size is None if config.symmetric == "auto" else config.symmetric
+    return Scheme(bits=bits, symmetric=symmetric, group_size=group_size)
+
+
+def _group_size(
+    name: str, shape: tuple[int, ...], bits: int, act_bits: Literal[16, 8, 4], config: QuantizeConfig
+) -> int | None:
+    """Values per scale, None for one scale per channel."""
+    features, wanted = prod(shape[1:]), config.group_size
+    if wanted == "channel" or (act_bits < 16 and bits > 4):
+        return None
+    if wanted == "auto":
+        if bits > GROUPED_BITS:
+            return None
+        size = AUTO_GROUP
+        while features % size and size > SMALLEST_GROUP:
+            size //= 2
+        return size if features % size == 0 and features > size else None
+    if bits > config.bits:  # a layer that was lifted to 8 bits for its role does not follow the asked groups
+        return None
+    if features % wanted:
+        raise ConfigError(
+            f"group_size {wanted} does not divide the {features} input features of {name}.",
+            "Groups must be equal.",
+            f"Use --group-size auto, or --exclude '{name}'.",
+        )
+    return None if wanted == features else wanted

@@ -1,0 +1,80 @@
+"""`dacc quantize --dry-run`: what would happen, from the plan alone; no weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+
+from ..core.config import Config
+from ..core.reporter import Reporter
+from ..core.source import Source
+from ..core.tensor_file import StoredTensor, stored_tensors
+from ..runtime.weight import state_shapes
+from .api import prepare
+from .config import QuantizeConfig
+from .driver import plan_component
+from .plan import LayerPlan
+
+FLOAT16_BYTES = 2
+
+
+class ComponentPreview(Config):
+    """What would happen to one model."""
+
+    class_name: str
+    parameters: int
+    bytes_fp32: int
+    bytes_after: int  # tensors of the result, without file headers
+    schemes: dict[str, int]  # scheme -> number of layers
+    skipped: dict[str, int]  # reason -> number of layers
+
+
+class Preview(Config):
+    """The plan of a whole request; `schema` comes first."""
+
+    schema_version: int = 1
+    source: str
+    method: str
+    components: dict[str, ComponentPreview]
+
+
+def preview_quantization(source: str | Path | Source | None, config: QuantizeConfig, *, reporter: Reporter) -> Preview:
+    """Plan every layer and add up the bytes.
+
+    Raises:
+        DaccError: as `quantize_pipeline` would, before any weight is read.
+    """
+    job = prepare(source, config, reporter)
+    components = {name: _preview_component(job.source.path / name, config, reporter) for name in job.components}
+    return Preview(source=job.source.identity, method=job.config.method, components=components)
+
+
+def _preview_component(folder: Path, config: QuantizeConfig, reporter: Reporter) -> ComponentPreview:
+    skeleton, plans = plan_component(folder, config, reporter)
+    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    quantized = {f"{plan.name}.weight" for plan in plans if plan.scheme}
+    kept = sum(_float_bytes(tensor) for name, tensor in stored_tensors(folder).items() if name not in quantized)
+    return ComponentPreview(
+        class_name=type(skeleton).__name__,
+        parameters=parameters,
+        bytes_fp32=4 * parameters,
+        bytes_after=kept + sum(_plan_bytes(plan) for plan in plans),
+        schemes=dict(Counter(plan.scheme.name for plan in plans if plan.scheme)),
+        skipped=dict(Counter(plan.reason for plan in plans if plan.reason)),
+    )
+
+
+def _float_bytes(tensor: StoredTensor) -> int:
+    return FLOAT16_BYTES * prod(tensor.shape)
+
+
+def _plan_bytes(plan: LayerPlan) -> int:
+    """Bytes of the stored tensors; group scales count as float16, a scale per row as float32."""
+    if plan.scheme is None:
+        return 0
+    total = 0
+    for shape, dtype in state_shapes(plan.scheme, plan.shape).values():
+        size = dtype.itemsize if dtype else (4 if shape[1] == 1 else FLOAT16_BYTES)
+        total += prod(shape) * size
+    return total
