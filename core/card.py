@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .errors import DaccError
 from .manifest import ComponentRecord, Effect, Manifest
 
 CARRIED = ("license", "license_name", "license_link", "pipeline_tag", "datasets", "language")
@@ -42,10 +41,11 @@ def _source_metadata(source_folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     try:
         return dict(ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict())
-    except (ValueError, TypeError, UnicodeDecodeError, DaccError):
+    except (ValueError, TypeError, YAMLError):
         return {}
 
 

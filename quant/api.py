@@ -74,7 +74,7 @@ def quantize_pipeline(
     job = prepare(source, config, reporter)
     target = Path(output) if output else default_output(job)
     if not overwrite and existing_bundle(target, job.run_key):
-        reporter.notice(f"{target} already holds this result; nothing to do")
+        reporter.say(f"{target} already holds this result; nothing to do")
         return target
     check_output(job.source.path, target, overwrite=overwrite)
 

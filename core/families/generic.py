@@ -22,6 +22,7 @@ FAMILY = Family(
         "time_text_embed*",
         "timestep_embed*",
         "condition_embedder.time*",
+        "add_embedding*",
         "class_embed*",
         "guidance_embed*",
         "adaln_single.emb.*",

@@ -12,5 +12,5 @@ FAMILY = Family(
         "UNetSpatioTemporalConditionModel",
     ),
     edge=("conv_in", "conv_out"),
-    temporal=("time_embedding.*", "add_embedding.*", "add_time_proj.*", "class_embedding*", "*.time_emb_proj"),
+    temporal=("time_embedding.*", "add_embedding.*", "class_embedding*", "*.time_emb_proj"),
 )

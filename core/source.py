@@ -1,0 +1,165 @@
+"""From the SOURCE that a command was given to a pipeline folder on this machine.
+
+A SOURCE is a local folder, a bundle, `owner/name[@revision]` on the Hub, `zoo:NAME`, or standard input. Nothing is
+downloaded unless a Hub name was given, and nothing pickled ever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .errors import BundleError, ModelError
+from .hub import HUB_NAME, download
+from .manifest import MANIFEST_NAME
+from .piped import read_piped, something_is_piped
+from .reporter import Reporter
+from .safe_read import PICKLE_SUFFIXES, is_plain_name, read_json
+from .zoo import DEFAULT, PREFIX, list_zoo, zoo_entry
+
+PIPELINE_INDEX = "model_index.json"
+CALIBRATION_NAME = "dacc_calibration.json"
+WEIGHTLESS_CONFIGS = {
+    "scheduler_config.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pipeline that is ready to be read."""
+
+    path: Path  # the folder, resolved
+    name: str  # short, for default outputs: digits-unet, PixArt-XL-2
+    identity: str  # for manifests: zoo:digits-unet, owner/name, or the folder's name; never an absolute path
+    revision: str | None  # commit hash of a Hub snapshot
+    kind: Literal["folder", "bundle", "hub", "zoo"]
+
+
+def resolve_source(text: str | None, *, reporter: Reporter, stdin: int | None = None) -> Source:
+    """Find the pipeline that a command means.
+
+    Args:
+        text: what the command was given; None when nothing was. With text (other than `-`), stdin is never touched.
+        reporter: told which source was chosen when that is not obvious.
+        stdin: file descriptor to read from; default: the process's standard input.
+
+    Raises:
+        ModelError: there is no such folder, it is not a pipeline, its weights are pickled, the Hub cannot be reached,
+            or the command before in the pipe printed nothing.
+        BundleError: its index is damaged or names something outside.
+    """
+    if text == "-" or (text is None and something_is_piped(stdin)):
+        return _resolve_text(read_piped(stdin, reporter), reporter)
+    if text is None:
+        reporter.say(f"no SOURCE given: using {PREFIX}{DEFAULT}")
+        return _resolve_text(PREFIX + DEFAULT, reporter)
+    return _resolve_text(text, reporter)
+
+
+def component_entries(folder: Path) -> dict[str, tuple[str, str]]:
+    """Component name -> (library, class) from a pipeline's index, without the components that are null.
+
+    Raises:
+        ModelError: the folder has no index.
+        BundleError: the index is damaged, or names something that is not a plain folder name.
+    """
+    index = folder / PIPELINE_INDEX
+    if not index.is_file():
+        raise _not_a_pipeline(folder)
+    raw = read_json(index)
+    if not isinstance(raw, dict):
+        raise ModelError(f"{index} is not a table of components.", mend="Copy the pipeline again.")
+    entries = {name: value for name, value in raw.items() if not name.startswith("_") and _is_text_pair(value)}
+    if outside := [name for name in entries if not is_plain_name(name)]:
+        raise BundleError(f"{index} names {outside[0]!r}, which leads out of the pipeline.", mend="Do not trust it.")
+    return {name: (library, class_name) for name, (library, class_name) in entries.items()}
+
+
+def _is_text_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(item, str) for item in value)
+
+
+def _resolve_text(text: str, reporter: Reporter) -> Source:
+    if text.startswith(PREFIX):
+        entry = zoo_entry(text)
+        return _checked(Source(entry.path.resolve(), entry.name, PREFIX + entry.name, None, "zoo"))
+    if not text:
+        raise ModelError("the SOURCE is empty.", mend="Was it $(a command that failed)? See its message above.")
+    path = Path(text).expanduser()
+    if path.exists():
+        if HUB_NAME.fullmatch(text):
+            reporter.say(f"{text} is a folder here: using that, not the Hub")
+        return _local(path)
+    if match := HUB_NAME.fullmatch(text):
+        snapshot = download(match["id"], match["revision"], reporter)
+        name = match["id"].partition("/")[2]
+        return _checked(Source(snapshot, name, match["id"], snapshot.name, "hub"))
+    raise ModelError(f"there is no folder {text!r}, and it is not a Hub name like owner/name.", mend=_suggestion(text))
+
+
+def _local(path: Path) -> Source:
+    path = path.resolve()
+    if path.is_file():
+        raise ModelError(
+            f"{path} is a file; dacc reads pipeline folders.",
+            mend="Convert a checkpoint with diffusers: Pipeline.from_single_file(...).save_pretrained(...).",
+        )
+    if (path / CALIBRATION_NAME).is_file() and not (path / PIPELINE_INDEX).is_file():
+        raise ModelError(f"{path} is a calibration set.", mend="Give the pipeline as SOURCE and the set with --calib.")
+    kind: Literal["bundle", "folder"] = "bundle" if (path / MANIFEST_NAME).is_file() else "folder"
+    return _checked(Source(path, path.name, path.name, None, kind))
+
+
+def _checked(source: Source) -> Source:
+    """The source itself, when every component is there and none has only pickled weights.
+
+    A bundle is left to `core/verify.py`, which names damage file by file.
+    """
+    if (source.path / MANIFEST_NAME).is_file():
+        return source
+    entries = component_entries(source.path)
+    if missing := [name for name in entries if not (source.path / name).is_dir()]:
+        raise ModelError(f"{source.identity} lacks the components {', '.join(missing)}.", mend=_again(source))
+    for name in entries:
+        _check_weights(source, name)
+    return source
+
+
+def _check_weights(source: Source, component: str) -> None:
+    names = sorted(entry.name for entry in (source.path / component).iterdir())
+    if any(name.endswith(".safetensors") for name in names):
+        return
+    if pickled := next((name for name in names if name.endswith(PICKLE_SUFFIXES)), None):
+        raise ModelError(
+            f"{source.identity} has pickled weights: {component}/{pickled}.",
+            "Reading a pickle can run any code, so dacc reads safetensors only.",
+            "Load it with diffusers where you trust it, then save_pretrained(folder, safe_serialization=True).",
+        )
+    if "config.json" in names and not WEIGHTLESS_CONFIGS & set(names):
+        raise ModelError(f"{source.identity} has no weights in {component}.", mend=_again(source))
+
+
+def _again(source: Source) -> str:
+    if source.kind == "hub":
+        return "Only a part of it is in the Hub cache: go online (unset HF_HUB_OFFLINE) and try again."
+    return "Copy the pipeline again."
+
+
+def _not_a_pipeline(folder: Path) -> ModelError:
+    if (folder / "config.json").is_file() or any(folder.glob("*.safetensors")):
+        around = (folder.parent / PIPELINE_INDEX).is_file()
+        mend = f"Give {folder.parent} and --component {folder.name}." if around else "Give the whole pipeline folder."
+        return ModelError(f"{folder} is a single component, not a pipeline ({PIPELINE_INDEX} is missing).", mend=mend)
+    missing = f"({PIPELINE_INDEX} is missing)"
+    return ModelError(f"{folder} is not a diffusers pipeline {missing}.", mend="Give a folder made by save_pretrained.")
+
+
+def _suggestion(text: str) -> str:
+    names = [entry.name for entry in list_zoo()]
+    if text in names:
+        return f"Did you mean {PREFIX}{text}?"
+    return "Check the path, or see dacc zoo list."

@@ -1,0 +1,42 @@
+import sys
+
+import pytest
+
+from dacc.core.errors import ConfigError
+from dacc.core.registry import Registry
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    folder = tmp_path / "toy_methods"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "plain.py").write_text("CONFIG = 'plain'\n")
+    (folder / "broken.py").write_text("import a_package_that_nobody_has\n")
+    (folder / "_shared.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield Registry("toy method", "toy_methods", folder)
+    for name in [name for name in sys.modules if name.startswith("toy_methods")]:
+        del sys.modules[name]
+
+
+def test_names_are_the_public_files_and_listing_them_imports_nothing(registry):
+    assert registry.names() == ["broken", "plain"]
+    assert not any(name.startswith("toy_methods") for name in sys.modules)
+
+
+def test_one_method_is_imported_alone(registry):
+    assert registry.load("plain").CONFIG == "plain"
+    assert "toy_methods.broken" not in sys.modules
+
+
+def test_an_import_error_of_a_method_is_not_hidden(registry):
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_nobody_has"):
+        registry.load("broken")
+
+
+@pytest.mark.parametrize("name", ["plane", "_shared", "__init__", "../plain"])
+def test_an_unknown_name_is_answered_with_known_ones(registry, name):
+    with pytest.raises(ConfigError, match="there is no toy method") as caught:
+        registry.load(name)
+    assert "plain" in caught.value.mend

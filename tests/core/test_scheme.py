@@ -1,0 +1,50 @@
+import pytest
+
+from dacc.core.config import build_config
+from dacc.core.errors import ConfigError
+from dacc.core.scheme import Scheme
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"bits": 8}, "w8"),
+        ({"bits": 4, "group_size": 64, "symmetric": False}, "w4-g64-asym"),
+        ({"bits": 3, "symmetric": False}, "w3-asym"),
+        ({"bits": 8, "act_bits": 8, "act_mode": "dynamic"}, "w8a8"),
+        ({"bits": 4, "group_size": 64, "two_level": True, "act_bits": 8, "act_mode": "dynamic"}, "w4a8-g64-two-level"),
+    ],
+)
+def test_names_are_short_and_tell_everything(fields, name):
+    assert Scheme(**fields).name == name
+
+
+@pytest.mark.parametrize(("bits", "signed", "unsigned"), [(2, (-2, 1), (0, 3)), (8, (-128, 127), (0, 255))])
+def test_codes_are_twos_complement_or_start_at_zero(bits, signed, unsigned):
+    assert Scheme(bits=bits).code_range == signed
+    assert Scheme(bits=bits, symmetric=False).code_range == unsigned
+
+
+@pytest.mark.parametrize(
+    ("fields", "advice"),
+    [
+        ({"bits": 1}, "greater than or equal to 2"),
+        ({"bits": 9}, "less than or equal to 8"),
+        ({"bits": 4, "group_size": 0}, "greater than or equal to 1"),
+        ({"bits": 4, "act_bits": 8}, "act_mode is 'none' exactly when act_bits is 16"),
+        ({"bits": 4, "act_mode": "dynamic"}, "act_mode is 'none' exactly when act_bits is 16"),
+        ({"bits": 4, "symmetric": False, "act_bits": 8, "act_mode": "dynamic"}, "need symmetric weights"),
+        ({"bits": 5, "group_size": 16, "two_level": True}, "at most 4 bits"),
+        ({"bits": 4, "two_level": True}, "symmetric groups"),
+        ({"bits": 4, "group_size": 16, "two_level": True, "symmetric": False}, "symmetric groups"),
+        ({"bits": 4, "group_size": 16, "act_bits": 8, "act_mode": "dynamic"}, "use two_level or per channel"),
+    ],
+)
+def test_what_cannot_be_stored_or_multiplied_is_refused(fields, advice):
+    with pytest.raises(ConfigError, match=advice):
+        build_config(Scheme, **fields)
+
+
+def test_a_scheme_survives_json():
+    scheme = Scheme(bits=4, group_size=32, two_level=True, act_bits=8, act_mode="dynamic")
+    assert Scheme.model_validate_json(scheme.model_dump_json()) == scheme
