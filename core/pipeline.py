@@ -87,9 +87,10 @@ def is_denoiser(name: str, library: str, class_name: str) -> bool:
 
 def denoisers(pipe: Any) -> dict[str, nn.Module]:
     """Denoisers of a loaded pipeline, in the order of its components."""
+    found = {name: getattr(part, "_orig_mod", part) for name, part in pipe.components.items()}  # compiled: look inside
     return {
-        name: module
-        for name, module in pipe.components.items()
+        name: pipe.components[name]
+        for name, module in found.items()
         if module is not None and is_denoiser(name, type(module).__module__.split(".")[0], type(module).__name__)
     }
 

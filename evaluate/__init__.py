@@ -1,0 +1,1 @@
+"""How good, small and fast pipelines are, side by side."""

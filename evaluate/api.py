@@ -1,0 +1,291 @@
+"""Evaluate pipelines side by side: the same noise through each, then quality, size, memory and speed.
+
+reference ─┐
+source 1  ─┼─ sample ── metrics ── sizes ── time in turns ── memory, one process each ── report
+source 2  ─┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ..core.errors import ConfigError, ModelError, ResourceError
+from ..core.manifest import read_manifest
+from ..core.reporter import Reporter, silent
+from ..core.safe_read import weight_hash
+from ..core.schedule_id import schedule_id
+from ..core.seeds import seed_stream
+from ..core.source import Source, resolve_source
+from ..core.zoo import PREFIX, ZooEntry
+from ..runtime.compare import Samples
+from ..runtime.load import load_source
+from ..runtime.trajectory import RunRequest, sample
+from . import metrics
+from .config import EvaluateConfig
+from .grid import write_grid
+from .judge import Judge, load_judge, zoo_entry_of
+from .memory import measure_memory
+from .report import PICTURE_NAME, row_label, write_json
+from .result import Evaluation, Memory, Metric, Settings, SourceReport, Speed
+from .size import component_sizes
+from .timing import measure_speed
+
+DEFAULT_STEPS = 20
+SourceLike = Source | str | Path
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One source while it is evaluated."""
+
+    source: Source
+    pipe: Any
+    samples: Samples
+    is_reference: bool
+
+
+def evaluate_pipelines(
+    sources: Sequence[SourceLike],
+    *,
+    reference: SourceLike | None = None,
+    config: EvaluateConfig | None = None,
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Measure sources against a reference, all from the same noise.
+
+    Args:
+        sources: what to evaluate; may be empty when a reference is given.
+        reference: what they should equal. None: the zoo pipeline that the first source was made from; a first source
+            that was not made from another is the reference itself.
+
+    Raises:
+        ModelError: a source is missing or not a pipeline, or does not make what the reference makes.
+        ConfigError: an unknown metric, an option that the pipeline does not have, or no reference to be found.
+    """
+    config, reporter = config or EvaluateConfig(), reporter or silent()
+    chosen = _metric_names(config)
+    found = _order([_resolve(source, reporter) for source in sources], reference, reporter)
+    entry = next((entry for entry in map(zoo_entry_of, found) if entry), None)
+    request = evaluation_request(config, entry)
+    absent: list[str] = []
+
+    subjects = list(_run(found, request, config, reporter))
+    judge = _find_judge(entry, chosen, absent)
+    results = _measure_quality(subjects, request, judge, chosen)
+    speeds = _time(subjects, request, config, absent, reporter)
+    memories = [_measure_memory(subject, request, config, absent, reporter) for subject in subjects]
+    reports = tuple(
+        SourceReport(
+            name=subject.source.name,
+            identity=subject.source.identity,
+            is_reference=subject.is_reference,
+            pipeline=type(subject.pipe).__name__,
+            metrics=result,
+            components=component_sizes(subject.pipe, subject.source.path),
+            speed=speed,
+            memory=memory,
+        )
+        for subject, result, speed, memory in zip(subjects, results, speeds, memories, strict=True)
+    )
+    evaluation = Evaluation(
+        settings=_settings(subjects[0].pipe, request, config),
+        sources=reports,
+        judge=judge.name if judge else None,
+        judge_fid_between_halves=judge.facts.get("fid_between_halves") if judge else None,
+        absent=tuple(dict.fromkeys(absent)),
+    )
+    return evaluation if config.output is None else _write(evaluation, subjects, config.output, config.grid_images)
+
+
+def evaluation_request(config: EvaluateConfig, entry: ZooEntry | None) -> RunRequest:
+    """What every source samples: the options, else what the zoo says of the pipeline, else defaults."""
+    classes = entry.classes if entry and entry.conditioning == "class" else None
+    known = tuple(range(classes) if isinstance(classes, int) else (int(value) for value in classes or ()))
+    guidance = config.guidance_scale
+    return RunRequest(
+        seeds=seed_stream("evaluation", config.seed, config.num),
+        num_inference_steps=config.steps or (entry.num_inference_steps if entry else DEFAULT_STEPS),
+        guidance_scale=guidance if guidance is not None or entry is None else entry.guidance_scale,
+        class_labels=config.labels or known or None,
+        prompts=config.prompts,
+        batch_size=config.batch_size,
+    )
+
+
+def default_reference(source: Source, reporter: Reporter) -> Source | None:
+    """The zoo pipeline that a bundle was made from, when its weights are still the same; None for other sources.
+
+    Raises:
+        ConfigError: a bundle whose source cannot be found without help.
+    """
+    manifest = read_manifest(source.path)
+    if manifest is None:
+        return None
+    name = manifest.source.name
+    if name.startswith(PREFIX):
+        origin = resolve_source(name, reporter=reporter)
+        if all(weight_hash(origin.path / part) == value for part, value in manifest.source.weights.items()):
+            return origin
+    raise ConfigError(
+        f"{source.name} was made from {name}, which dacc cannot find again by itself.", mend="Give --reference SOURCE."
+    )
+
+
+def _resolve(source: SourceLike, reporter: Reporter) -> Source:
+    return source if isinstance(source, Source) else resolve_source(str(source), reporter=reporter)
+
+
+def _order(sources: list[Source], reference: SourceLike | None, reporter: Reporter) -> list[Source]:
+    """The reference first, every folder once."""
+    if reference is not None:
+        first = _resolve(reference, reporter)
+    elif sources:
+        first = default_reference(sources[0], reporter) or sources[0]
+        reporter.say(f"reference: {first.identity}")
+    else:
+        raise ConfigError("there is nothing to evaluate.", mend="Give a SOURCE, or --reference SOURCE.")
+    return [first, *(source for source in sources if source.path != first.path)]
+
+
+def _run(
+    sources: Sequence[Source], request: RunRequest, config: EvaluateConfig, reporter: Reporter
+) -> Iterable[Subject]:
+    """Load and sample every source, the reference first."""
+    expected: torch.Size | None = None
+    for source in sources:
+        reporter.say(f"sampling {source.name}: {len(request.seeds)} images, {request.num_inference_steps} steps")
+        with reporter.stage(f"sample {source.name}"):
+            pipe: Any = load_source(
+                source, device=config.device, dtype=config.dtype, prefer=config.prefer, reporter=reporter
+            )
+            samples = sample(pipe, request, reporter=reporter)
+        _check_samples(source, samples, expected)
+        yield Subject(source, pipe, samples, is_reference=expected is None)
+        expected = samples.images.shape
+
+
+def _check_samples(source: Source, samples: Samples, expected: torch.Size | None) -> None:
+    if expected is not None and samples.images.shape != expected:
+        raise ModelError(
+            f"{source.name} makes images of shape {tuple(samples.images.shape)}, the reference {tuple(expected)}.",
+            mend="Evaluate pipelines of one family together.",
+        )
+    if not torch.isfinite(samples.images).all() or not torch.isfinite(samples.latents).all():
+        raise ModelError(f"{source.name} makes images with NaN or infinity.", mend="Try --dtype float32.")
+
+
+def _metric_names(config: EvaluateConfig) -> list[str]:
+    for name in config.metrics:
+        metrics.REGISTRY.load(name)  # an unknown name is refused before anything is loaded
+    return list(config.metrics) or metrics.REGISTRY.names()
+
+
+def _find_judge(entry: ZooEntry | None, chosen: list[str], absent: list[str]) -> Judge | None:
+    """The judge, when a chosen metric needs one and there is one."""
+    wanting = [name for name in chosen if "judge" in metrics.REGISTRY.load(name).NEEDS]
+    if not wanting:
+        return None
+    judge = load_judge(entry) if entry else None
+    if judge is None:
+        absent.append(f"{', '.join(wanting)}: only pipelines of the zoo, and what was made from them, have a judge.")
+    return judge
+
+
+def _measure_quality(
+    subjects: list[Subject], request: RunRequest, judge: Judge | None, chosen: list[str]
+) -> list[dict[str, Metric]]:
+    """Metric name -> value, for every subject."""
+    judged = [judge.look(subject.samples.images) if judge else None for subject in subjects]
+    labels = request.class_labels
+    dealt = tuple(labels[index % len(labels)] for index in range(len(request.seeds))) if labels else None
+    results: list[dict[str, Metric]] = []
+    for subject, own in zip(subjects, judged, strict=True):
+        case = metrics.Case(
+            samples=subject.samples,
+            seeds=request.seeds,
+            labels=dealt,
+            reference=None if subject.is_reference else subjects[0].samples,
+            judge=judge,
+            judged=own,
+            reference_judged=None if subject.is_reference else judged[0],
+        )
+        result: dict[str, Metric] = {}
+        for name in chosen:
+            metric = metrics.REGISTRY.load(name)
+            if all(getattr(case, need) is not None for need in metric.NEEDS):
+                result |= metric.compute(case)
+        results.append(result)
+    return results
+
+
+def _time(
+    subjects: list[Subject], request: RunRequest, config: EvaluateConfig, absent: list[str], reporter: Reporter
+) -> list[Speed] | list[None]:
+    if not config.speed:
+        absent.append("speed: switched off.")
+        return [None] * len(subjects)
+    count = config.speed_batch_size
+    timed = request.model_copy(update={"seeds": seed_stream("evaluation", config.seed, count), "batch_size": count})
+    pipes = [subject.pipe for subject in subjects]
+    return measure_speed(pipes, timed, repeats=config.speed_repeats, reporter=reporter)
+
+
+def _measure_memory(
+    subject: Subject, request: RunRequest, config: EvaluateConfig, absent: list[str], reporter: Reporter
+) -> Memory | None:
+    if not config.memory:
+        absent.append("peak memory: switched off.")
+        return None
+    name = subject.source.name
+    needed = sum(file.stat().st_size for file in subject.source.path.rglob("*.safetensors"))
+    if needed > psutil.virtual_memory().available:
+        absent.append(f"peak memory of {name}: not enough memory is free to load it a second time.")
+        return None
+    try:
+        with reporter.stage(f"memory of {name}"):
+            return measure_memory(
+                subject.source.path,
+                request.model_dump(mode="json"),
+                device=config.device,
+                dtype=config.dtype,
+                prefer=config.prefer,
+                threads=torch.get_num_threads(),
+            )
+    except ResourceError as error:
+        absent.append(f"peak memory of {name}: {error}")
+        return None
+
+
+def _settings(pipe: Any, request: RunRequest, config: EvaluateConfig) -> Settings:
+    return Settings(
+        num=len(request.seeds),
+        steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        labels=request.class_labels,
+        prompts=request.prompts,
+        seed=config.seed,
+        batch_size=request.batch_size,
+        scheduler=type(pipe.scheduler).__name__,
+        schedule_id=schedule_id(pipe.scheduler).short,
+        device=str(pipe.device),
+        dtype=str(pipe.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _write(evaluation: Evaluation, subjects: list[Subject], folder: Path, columns: int) -> Evaluation:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        (*row_label(report), subject.samples.images[:columns])
+        for report, subject in zip(evaluation.sources, subjects, strict=True)
+    ]
+    write_grid(rows, folder / PICTURE_NAME)
+    evaluation = evaluation.model_copy(update={"files": ("evaluation.json", PICTURE_NAME)})
+    write_json(evaluation, folder)
+    return evaluation

@@ -1,0 +1,53 @@
+"""Room that denoisers take on disk and in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.manifest import read_manifest
+from ..core.pipeline import denoisers
+from ..core.safe_read import resolve_shards
+from .result import ComponentSize
+
+
+def component_sizes(pipe: Any, folder: Path) -> dict[str, ComponentSize]:
+    """Sizes of every denoiser of a loaded pipeline; call it after a run, when derived layouts exist."""
+    manifest = read_manifest(folder)
+    records = manifest.components if manifest else {}
+    return {
+        name: ComponentSize(
+            class_name=type(module).__name__,
+            parameters=records[name].parameters if name in records else sum(p.numel() for p in module.parameters()),
+            bytes_on_disk=bytes_on_disk(folder / name),
+            bytes_in_memory=bytes_in_memory(module),
+        )
+        for name, module in denoisers(pipe).items()
+    }
+
+
+def bytes_on_disk(component_folder: Path) -> int:
+    """Bytes of the weight files that a loader would read."""
+    return sum(file.stat().st_size for file in resolve_shards(component_folder).values())
+
+
+def bytes_in_memory(model: nn.Module) -> int:
+    """Bytes of all tensors of a model; layers with derived layouts count them by their own `memory_bytes()`."""
+    seen: set[int] = set()
+    total = 0
+    for module in model.modules():
+        own = getattr(module, "memory_bytes", None)
+        if callable(own):
+            total += own()
+            continue
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if id(tensor) not in seen:  # tied weights are held once
+                seen.add(id(tensor))
+                total += _bytes(tensor)
+    return total
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dacc.evaluate.inspection import inspect_pipeline
+from dacc.evaluate.report import print_inspection
+
+
+@pytest.mark.parametrize(("name", "denoiser"), [("tiny-unet", "unet"), ("tiny-dit", "transformer")])
+def test_a_pipeline_is_taken_apart(
+    tiny_zoo: Path, name: str, denoiser: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspection = inspect_pipeline(f"zoo:{name}")
+    part = inspection.components[denoiser]
+    assert part.is_denoiser
+    assert part.macs_per_call > 0
+    assert sum(block.parameter_share for block in part.blocks) <= 1
+    assert 0 < sum(block.time_share for block in part.blocks) <= 1
+    for row in part.quantizable.values():
+        assert row.bytes_at_4_bits <= row.bytes_at_8_bits < row.bytes_now == 4 * row.parameters
+    assert inspection.components["scheduler"].parameters == 0
+    assert next(iter(json.loads(inspection.model_dump_json()))) == "schema"
+    print_inspection(inspection)
+    assert "what quantize could do" in capsys.readouterr().out

@@ -1,0 +1,16 @@
+import time
+
+from dacc.evaluate.timing import measure_in_turns
+
+
+def test_actions_take_turns_after_one_warm_up_each() -> None:
+    order: list[str] = []
+    actions = [lambda name=name: order.append(name) for name in "abc"]
+    seconds = measure_in_turns(actions, repeats=3)
+    assert order == [*"abc", *"abc", *"bca", *"cab"]
+    assert [len(own) for own in seconds] == [3, 3, 3]
+
+
+def test_the_slower_action_takes_longer() -> None:
+    fast, slow = measure_in_turns([lambda: None, lambda: time.sleep(0.01)], repeats=2)
+    assert max(fast) < min(slow)
