@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .errors import BundleError, ConfigError, ResourceError
+from .errors import BundleError, ConfigError, DaccError, ResourceError
 from .folder import carried_files, check_replaceable, files_in, place_file, restore_interrupted_swap, swap_in, sync_tree
 from .journal import Journal
 from .lock import WriterLock
@@ -134,7 +134,7 @@ class BundleWriter:
     ) -> None:
         try:
             if not self._closed:
-                self._leave_unfinished()
+                self._leave_unfinished(hopeless=isinstance(error, DaccError) and not isinstance(error, ResourceError))
         finally:
             self._lock.release()
         _raise_if_disk(error, self.output)
@@ -285,9 +285,9 @@ class BundleWriter:
                 raise BundleError(f"{self.source / name} is not what its manifest says.", mend="Copy the source again.")
         return records
 
-    def _leave_unfinished(self) -> None:
+    def _leave_unfinished(self, *, hopeless: bool) -> None:
         """After an error or Ctrl-C: keep what a second try can use, nothing else."""
-        finished = len(self._journal.names())
+        finished = 0 if hopeless else len(self._journal.names())
         shutil.rmtree(self._partial if not finished else self.folder, ignore_errors=True)
         if finished:
             self.reporter.say(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+NAMED_AT_MOST = 16  # names in one message
 
 
 class Config(BaseModel):
@@ -27,9 +29,7 @@ def build_config(config_class: type[ConfigT], **values: Any) -> ConfigT:
     try:
         return config_class(**values)
     except ValidationError as error:
-        raise ConfigError(
-            "; ".join(_describe(config_class, entry) for entry in error.errors()), mend=_advice(config_class)
-        ) from None
+        raise ConfigError(_describe_all(config_class, error.errors()), mend=_advice(config_class, error)) from None
 
 
 def parse_settings(pairs: list[str]) -> dict[str, str]:
@@ -56,16 +56,28 @@ def nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return f"Did you mean {' or '.join(close)}?"
-    return f"Known: {', '.join(sorted(known))}."
+    more = f" and {len(known) - NAMED_AT_MOST} more" if len(known) > NAMED_AT_MOST else ""
+    return f"Known: {', '.join(sorted(known)[:NAMED_AT_MOST])}{more}."
 
 
-def _describe(config_class: type[Config], entry: Any) -> str:
-    field = ".".join(str(part) for part in entry["loc"]) or config_class.__name__
+def _describe_all(config_class: type[Config], entries: Sequence[Any]) -> str:
+    """One sentence per field; the branches of a union speak of the same field."""
+    told: dict[str, list[str]] = {}
+    for entry in entries:
+        field, text = _describe(config_class, entry)
+        told.setdefault(field, []).append(text)
+    return "; ".join(field + " or ".join(texts).rstrip(".") for field, texts in told.items()) + "."
+
+
+def _describe(config_class: type[Config], entry: Any) -> tuple[str, str]:
+    """The beginning, which names the field, and what is wrong with it."""
+    field = str(entry["loc"][0]) if entry["loc"] else ""
     if entry["type"] == "extra_forbidden":
-        return f"there is no field {field!r}. {nearest(field, list(config_class.model_fields))}"
-    message = entry["msg"].removeprefix("Value error, ")
-    return f"{field}={entry['input']!r}: {message}" if entry["loc"] else message
+        return f"there is no field {field!r}. ", nearest(field, list(config_class.model_fields))
+    message = entry["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
+    return (f"{field}={entry['input']!r}: " if field else ""), message
 
 
-def _advice(config_class: type[Config]) -> str:
-    return f"Fields: {', '.join(config_class.model_fields)}."
+def _advice(config_class: type[Config], error: ValidationError) -> str:
+    unknown = any(entry["type"] == "extra_forbidden" for entry in error.errors())
+    return f"Fields: {', '.join(config_class.model_fields)}." if unknown else ""

@@ -65,6 +65,7 @@ class ModuleRecord(Config):
     """What happened to one layer: a scheme, or the reason why it was left alone."""
 
     scheme: str | None = None
+    shape: tuple[int, ...] | None = None  # of the float weight, for layers with a scheme: packing pads rows to bytes
     reason: str | None = None
     error: float | None = None  # relative output error for white-noise inputs: ||W - W^|| / ||W|| (Frobenius)
 

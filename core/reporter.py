@@ -60,7 +60,9 @@ class Reporter:
             return
         self.notices.append(text)
         if self.strict:
-            raise ConfigError(f"notice under --strict: {text}", mend="Mend the cause, or run without --strict.")
+            raise ConfigError(
+                f"notice under --strict: {text.rstrip('.')}.", mend="Mend the cause, or run without --strict."
+            )
         if not self.quiet:
             self.console.print(f"notice: {text}", style="yellow", markup=False)
 

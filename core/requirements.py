@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError, QualityError
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from .bundle import BundleWriter
 
 FORM = re.compile(r"^\s*(psnr|ssim|relative_l2)\s*(>=|<=)\s*([0-9]+(?:\.[0-9]*)?(?:e-?[0-9]+)?)\s*$", re.IGNORECASE)
+
+ADVICE = "Use more bits or a smaller group size, or lower the floor."
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,27 @@ class Requirements:
         Raises:
             QualityError: a floor is missed, or what it is about was not measured.
         """
+        if missed := self._first_missed(effect):
+            kept = writer.abandon(keep=keep)
+            raise QualityError(missed, f"The result is kept in {kept}." if kept else "Nothing was written.", ADVICE)
+
+    def check_existing(self, effect: Effect, output: Path) -> None:
+        """Refuse a result of an earlier run that misses a floor; it stays where it is.
+
+        Raises:
+            QualityError: as `check`.
+        """
+        if missed := self._first_missed(effect):
+            raise QualityError(missed, f"{output} already holds this result and is left as it is.", ADVICE)
+
+    def _first_missed(self, effect: Effect) -> str | None:
         for field, relation, limit in self.floors:
             value: float | None = getattr(effect, field)
             if value is not None and (value >= limit if relation == ">=" else value <= limit):
                 continue
             found = f"is {value:.4g}" if value is not None else f"was not measured ({effect.not_measured})"
-            kept = writer.abandon(keep=keep)
-            raise QualityError(
-                f"{field} {found}; --require asks for {relation} {limit:g}.",
-                f"The result is kept in {kept}." if kept else "Nothing was written.",
-                "Use more bits or a smaller group size, or lower the floor.",
-            )
+            return f"{field} {found}; --require asks for {relation} {limit:g}."
+        return None
 
 
 def parse_requirements(texts: tuple[str, ...]) -> Requirements:

@@ -12,11 +12,11 @@ from typing import Literal
 
 from .errors import BundleError, ModelError
 from .hub import HUB_NAME, download
-from .manifest import MANIFEST_NAME
+from .manifest import MANIFEST_NAME, read_manifest
 from .piped import read_piped, something_is_piped
 from .reporter import Reporter
 from .safe_read import PICKLE_SUFFIXES, is_plain_name, read_json
-from .zoo import DEFAULT, PREFIX, list_zoo, zoo_entry
+from .zoo import DEFAULT, PREFIX, ZooEntry, list_zoo, zoo_entry
 
 PIPELINE_INDEX = "model_index.json"
 CALIBRATION_NAME = "dacc_calibration.json"
@@ -58,6 +58,13 @@ def resolve_source(text: str | None, *, reporter: Reporter, stdin: int | None = 
         reporter.say(f"no SOURCE given: using {PREFIX}{DEFAULT}")
         return _resolve_text(PREFIX + DEFAULT, reporter)
     return _resolve_text(text, reporter)
+
+
+def zoo_entry_of(source: Source) -> ZooEntry | None:
+    """The zoo pipeline that a source is, or was made from; None for all others."""
+    manifest = read_manifest(source.path)
+    name = manifest.source.name if manifest else source.identity
+    return zoo_entry(name) if name.startswith(PREFIX) else None
 
 
 def component_entries(folder: Path) -> dict[str, tuple[str, str]]:

@@ -21,18 +21,17 @@ from ..core.reporter import Reporter, silent
 from ..core.safe_read import weight_hash
 from ..core.schedule_id import schedule_id
 from ..core.seeds import seed_stream
-from ..core.source import Source, resolve_source
-from ..core.zoo import PREFIX, ZooEntry
+from ..core.source import Source, resolve_source, zoo_entry_of
+from ..core.zoo import PREFIX
 from ..runtime.compare import Samples
 from ..runtime.load import load_source
 from ..runtime.trajectory import RunRequest, sample
-from . import metrics
 from .config import EvaluateConfig
 from .grid import write_grid
-from .judge import Judge, load_judge, zoo_entry_of
 from .memory import measure_memory
+from .quality import find_judge, measure_quality, metric_names
 from .report import PICTURE_NAME, row_label, write_json
-from .result import Evaluation, Memory, Metric, Settings, SourceReport, Speed
+from .result import Evaluation, Memory, Settings, SourceReport, Speed
 from .size import component_sizes
 from .timing import measure_speed
 
@@ -69,15 +68,22 @@ def evaluate_pipelines(
         ConfigError: an unknown metric, an option that the pipeline does not have, or no reference to be found.
     """
     config, reporter = config or EvaluateConfig(), reporter or silent()
-    chosen = _metric_names(config)
+    chosen = metric_names(config.metrics)
     found = _order([_resolve(source, reporter) for source in sources], reference, reporter)
     entry = next((entry for entry in map(zoo_entry_of, found) if entry), None)
-    request = evaluation_request(config, entry)
+    request = RunRequest(
+        seeds=seed_stream("evaluation", config.seed, config.num),
+        num_inference_steps=config.steps or (entry.num_inference_steps if entry else DEFAULT_STEPS),
+        guidance_scale=config.guidance_scale,
+        class_labels=config.labels,
+        prompts=config.prompts,
+        batch_size=config.batch_size,
+    ).with_zoo_defaults(entry)
     absent: list[str] = []
 
     subjects = list(_run(found, request, config, reporter))
-    judge = _find_judge(entry, chosen, absent)
-    results = _measure_quality(subjects, request, judge, chosen)
+    judge = find_judge(entry, chosen, absent)
+    results = measure_quality([subject.samples for subject in subjects], request, judge, chosen)
     speeds = _time(subjects, request, config, absent, reporter)
     memories = [_measure_memory(subject, request, config, absent, reporter) for subject in subjects]
     reports = tuple(
@@ -101,21 +107,6 @@ def evaluate_pipelines(
         absent=tuple(dict.fromkeys(absent)),
     )
     return evaluation if config.output is None else _write(evaluation, subjects, config.output, config.grid_images)
-
-
-def evaluation_request(config: EvaluateConfig, entry: ZooEntry | None) -> RunRequest:
-    """What every source samples: the options, else what the zoo says of the pipeline, else defaults."""
-    classes = entry.classes if entry and entry.conditioning == "class" else None
-    known = tuple(range(classes) if isinstance(classes, int) else (int(value) for value in classes or ()))
-    guidance = config.guidance_scale
-    return RunRequest(
-        seeds=seed_stream("evaluation", config.seed, config.num),
-        num_inference_steps=config.steps or (entry.num_inference_steps if entry else DEFAULT_STEPS),
-        guidance_scale=guidance if guidance is not None or entry is None else entry.guidance_scale,
-        class_labels=config.labels or known or None,
-        prompts=config.prompts,
-        batch_size=config.batch_size,
-    )
 
 
 def default_reference(source: Source, reporter: Reporter) -> Source | None:
@@ -178,50 +169,6 @@ def _check_samples(source: Source, samples: Samples, expected: torch.Size | None
         )
     if not torch.isfinite(samples.images).all() or not torch.isfinite(samples.latents).all():
         raise ModelError(f"{source.name} makes images with NaN or infinity.", mend="Try --dtype float32.")
-
-
-def _metric_names(config: EvaluateConfig) -> list[str]:
-    for name in config.metrics:
-        metrics.REGISTRY.load(name)  # an unknown name is refused before anything is loaded
-    return list(config.metrics) or metrics.REGISTRY.names()
-
-
-def _find_judge(entry: ZooEntry | None, chosen: list[str], absent: list[str]) -> Judge | None:
-    """The judge, when a chosen metric needs one and there is one."""
-    wanting = [name for name in chosen if "judge" in metrics.REGISTRY.load(name).NEEDS]
-    if not wanting:
-        return None
-    judge = load_judge(entry) if entry else None
-    if judge is None:
-        absent.append(f"{', '.join(wanting)}: only pipelines of the zoo, and what was made from them, have a judge.")
-    return judge
-
-
-def _measure_quality(
-    subjects: list[Subject], request: RunRequest, judge: Judge | None, chosen: list[str]
-) -> list[dict[str, Metric]]:
-    """Metric name -> value, for every subject."""
-    judged = [judge.look(subject.samples.images) if judge else None for subject in subjects]
-    labels = request.class_labels
-    dealt = tuple(labels[index % len(labels)] for index in range(len(request.seeds))) if labels else None
-    results: list[dict[str, Metric]] = []
-    for subject, own in zip(subjects, judged, strict=True):
-        case = metrics.Case(
-            samples=subject.samples,
-            seeds=request.seeds,
-            labels=dealt,
-            reference=None if subject.is_reference else subjects[0].samples,
-            judge=judge,
-            judged=own,
-            reference_judged=None if subject.is_reference else judged[0],
-        )
-        result: dict[str, Metric] = {}
-        for name in chosen:
-            metric = metrics.REGISTRY.load(name)
-            if all(getattr(case, need) is not None for need in metric.NEEDS):
-                result |= metric.compute(case)
-        results.append(result)
-    return results
 
 
 def _time(

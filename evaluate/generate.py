@@ -16,7 +16,7 @@ from ..core.config import Config
 from ..core.errors import ConfigError
 from ..core.reporter import Reporter, silent
 from ..core.seeds import seed_stream
-from ..core.source import Source, resolve_source
+from ..core.source import Source, resolve_source, zoo_entry_of
 from ..runtime.load import load_source
 from ..runtime.trajectory import RunRequest, sample
 
@@ -68,7 +68,7 @@ def generate_images(
         class_labels=config.class_labels,
         prompts=config.prompts,
         batch_size=config.batch_size,
-    )
+    ).with_zoo_defaults(zoo_entry_of(resolved))
     images = sample(pipe, request, reporter=reporter).images
     _write(images, target)
     return target

@@ -18,13 +18,10 @@ from ..core.pipeline import denoisers, walk_layers
 from ..core.reporter import Reporter, silent
 from ..core.safe_read import component_tensors
 from ..core.scheme import Scheme
-from ..core.source import Source, component_entries, resolve_source
+from ..core.source import Source, component_entries, resolve_source, zoo_entry_of
 from ..runtime.load import load_source
-from ..runtime.trajectory import capture_calls
+from ..runtime.trajectory import RunRequest, capture_calls
 from ..runtime.weight import state_shapes
-from .api import evaluation_request
-from .config import EvaluateConfig
-from .judge import zoo_entry_of
 from .profile import BlockCost, profile_call
 from .result import Document
 from .size import bytes_on_disk
@@ -150,7 +147,7 @@ def _component(name: str, entry: tuple[str, str], pipe: Any, source: Source, man
 
 def _denoiser_costs(pipe: Any, source: Source) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
     """Denoiser name -> its measured fields, and why some are missing."""
-    request = evaluation_request(EvaluateConfig(num=1, steps=PROBE_STEPS), zoo_entry_of(source))
+    request = RunRequest(seeds=(0,), num_inference_steps=PROBE_STEPS).with_zoo_defaults(zoo_entry_of(source))
     try:
         calls = {call.component: call for call in reversed(capture_calls(pipe, request))}
     except UnsupportedError as error:

@@ -14,10 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.errors import ModelError
-from ..core.manifest import read_manifest
 from ..core.safe_read import read_json
-from ..core.source import Source
-from ..core.zoo import PREFIX, ZooEntry, zoo_entry
+from ..core.zoo import ZooEntry
 
 BATCH = 256
 
@@ -60,13 +58,6 @@ class Judge:
             features.append(pooled.flatten(1))
             classes.append(self.model.classifier(pooled).argmax(dim=-1))
         return Judged(torch.cat(features), torch.cat(classes))
-
-
-def zoo_entry_of(source: Source) -> ZooEntry | None:
-    """The zoo pipeline that a source is, or was made from."""
-    manifest = read_manifest(source.path)
-    name = manifest.source.name if manifest else source.identity
-    return zoo_entry(name) if name.startswith(PREFIX) else None
 
 
 def load_judge(entry: ZooEntry) -> Judge | None:

@@ -15,12 +15,13 @@ from pathlib import Path
 from ..core.bundle import BundleWriter, check_output, component_weight_bytes, component_weight_hash, existing_bundle
 from ..core.card import model_card
 from ..core.errors import UnsupportedError
+from ..core.machine import describe_machine
 from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
-from ..core.pipeline import pipeline_class, select_components
+from ..core.pipeline import component_classes, denoiser_names, pipeline_class, select_components
 from ..core.registry import Registry
 from ..core.reporter import Reporter, silent
-from ..core.requirements import parse_requirements
-from ..core.safe_read import weight_hash
+from ..core.requirements import Requirements, parse_requirements
+from ..core.safe_read import read_json, weight_hash
 from ..core.source import Source, resolve_source
 from .config import QuantizeConfig
 
@@ -70,12 +71,12 @@ def quantize_pipeline(
         DaccError: see its subclasses; nothing of the user's is touched then.
     """
     config, reporter, started = config or QuantizeConfig(), reporter or silent(), time.time()
+    earlier = len(reporter.notices)  # a reporter may have served another pass before
     requirements = parse_requirements(require)
     job = prepare(source, config, reporter)
     target = Path(output) if output else default_output(job)
     if not overwrite and existing_bundle(target, job.run_key):
-        reporter.say(f"{target} already holds this result; nothing to do")
-        return target
+        return _existing(target, requirements, reporter)
     check_output(job.source.path, target, overwrite=overwrite)
 
     from ..runtime.measure import measure_bundle
@@ -94,12 +95,12 @@ def quantize_pipeline(
         records = {name: quantize_component(job, name, method, writer, device, reporter) for name in job.components}
         writer.carry_unchanged()
         effect = measure_bundle(
-            job.source.path, writer.folder, measure=config.measure, device=device, seed=config.seed, reporter=reporter
+            job.source, writer.folder, measure=config.measure, device=device, seed=config.seed, reporter=reporter
         )
         requirements.check(effect, writer, keep=keep_failed)
         writer.commit(
-            lambda files: _manifest(job, records, effect, files, reporter.notices),
-            {"command": "quantize", "seconds": round(time.time() - started, 1)},
+            lambda files: _manifest(job, records, effect, files, reporter.notices[earlier:]),
+            {"command": "quantize", "seconds": round(time.time() - started, 1), **describe_machine()},
             lambda manifest: model_card(manifest, job.source.path),
         )
     _summarize(job, target, effect, reporter)
@@ -118,6 +119,7 @@ def prepare(source: str | Path | Source | None, config: QuantizeConfig, reporter
     METHODS.check(config.method)
     found = source if isinstance(source, Source) else resolve_source(_text(source), reporter=reporter)
     components = select_components(found.path, list(config.component))
+    _refuse_other_libraries(found, components)
     _refuse_quantized(found, components)
     hashes = {name: weight_hash(found.path / name) for name in components}
     identity = {"source": hashes, "config": config.model_dump(mode="json"), "dacc": REQUIRES["dacc"]}
@@ -134,15 +136,46 @@ def _text(source: str | Path | None) -> str | None:
     return None if source is None else str(source)
 
 
+def _refuse_other_libraries(source: Source, components: list[str]) -> None:
+    """Schedulers, tokenizers and text encoders have no layers that a diffusers loader would unpack."""
+    classes = component_classes(source.path)
+    for name in components:
+        library, class_name = classes[name]
+        if library != "diffusers" or not (source.path / name / "config.json").is_file():
+            raise UnsupportedError(
+                f"{name} of {source.name} is a {class_name} of {library}, not a diffusers model.",
+                mend=f"Choose from {', '.join(denoiser_names(source.path))} with --component.",
+            )
+
+
 def _refuse_quantized(source: Source, components: list[str]) -> None:
     manifest = read_manifest(source.path)
     for name in components:
-        if manifest and name in manifest.components and manifest.components[name].quantization:
+        if method := _quantized_by(source.path / name):
+            origin = f" ({manifest.source.name})" if manifest else ""
             raise UnsupportedError(
-                f"{name} of {source.name} is already quantized.",
+                f"{name} of {source.name} is already quantized by {method}.",
                 "Quantizing rounded weights again would add their errors.",
-                f"Run dacc quantize on the float source ({manifest.source.name}).",
+                f"Run dacc quantize on the float source{origin}.",
             )
+
+
+def _quantized_by(folder: Path) -> str | None:
+    """The method in a component's config.json, whoever made it; None for a float component."""
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else None
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return str(found.get("quant_method", "an unknown method")) if isinstance(found, dict) else None
+
+
+def _existing(target: Path, requirements: Requirements, reporter: Reporter) -> Path:
+    """The result of an earlier run, unless it misses a floor."""
+    manifest = read_manifest(target)
+    assert manifest is not None
+    for effect in manifest.passes[-1].effect.values():
+        requirements.check_existing(effect, target)
+    reporter.say(f"{target} already holds this result; nothing to do")
+    return target
 
 
 def _manifest(

@@ -30,6 +30,7 @@ from .config import QuantizeConfig
 from .plan import LayerPlan, plan_layers
 
 WIDE = ("F32", "F64")
+FLOATS = ("F16", "BF16", *WIDE)
 
 
 def quantize_component(
@@ -41,6 +42,8 @@ def quantize_component(
     target = pick_device(device)
     skeleton, plans = plan_component(folder, job.config, reporter)
     stored = stored_tensors(folder)
+    skeleton._fix_state_dict_keys_on_load(stored)  # type: ignore[operator]  # names of old attention blocks
+    _check_kept(stored, skeleton, plans)
     modules: dict[str, ModuleRecord] = {}
     for plan in reporter.progress(plans, f"quantize {name}"):
         if plan.scheme is None:
@@ -98,14 +101,26 @@ def _quantize_layer(
             mend="Config and weights belong to different models; get both again.",
         )
     weight = stored[name].load().to(device)
-    if not bool(torch.isfinite(weight).all()):
+    _check_finite(name, weight)
+    quantized: QuantizedWeight = method.quantize(weight, plan.scheme, config)
+    record = ModuleRecord(scheme=plan.scheme.name, shape=plan.shape, error=_relative_error(weight, quantized))
+    tensors = {f"{plan.name}.{key}": value.cpu() for key, value in quantized.tensors().items()}
+    writer.save_unit(unit, tensors, record.model_dump())
+
+
+def _check_kept(stored: dict[str, StoredTensor], skeleton: nn.Module, plans: list[LayerPlan]) -> None:
+    """Parameters that stay float: one NaN in a bias or norm ruins every image as well. Buffers may hold infinity."""
+    treated = {f"{plan.name}.weight" for plan in plans if plan.scheme}
+    for name, _ in skeleton.named_parameters():
+        if name in stored and name not in treated and stored[name].dtype in FLOATS:
+            _check_finite(name, stored[name].load())
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
         raise ModelError(
             f"{name} holds NaN or infinity.", mend="The file is damaged or the training diverged; get another copy."
         )
-    quantized: QuantizedWeight = method.quantize(weight, plan.scheme, config)
-    record = ModuleRecord(scheme=plan.scheme.name, error=_relative_error(weight, quantized))
-    tensors = {f"{plan.name}.{key}": value.cpu() for key, value in quantized.tensors().items()}
-    writer.save_unit(unit, tensors, record.model_dump())
 
 
 def _relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:

@@ -94,12 +94,13 @@ def two_level_scale(scale: Tensor) -> tuple[Tensor, Tensor]:
     """Split group scales into a float scale per row and small integer multipliers.
 
     Args:
-        scale: (O, G) wanted group scales.
+        scale: (O, G) wanted group scales; 0 for a group of zeros, which has no say in the scale of its row.
 
     Returns:
-        row scale (O, 1) float32 and multipliers (O, G) float32 in 1..15.
+        row scale (O, 1) float32 > 0 and multipliers (O, G) float32 in 1..15.
     """
     row_scale = scale.amax(-1, keepdim=True) / TWO_LEVEL_MAX
+    row_scale = torch.where(row_scale > 0, row_scale, 1.0)
     return row_scale, (scale / row_scale).round_().clamp_(1, TWO_LEVEL_MAX)
 
 

@@ -99,7 +99,8 @@ def _scheme(name: str, layer: nn.Module, family: Family, config: QuantizeConfig)
     floor = {"temporal": TEMPORAL_BITS, "modulation": MODULATION_BITS}.get(role, 0)
     bits = asked or max(config.bits, floor)
     act_bits = config.act_bits if role == "body" and isinstance(layer, nn.Linear | nn.Conv2d) else 16
-    group_size = _group_size(name, tuple(layer.weight.shape), bits, act_bits, config)  # type: ignore[arg-type]
+    lifted = asked is None and bits > config.bits
+    group_size = _group_size(name, tuple(layer.weight.shape), bits, act_bits, config, lifted=lifted)  # type: ignore[arg-type]
     if act_bits < 16:
         return Scheme(
             bits=bits, group_size=group_size, two_level=group_size is not None, act_bits=act_bits, act_mode="dynamic"
@@ -109,7 +110,7 @@ def _scheme(name: str, layer: nn.Module, family: Family, config: QuantizeConfig)
 
 
 def _group_size(
-    name: str, shape: tuple[int, ...], bits: int, act_bits: Literal[16, 8, 4], config: QuantizeConfig
+    name: str, shape: tuple[int, ...], bits: int, act_bits: Literal[16, 8, 4], config: QuantizeConfig, *, lifted: bool
 ) -> int | None:
     """Values per scale, None for one scale per channel."""
     features, wanted = prod(shape[1:]), config.group_size
@@ -122,7 +123,7 @@ def _group_size(
         while features % size and size > SMALLEST_GROUP:
             size //= 2
         return size if features % size == 0 and features > size else None
-    if bits > config.bits:  # a layer that was lifted to 8 bits for its role does not follow the asked groups
+    if lifted:  # a layer that has more bits for its role does not follow the asked groups
         return None
     if features % wanted:
         raise ConfigError(

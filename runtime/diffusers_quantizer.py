@@ -11,16 +11,20 @@ from enum import Enum
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from ..core.errors import BundleError
+from ..core.config import build_config
+from ..core.errors import BundleError, ConfigError
 from ..core.manifest import FORMAT
 from ..core.scheme import Scheme
-from .layers import QuantizedLayer, swap_layers_
+from .layers import LAYER_CLASSES, QuantizedLayer, swap_layers_
 from .weight import STATE_NAMES
+
+DAMAGED_OR_NEWER = "Copy the bundle again, or upgrade: pip install -U dacc-diffusion."
 
 
 class DaccMethod(str, Enum):
@@ -73,9 +77,18 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def layer_schemes(self) -> dict[str, Scheme]:
-        """Layer name -> its scheme."""
-        schemes = {name: Scheme(**fields) for name, fields in self.schemes.items()}
-        return {layer: schemes[name] for layer, name in self.modules.items()}
+        """Layer name -> its scheme.
+
+        Raises:
+            BundleError: a scheme is not listed, or has fields or values that this dacc does not know.
+        """
+        try:
+            schemes = {name: build_config(Scheme, **fields) for name, fields in self.schemes.items()}
+            return {layer: schemes[name] for layer, name in self.modules.items()}
+        except ConfigError as error:
+            raise BundleError(f"a scheme of this model cannot be read: {error.what}", mend=DAMAGED_OR_NEWER) from None
+        except KeyError as error:
+            raise BundleError(f"the config of this model lists no scheme {error}.", mend=DAMAGED_OR_NEWER) from None
 
 
 class DaccQuantizer(DiffusersQuantizer):
@@ -102,7 +115,14 @@ class DaccQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        swap_layers_(model, self.quantization_config.layer_schemes())
+        schemes = self.quantization_config.layer_schemes()
+        known = {name for name, layer in model.named_modules() if type(layer) in LAYER_CLASSES}
+        if strange := sorted(set(schemes) - known):
+            raise BundleError(
+                f"the config quantizes layers that {type(model).__name__} does not have: {_some(strange)}.",
+                mend=DAMAGED_OR_NEWER,
+            )
+        swap_layers_(model, schemes)
         model.register_to_config(quantization_config=self.quantization_config)  # type: ignore[operator]
         expected = set(model.state_dict())
         missing, extra = sorted(expected - self._loaded), sorted(self._loaded - expected)
@@ -154,6 +174,10 @@ class DaccQuantizer(DiffusersQuantizer):
             layer = model.get_submodule(name)
             assert isinstance(layer, QuantizedLayer)
             model.set_submodule(name, _float_layer(layer))
+        config: Any = model.config
+        vars(model)["_internal_dict"] = FrozenDict(  # so that it is saved as the plain model that it is now
+            {key: value for key, value in config.items() if key != "quantization_config"}
+        )
         return model
 
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.scheme import Scheme
-from .weight import QuantizedWeight, dequantize_rows, integer_rows, state_shapes
+from .kernels_int8 import conv2d_int8_dynamic, linear_int8_dynamic
+from .kernels_weight_only import float_weight, int8_rows, linear_weight_only
+from .weight import QuantizedWeight, dequantize_rows, state_shapes
 
 Prefer = Literal["memory", "speed"]
 SCALE_NAMES = ("scale", "zero_point", "group_scale")
@@ -68,29 +70,40 @@ class QuantizedLayer(nn.Module):
         return math.prod(self.weight_shape[1:])
 
     @property
+    def act_max(self) -> int:
+        """Largest integer of a quantized activation."""
+        return int(2 ** (self.scheme.act_bits - 1) - 1)
+
+    @property
     def weight(self) -> Tensor:
         """The dequantized weight in the compute dtype, made anew at each access; for code that only looks at it."""
-        rows = dequantize_rows(self.qweight, self.scale, self.zero_point, self.group_scale, self.scheme, self.features)
-        return rows.view(self.weight_shape).to(self.compute_dtype)
+        return self.stored.dequantize(self.compute_dtype)
 
-    def float_weight(self, dtype: torch.dtype) -> Tensor:
-        """The dequantized weight for one product; kept when speed is preferred."""
+    def float_weight(self, hidden_states: Tensor) -> Tensor:
+        """The weight in the dtype of the input of one product; in eager mode valid until the next product."""
+        dtype = hidden_states.dtype
         if self._unpacked is not None and self._unpacked.dtype == dtype:
             return self._unpacked
-        rows = dequantize_rows(self.qweight, self.scale, self.zero_point, self.group_scale, self.scheme, self.features)
-        weight = rows.to(dtype).view(self.weight_shape)
+        weight = float_weight(hidden_states, self.stored)
         if self.prefer == "speed":
-            self._unpacked = weight
+            self._unpacked = weight = weight.clone()  # it lies in memory that is used again
         return weight
 
-    def integer_weight(self) -> Tensor:
-        """(O, K) int8 for an integer product; a view of the stored bytes for 8-bit weights."""
+    def integer_weight(self, hidden_states: Tensor) -> Tensor:
+        """(O, K) int8 for one integer product; for 8 bits a view of the stored bytes."""
         if self._unpacked is not None:
             return self._unpacked
-        rows = integer_rows(self.qweight, self.group_scale, self.scheme, self.features)
+        rows = int8_rows(hidden_states, self.stored)
         if self.prefer == "speed" and self.scheme.bits < 8:
-            self._unpacked = rows
+            self._unpacked = rows = rows.clone()
         return rows
+
+    @property
+    def stored(self) -> QuantizedWeight:
+        """The stored tensors as one value."""
+        return QuantizedWeight(
+            self.scheme, self.weight_shape, self.qweight, self.scale, self.zero_point, self.group_scale
+        )
 
     def memory_bytes(self) -> int:
         """Bytes that this layer holds now, unpacked copy included."""
@@ -118,13 +131,18 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     """`y = x W^T + b` with W held as integers."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return functional.linear(hidden_states, self.float_weight(hidden_states.dtype), self.bias)
+        if self.scheme.act_bits < 16:
+            weight = self.integer_weight(hidden_states)
+            return linear_int8_dynamic(hidden_states, weight, self.scale.view(-1), self.bias, qmax=self.act_max)
+        if self.prefer == "speed":
+            return functional.linear(hidden_states, self.float_weight(hidden_states), self.bias)
+        return linear_weight_only(hidden_states, self.stored, self.bias)
 
 
 class _QuantizedConv(QuantizedLayer):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        weight = self.float_weight(hidden_states.dtype)
-        return self._conv_forward(hidden_states, weight, self.bias)  # type: ignore[operator, no-any-return]
+        weight = self.float_weight(hidden_states)
+        return self._conv_forward(hidden_states, weight, self.bias)  # type: ignore[operator]
 
 
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
@@ -133,6 +151,27 @@ class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
 
 class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
     """2-D convolution with integer weights and, by scheme, integer activations."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.scheme.act_bits == 16:
+            return super().forward(hidden_states)
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            hidden_states = functional.pad(hidden_states, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
+        return conv2d_int8_dynamic(
+            hidden_states,
+            self.integer_weight(hidden_states),
+            self.scale.view(-1),
+            self.bias,
+            kernel_size=self.kernel_size,  # type: ignore[arg-type]
+            stride=self.stride,  # type: ignore[arg-type]
+            padding=padding,  # type: ignore[arg-type]
+            dilation=self.dilation,  # type: ignore[arg-type]
+            groups=self.groups,
+            qmax=self.act_max,
+        )
 
 
 class QuantizedConv3d(_QuantizedConv, nn.Conv3d):

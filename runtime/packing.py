@@ -34,7 +34,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     padded = torch.nn.functional.pad(unsigned, (0, -per_row % unit)).view(rows, -1, unit)
     out = torch.zeros(rows, padded.shape[1], unit * bits // 8, dtype=torch.uint8, device=codes.device)
     for index in range(unit):
-        byte, shift = divmod(index * bits, 8)
+        byte, shift = index * bits // 8, index * bits % 8  # torch.compile does not follow divmod
         out[:, :, byte] |= padded[:, :, index] << shift
         if shift + bits > 8:
             out[:, :, byte + 1] |= padded[:, :, index] >> (8 - shift)
@@ -62,7 +62,7 @@ def unpack_codes(packed: Tensor, bits: int, codes_per_row: int, *, signed: bool)
     padded = padded.view(rows, units, bytes_per_unit)
     codes = torch.empty(rows, units, unit, dtype=torch.uint8, device=packed.device)
     for index in range(unit):
-        byte, shift = divmod(index * bits, 8)
+        byte, shift = index * bits // 8, index * bits % 8  # torch.compile does not follow divmod
         value = padded[:, :, byte] >> shift
         if shift + bits > 8:
             value = value | (padded[:, :, byte + 1] << (8 - shift))

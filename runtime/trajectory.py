@@ -25,6 +25,7 @@ from ..core.manifest import Effect
 from ..core.pipeline import denoisers
 from ..core.reporter import Reporter, silent
 from ..core.seeds import seed_stream
+from ..core.zoo import ZooEntry
 from .clock import RunState, attach_clock, current_run, fixed_run, observe_steps, reset_clock
 from .compare import Samples, compare
 
@@ -55,6 +56,15 @@ class RunRequest(Config):
         if self.class_labels == () or self.prompts == ():
             raise ValueError("class_labels and prompts must not be empty")
         return self
+
+    def with_zoo_defaults(self, entry: ZooEntry | None) -> RunRequest:
+        """Guidance and classes of a zoo pipeline where the request leaves them open."""
+        if entry is None:
+            return self
+        guidance = self.guidance_scale if self.guidance_scale is not None else entry.guidance_scale
+        known = entry.classes if entry.conditioning == "class" else None
+        labels = tuple(range(known) if isinstance(known, int) else (int(value) for value in known or ()))
+        return self.model_copy(update={"guidance_scale": guidance, "class_labels": self.class_labels or labels or None})
 
     def batches(self) -> Iterator[range]:
         """Positions of the samples of each pipeline call."""
@@ -181,7 +191,8 @@ def measure_effect(
     try:
         expected = sum(_estimate(pipe, settings, budget_seconds) for pipe in (reference_pipe, other_pipe))
         if expected > budget_seconds:
-            return _unmeasured(f"it would take about {expected:.0f} s, more than {budget_seconds:.0f} s", reporter)
+            reporter.say(f"measuring would take about {expected:.0f} s")  # not in the notice: it differs between runs
+            return _unmeasured(f"it would take more than {budget_seconds:.0f} s", reporter)
         with reporter.stage("comparing with the reference"):
             effect = compare(sample(reference_pipe, settings), sample(other_pipe, settings), steps=steps)
     except UnsupportedError as error:

@@ -1,8 +1,9 @@
 """One quantized weight as a value: packed codes with their scales, and the arithmetic that turns them back to floats.
 
 Letters: O output channels (rows), K input features per row, G = K / group_size groups per row, B packed bytes per row.
-A convolution weight (O, I / groups, *kernel) is flattened to K = I / groups * prod(kernel) features per row, an
-embedding table (entries, width) has one row per entry.
+A convolution weight (O, I / groups, *kernel) becomes rows with the channels innermost, (O, *kernel, I / groups): so lie
+the patches of a channels-last image in memory, and an integer product reads the stored bytes as they are. An embedding
+table (entries, width) has one row per entry.
 """
 
 from __future__ import annotations
@@ -62,13 +63,19 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight in its original shape; the arithmetic is done in float32."""
-        return (
-            dequantize_rows(
-                self.qweight, self.scale, self.zero_point, self.group_scale, self.scheme, math.prod(self.shape[1:])
-            )
-            .to(dtype)
-            .view(self.shape)
-        )
+        features = math.prod(self.shape[1:])
+        rows = dequantize_rows(self.qweight, self.scale, self.zero_point, self.group_scale, self.scheme, features)
+        return from_rows(rows, self.shape).to(dtype)
+
+
+def to_rows(weight: Tensor) -> Tensor:
+    """A float weight (O, I, *kernel) as rows (O, K), channels innermost; matrices as they are."""
+    return weight.movedim(1, -1).flatten(1)
+
+
+def from_rows(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `to_rows`; a view, in channels-last order for convolutions."""
+    return rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 def state_shapes(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, int], torch.dtype | None]]:

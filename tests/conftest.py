@@ -13,7 +13,12 @@ from typing import Any
 
 import pytest
 
+import dacc
+
+# pytest takes the repository root for a package of the folder's name and would import a second dacc under that name
+sys.modules.setdefault(Path(__file__).parents[1].name, dacc)
 os.environ["HF_HUB_OFFLINE"] = "1"  # the Hub client reads it once, at its import
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # so does torch: the models are too small to share between threads
 
 
 @pytest.fixture(autouse=True)
@@ -156,9 +161,7 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a program in a fresh interpreter: `run_python(code, *arguments)`; its output is text."""
 
     def run(code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        import torch
-
-        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONSAFEPATH": "1"}
+        environment = os.environ | {"PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-c", code, *map(str, arguments)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0 or not check, done.stderr

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...core.config import Config
 from ...core.scheme import Scheme
-from ...runtime.weight import QuantizedWeight
+from ...runtime.weight import QuantizedWeight, to_rows
 from ..grid import minmax_grid, round_codes, search_grid, split_groups, stored_scale, two_level_scale
 
 ROWS_VALUES = 1 << 19  # values treated at once: small enough to stay in cache through the passes of the search
@@ -40,7 +40,7 @@ def quantize(weight: Tensor, scheme: Scheme, config: RTNConfig) -> QuantizedWeig
         weight: (O, *features), any float dtype.
         scheme: number format; its group size divides the features per row.
     """
-    rows = weight.flatten(1)
+    rows = to_rows(weight)
     step = max(1, ROWS_VALUES // rows.shape[1])
     parts = [_grid(chunk, scheme, config) for chunk in rows.split(step)]
     scale, zero_point, group_scale = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -68,6 +68,6 @@ def _grid(rows: Tensor, scheme: Scheme, config: RTNConfig) -> tuple[Tensor, Tens
     else:
         scale, zero_point = minmax_grid(groups, scheme.bits, symmetric=scheme.symmetric)
     if scheme.two_level:
-        row_scale, multipliers = two_level_scale(scale)
+        row_scale, multipliers = two_level_scale(torch.where(groups.any(-1), scale, 0.0))
         return row_scale, zero_point, multipliers
     return scale, zero_point, torch.ones_like(scale[:, :1])

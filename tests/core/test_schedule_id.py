@@ -4,6 +4,8 @@ import pytest
 
 from dacc.core.schedule_id import ScheduleId, nearest_calls, schedule_id
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy 2 inside diffusers
+
 diffusers = pytest.importorskip("diffusers")
 
 

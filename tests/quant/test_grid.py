@@ -1,0 +1,125 @@
+import pytest
+import torch
+
+from dacc.quant.grid import (
+    minmax_grid,
+    round_codes,
+    search_grid,
+    split_groups,
+    squared_error,
+    stored_scale,
+    two_level_scale,
+)
+
+CASES = [(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
+
+
+def code_range(bits, symmetric):
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+def through(groups, bits, symmetric, grid):
+    """Values after a trip through their codes."""
+    scale, zero = grid
+    codes = round_codes(groups, scale, zero, code_range(bits, symmetric))
+    low, high = code_range(bits, symmetric)
+    assert torch.equal(codes, codes.round())
+    assert low <= codes.min()
+    assert codes.max() <= high
+    return (codes - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
+
+
+def both_grids(groups, bits, symmetric):
+    yield minmax_grid(groups, bits, symmetric=symmetric)
+    yield search_grid(groups, bits, symmetric=symmetric, code_range=code_range(bits, symmetric))
+
+
+def test_groups_are_neighbours_in_a_row():
+    weight = torch.arange(12.0, dtype=torch.float64).view(2, 6)
+    assert split_groups(weight, 3).tolist() == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]]
+    assert split_groups(weight, None).shape == (2, 1, 6)
+    assert split_groups(weight, 3).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), CASES)
+def test_zero_weights_stay_zero(bits, symmetric):
+    groups = torch.zeros(2, 3, 8)
+    for grid in both_grids(groups, bits, symmetric):
+        assert (grid[0] > 0).all()
+        assert torch.equal(through(groups, bits, symmetric, grid), groups)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), CASES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_range_that_leaves_zero_out_is_widened_to_it(bits, symmetric, sign):
+    groups = sign * torch.linspace(5, 6, 16).view(1, 1, 16)
+    scale, zero = minmax_grid(groups, bits, symmetric=symmetric)
+    assert float(zero) == (0 if symmetric or sign > 0 else 2**bits - 1)
+    steps = 2**bits - 1 if not symmetric else 2 ** (bits - 1) - (1 if sign > 0 else 0)
+    assert float(scale) == pytest.approx(6 / steps)
+    assert (through(groups, bits, symmetric, (scale, zero)) - groups).abs().max() <= scale / 2 * 1.001
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), CASES)
+@pytest.mark.parametrize("value", [3.7, -3.7, 1e-6])
+def test_a_group_of_one_repeated_value_is_met_exactly(bits, symmetric, value):
+    groups = torch.full((1, 2, 8), value)
+    for grid in both_grids(groups, bits, symmetric):
+        torch.testing.assert_close(through(groups, bits, symmetric, grid), groups, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), CASES)
+def test_no_value_is_further_than_half_a_step_from_a_full_range(bits, symmetric):
+    groups = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0))
+    scale, zero = minmax_grid(groups, bits, symmetric=symmetric)
+    worst = (through(groups, bits, symmetric, (scale, zero)) - groups).abs().amax(-1)
+    room = 0.5 if symmetric else 1.0  # rounding the zero point moves the ends by up to half a step
+    assert (worst <= scale * room * 1.0001).all()
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), CASES)
+def test_the_search_never_loses_to_the_full_range_on_any_group(bits, symmetric):
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.randn(6, 4, 32, generator=generator) ** 3  # heavy tails
+    groups[0, 0] = 0
+    groups[1, 0] = groups[1, 0].abs()
+    full, best = (
+        (through(groups, bits, symmetric, grid) - groups).square().sum(-1)
+        for grid in both_grids(groups, bits, symmetric)
+    )
+    assert (best <= full).all()
+    assert best.sum() < (0.98 if bits < 8 else 1.0) * full.sum()
+
+
+def test_the_search_finds_the_scale_of_weights_that_lie_on_a_grid():
+    codes = torch.tensor([[-3.0, 3, 1, 0, 2, -1, 3, -2]]).unsqueeze(0)
+    scale, zero = search_grid(0.37 * codes, 3, symmetric=True, code_range=(-4, 3))
+    assert torch.equal(round_codes(0.37 * codes, scale, zero, (-4, 3)), codes)
+    assert float(scale) == pytest.approx(0.37)
+
+
+def test_squared_error_is_per_group():
+    groups = torch.tensor([[[1.0, 2.0], [0.0, 4.0]]])
+    codes = torch.tensor([[[1.0, 1.0], [1.0, 3.0]]])
+    assert squared_error(groups, codes, torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]])).tolist() == [[1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([[0.1, 0.2]], torch.float16),
+        ([[0.1]], torch.float32),  # one scale per row costs little, so it keeps its precision
+        ([[2.0**-14, 65504.0]], torch.float16),
+        ([[2.0**-15, 0.1]], torch.float32),  # float16 would lose mantissa bits
+        ([[0.1, 70000.0]], torch.float32),  # float16 would overflow
+    ],
+)
+def test_scales_are_float16_only_where_that_loses_no_range(values, dtype):
+    assert stored_scale(torch.tensor(values)).dtype == dtype
+
+
+def test_two_level_scales_are_a_row_scale_times_small_integers():
+    scale = torch.tensor([[1.5, 0.8, 0.01], [3.0, 3.0, 3.0], [0.0, 1.5, 0.1], [0.0, 0.0, 0.0]])
+    row_scale, multipliers = two_level_scale(scale)
+    assert row_scale.flatten().tolist() == pytest.approx([0.1, 0.2, 0.1, 1.0])
+    assert multipliers.tolist() == [[15, 8, 1], [15, 15, 15], [1, 15, 1], [1, 1, 1]]

@@ -1,0 +1,232 @@
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DModel
+from torch import nn
+
+from dacc.core.errors import ConfigError, UnsupportedError
+from dacc.core.families import Family, find_family
+from dacc.core.scheme import Scheme
+from dacc.quant.config import QuantizeConfig
+from dacc.quant.plan import plan_layers
+
+PLAIN = Family(name="plain", denoisers=(), edge=("first", "last"), temporal=("time.*",), modulation=("mod",))
+BLOCK = "transformer_blocks.0"
+
+
+def toy(**layers):
+    with torch.device("meta"):
+        return nn.ModuleDict({"first": nn.Linear(64, 64), **layers})
+
+
+def plans_of(model, family=PLAIN, **fields):
+    return {plan.name: plan for plan in plan_layers(model, family, QuantizeConfig(**fields))}
+
+
+def scheme_of(layer, **fields):
+    return plans_of(toy(layer=layer), **fields)["layer"].scheme
+
+
+@pytest.fixture(scope="module")
+def dit():
+    with torch.device("meta"):
+        return DiTTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=32, in_channels=4, num_layers=1, sample_size=8, norm_num_groups=4
+        )
+
+
+@pytest.fixture(scope="module")
+def unet():
+    with torch.device("meta"):
+        return UNet2DModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            norm_num_groups=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            {"bits": 4},
+            {"attn1.to_q": "w4", "ff.net.2": "w4-g64-asym", "norm1.linear": "w4", "time": "w8", "class": "w8"},
+        ),
+        (
+            {"bits": 3},
+            {"attn1.to_q": "w3", "ff.net.2": "w3-g64-asym", "norm1.linear": "w4", "time": "w8", "class": "w8"},
+        ),
+        ({"bits": 8}, {"attn1.to_q": "w8", "ff.net.2": "w8", "norm1.linear": "w8", "time": "w8", "class": "w8"}),
+        (
+            {"bits": 8, "act_bits": 8},
+            {"attn1.to_q": "w8a8", "ff.net.2": "w8a8", "norm1.linear": "w8", "time": "w8", "class": "w8"},
+        ),
+        (
+            {"bits": 4, "act_bits": 8},
+            {"attn1.to_q": "w4a8", "ff.net.2": "w4a8-g64-two-level", "norm1.linear": "w4", "time": "w8", "class": "w8"},
+        ),
+        (
+            {"bits": 4, "act_bits": 8, "group_size": "channel"},
+            {"attn1.to_q": "w4a8", "ff.net.2": "w4a8", "norm1.linear": "w4", "time": "w8", "class": "w8"},
+        ),
+        (
+            {"bits": 4, "group_size": 32, "symmetric": True},
+            {"attn1.to_q": "w4-g32", "ff.net.2": "w4-g32", "norm1.linear": "w4-g32", "time": "w8", "class": "w8"},
+        ),
+    ],
+)
+def test_roles_decide_how_far_down_a_layer_goes(dit, fields, expected):
+    plans = plans_of(dit, find_family("DiTTransformer2DModel")[0], **fields)
+    full = {
+        "time": "norm1.emb.timestep_embedder.linear_2",
+        "class": "norm1.emb.class_embedder.embedding_table",
+    }
+    assert {name: plans[f"{BLOCK}.{full.get(name, name)}"].scheme.name for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["pos_embed.proj", "proj_out_1", "proj_out_2"])
+def test_first_and_last_layers_stay_float(dit, name):
+    plan = plans_of(dit, find_family("DiTTransformer2DModel")[0], bits=8, act_bits=8)[name]
+    assert plan.scheme is None
+    assert plan.reason == "first and last layers stay 16-bit float"
+
+
+def test_every_layer_of_a_unet_is_planned_once(unet):
+    plans = plan_layers(unet, find_family("UNet2DModel")[0], QuantizeConfig(bits=8, act_bits=8))
+    names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    assert [plan.name for plan in plans] == names
+    assert {plan.scheme.name for plan in plans if plan.name.endswith("time_emb_proj")} == {"w8"}
+    assert {plan.scheme.name for plan in plans if ".conv" in plan.name} == {"w8a8"}
+    assert all((plan.scheme is None) != (plan.reason is None) for plan in plans)
+    assert all(plan.shape == tuple(unet.get_submodule(plan.name).weight.shape) for plan in plans)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(32, 8, 3), nn.Conv3d(32, 8, 3)], ids=["conv1d", "conv3d"])
+def test_convolutions_of_other_ranks_are_weight_only(layer):
+    assert scheme_of(layer, bits=8, act_bits=8) == Scheme(bits=8)
+
+
+def test_an_embedding_has_int8_rows_unless_asked_otherwise():
+    model = toy(layer=nn.Embedding(10, 64))
+    assert plans_of(model, bits=3)["layer"].scheme == Scheme(bits=8)
+    assert plans_of(model, bits=4, group_size=48)["layer"].scheme == Scheme(bits=8)
+    assert plans_of(model, layer_bits=(("layer", 4),))["layer"].scheme == Scheme(bits=4)
+
+
+@pytest.mark.parametrize(
+    ("features", "bits", "group_size"),
+    [
+        (256, 4, 64),
+        (96, 4, 32),
+        (48, 4, 16),
+        (72, 4, None),  # nothing from 16 up divides it
+        (64, 4, None),  # one group is one scale per channel
+        (256, 5, 64),
+        (256, 6, None),
+        (256, 2, 64),
+    ],
+)
+def test_groups_halve_until_they_divide(features, bits, group_size):
+    scheme = scheme_of(nn.Linear(features, 8), bits=bits)
+    assert scheme.group_size == group_size
+    assert scheme.symmetric is (group_size is None)
+
+
+def test_a_group_as_wide_as_the_layer_is_one_scale_per_channel():
+    assert scheme_of(nn.Linear(96, 8), group_size=96).group_size is None
+
+
+def test_groups_of_a_convolution_run_over_its_flattened_kernel():
+    assert scheme_of(nn.Conv2d(64, 8, 3, groups=2), group_size=32).group_size == 32
+
+
+def test_a_group_that_does_not_divide_is_refused_with_the_layer_and_advice():
+    with pytest.raises(ConfigError, match="group_size 50 does not divide the 64 input features of layer") as caught:
+        scheme_of(nn.Linear(64, 8), group_size=50)
+    assert "--group-size auto" in caught.value.mend
+    assert "--exclude 'layer'" in caught.value.mend
+    assert plans_of(toy(layer=nn.Linear(64, 8), ok=nn.Linear(100, 8)), group_size=50, exclude=("layer",))
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.device("meta"):
+        return nn.ModuleDict(
+            {
+                "first": nn.Linear(8, 8),
+                "time": nn.Sequential(nn.Linear(8, 8)),
+                "body": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)),
+                "mod": nn.Linear(8, 8),
+                "last": nn.Linear(8, 8),
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "treated"),
+    [
+        ({}, {"time.0": 8, "body.0": 3, "body.1": 3, "mod": 4}),
+        ({"include": ("body.*",)}, {"body.0": 3, "body.1": 3}),
+        ({"exclude": ("body.*", "mod")}, {"time.0": 8}),
+        ({"include": ("body.*",), "exclude": ("*.1",)}, {"body.0": 3}),
+        ({"layer_bits": (("*", 5), ("*.0", 16), ("first", 8))}, {"first": 8, "body.1": 5, "mod": 5, "last": 5}),
+        ({"layer_bits": (("time.*", 2),)}, {"time.0": 2, "body.0": 3, "body.1": 3, "mod": 4}),
+    ],
+)
+def test_patterns_choose_layers_and_the_last_bits_win(model, fields, treated):
+    plans = plans_of(model, bits=3, **fields)
+    assert {name: plan.scheme.bits for name, plan in plans.items() if plan.scheme} == treated
+
+
+@pytest.mark.parametrize(
+    ("fields", "reasons"),
+    [
+        ({"exclude": ("mod",)}, {"mod": "excluded"}),
+        ({"include": ("body.*",)}, {"mod": "not included", "first": "not included"}),
+        ({"layer_bits": (("mod", 16),)}, {"mod": "kept at 16 bits as asked"}),
+    ],
+)
+def test_what_is_left_alone_has_its_reason(model, fields, reasons):
+    plans = plans_of(model, **fields)
+    assert {name: plans[name].reason for name in reasons} == reasons
+
+
+@pytest.mark.parametrize(
+    "fields", [{"include": ("bodi.0",)}, {"exclude": ("bodi.0",)}, {"layer_bits": (("bodi.0", 8),)}]
+)
+def test_a_pattern_that_matches_nothing_is_answered_with_the_nearest(model, fields):
+    with pytest.raises(ConfigError, match=r"'bodi.0' matches no layer") as caught:
+        plans_of(model, **fields)
+    assert "body.0" in caught.value.mend
+
+
+def test_nothing_left_to_quantize_is_an_error(model):
+    with pytest.raises(UnsupportedError, match="has no layer left to quantize") as caught:
+        plans_of(model, exclude=("*",))
+    assert "--exclude" in caught.value.mend
+
+
+def test_a_shared_weight_is_skipped_in_all_its_layers():
+    model = toy(a=nn.Linear(8, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 8))
+    model["a"].weight = model["b"].weight
+    plans = plans_of(model)
+    assert plans["a"].reason == plans["b"].reason == "shares its weight with another layer"
+    assert plans["c"].scheme is not None
+
+
+def test_a_subclass_of_a_layer_is_not_taken_for_it():
+    class Special(nn.Linear):
+        pass
+
+    plans = plans_of(toy(special=Special(8, 8), plain=nn.Linear(8, 8)))
+    assert plans["special"].reason == "Special is not a plain layer"
+
+
+def test_what_the_model_keeps_in_float32_is_left_alone():
+    model = toy(keep=nn.Sequential(nn.Linear(8, 8)), keeper=nn.Linear(8, 8))
+    model._keep_in_fp32_modules = ["keep"]
+    plans = plans_of(model)
+    assert plans["keep.0"].reason == "the model keeps it in float32"
+    assert plans["keeper"].scheme is not None

@@ -1,0 +1,90 @@
+"""docs/format.md is enough: the program in it, run alone, reads every layer exactly as dacc does."""
+
+import json
+import re
+from pathlib import Path
+
+import diffusers
+import numpy
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+
+from dacc.core.manifest import Manifest, read_manifest
+from dacc.core.scheme import Scheme
+from dacc.runtime.layers import QuantizedLayer
+from dacc.runtime.packing import pack_codes
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TEXT = (DOCS / "format.md").read_text(encoding="utf-8")
+PROGRAM = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)[-1]
+BUNDLES = {
+    "3 bits": ("dit_folder", {"bits": 3}),
+    "4 bits with groups of 32": ("dit_folder", {"bits": 4, "group_size": 32, "symmetric": True}),
+    "5 bits asymmetric per channel": ("unet_folder", {"bits": 5, "group_size": "channel", "symmetric": False}),
+    "6 bits": ("unet_folder", {"bits": 6}),
+    "4 bits asymmetric": ("unet_folder", {"bits": 4}),
+    "two levels": ("unet_folder", {"bits": 4, "act_bits": 8}),
+    "grouped convolutions": ("sana_folder", {"bits": 3}),
+}
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_the_program_in_the_docs_reads_every_layer_bit_for_bit(name, request, bundle_of, run_python):
+    kind, fields = BUNDLES[name]
+    bundle = bundle_of(request.getfixturevalue(kind), **fields)
+    component, record = next(iter(read_manifest(bundle).components.items()))
+    run_python(f"import sys\nsys.modules.update(torch=None, dacc=None)\n{PROGRAM}", bundle, component, "layers.npz")
+    model = getattr(diffusers, record.class_name).from_pretrained(bundle, subfolder=component)
+    layers = {key: module for key, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    found = numpy.load("layers.npz")
+    assert set(found) == set(layers)
+    for key, layer in layers.items():
+        assert found[key].shape == tuple(layer.weight.shape)
+        assert torch.equal(torch.from_numpy(found[key]), layer.weight), key
+
+
+def test_the_bundles_above_hold_every_kind_of_layer_and_scheme(request, bundle_of):
+    kinds, schemes = set(), set()
+    for kind, fields in BUNDLES.values():
+        bundle = bundle_of(request.getfixturevalue(kind), **fields)
+        component, record = next(iter(read_manifest(bundle).components.items()))
+        model = getattr(diffusers, record.class_name).from_pretrained(bundle, subfolder=component)
+        for module in model.modules():
+            if isinstance(module, QuantizedLayer):
+                kinds.add(f"{type(module).__name__} {'grouped' if getattr(module, 'groups', 1) > 1 else ''}".strip())
+                schemes.add(module.scheme)
+    assert kinds >= {"QuantizedLinear", "QuantizedConv2d", "QuantizedConv2d grouped", "QuantizedEmbedding"}
+    assert {scheme.bits for scheme in schemes} >= {3, 4, 5, 6, 8}
+    assert any(scheme.two_level for scheme in schemes)
+    assert any(not scheme.symmetric and scheme.group_size is None for scheme in schemes)
+
+
+@pytest.mark.parametrize(
+    ("codes", "bits", "written"), [([1, -1, 7, -8], 4, "F1 87"), ([5, 1, 7], 3, "CD 01")], ids=["4 bits", "3 bits"]
+)
+def test_the_worked_examples_are_right(codes, bits, written):
+    assert bytes(pack_codes(torch.tensor([codes]), bits)[0].tolist()).hex(" ").upper() == written
+    assert f"codes {', '.join(map(str, codes))}:" in TEXT
+    assert f"bytes   {written} " in TEXT
+
+
+def test_the_schema_is_current():
+    text = json.dumps(Manifest.model_json_schema(), indent=1, sort_keys=True) + "\n"
+    assert (DOCS / "manifest.schema.json").read_text() == text, "write json.dumps of Manifest.model_json_schema() there"
+
+
+@pytest.mark.parametrize("name", ["3 bits", "grouped convolutions"])
+def test_a_manifest_follows_the_schema(name, request, bundle_of):
+    kind, fields = BUNDLES[name]
+    schema = json.loads((DOCS / "manifest.schema.json").read_text())
+    manifest = bundle_of(request.getfixturevalue(kind), **fields) / "dacc_manifest.json"
+    Draft202012Validator.check_schema(schema)
+    Draft202012Validator(schema).validate(json.loads(manifest.read_text()))
+
+
+def test_every_field_is_in_the_docs():
+    definitions = Manifest.model_json_schema()["$defs"].values()
+    names = {name for part in [Manifest.model_json_schema(), *definitions] for name in part["properties"]}
+    assert not {name for name in names if not re.search(rf"[`.]{name}\b", TEXT)}
+    assert all(f"| `{name}` |" in TEXT for name in Scheme.model_fields)
