@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -13,17 +13,31 @@ from .options import print_path
 
 
 def mount(app: typer.Typer) -> None:
-    app.command("generate", epilog="Example: dacc generate zoo:digits-dit --class 3 --num 8 -o threes")(generate)
+    epilog = options.examples(
+        "dacc generate zoo:digits-dit --class 3 --num 8 -o threes",
+        "dacc quantize | dacc generate --num 16 --steps 20",
+        "dacc generate owner/name --prompt 'a lighthouse at dusk' --num 2",
+    )
+    app.command("generate", epilog=epilog)(generate)
 
 
 def generate(
     source: options.SourceArgument = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What to paint; repeatable.")] = None,
-    label: Annotated[list[int] | None, typer.Option("--class", "-c", help="Class label; repeatable.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="What to paint; repeated ones take turns.")
+    ] = None,
+    label: Annotated[
+        list[int] | None, typer.Option("--class", "-c", help="Class label; repeated ones take turns.")
+    ] = None,
     num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many images.")] = 4,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Solver steps.")] = 50,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance; the pipeline's own by default.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per pipeline call.")] = 16,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Solver steps; fewer: faster, coarser.")] = 50,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance; larger: closer to the prompt or class.", show_default="the zoo's own, else the pipeline's"
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per pipeline call; larger: faster, more memory.")] = 16,
     output: options.OutputOption = None,
     overwrite: options.OverwriteOption = False,
     seed: options.SeedOption = 0,
@@ -31,13 +45,17 @@ def generate(
     dtype: options.DtypeOption = "auto",
     prefer: options.PreferOption = "memory",
     threads: options.ThreadsOption = None,
+    strict: options.StrictOption = False,
     json: options.JsonOption = False,
     quiet: options.QuietOption = False,
     verbose: options.VerboseOption = False,
 ) -> None:
     """Write PNG images into a folder and print its path."""
-    reporter = options.start(quiet=quiet, verbose=verbose, threads=threads)
-    options.parse_choice(prefer, ("memory", "speed"), "--prefer")
+    reporter = options.start(quiet=quiet, verbose=verbose, strict=strict, threads=threads)
+    options.check_running(dtype=dtype, prefer=prefer)
+    from ..core.source import resolve_source
+
+    found = resolve_source(source, reporter=reporter)  # before the heavy imports: a wrong name is answered at once
     from ..evaluate.generate import GenerateConfig, generate_images
 
     config = build_config(
@@ -51,6 +69,13 @@ def generate(
         batch_size=batch_size,
     )
     folder = generate_images(
-        source, config, output=output, overwrite=overwrite, device=device, dtype=dtype, prefer=prefer, reporter=reporter
+        found,
+        config,
+        output=output,
+        overwrite=overwrite,
+        device=device,
+        dtype=dtype,
+        prefer=cast(options.Prefer, prefer),
+        reporter=reporter,
     )
     print_path(folder, as_json=json, record={"images": sorted(file.name for file in Path(folder).glob("*.png"))})

@@ -5,32 +5,104 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..core.errors import ConfigError
 from ..core.reporter import Reporter
 
+ROOT = Path(__file__).parents[1]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PREFERENCES = ("memory", "speed")
+Prefer = Literal["memory", "speed"]
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 a bug, 2 usage, 3 input, 4 damaged files, 5 memory, disk or lock, "
+    "6 a --require was missed, 7 unsupported, 130 interrupted."
+)
+
+
+def examples(*lines: str, exit_codes: bool = False) -> str:
+    """The end of a help page: lines to try, one below the other."""
+    heading = "Examples:" if len(lines) > 1 else "Example:"
+    return "\n\n".join([heading, *lines, *(["", EXIT_CODES] if exit_codes else [])])
+
+
+def words(*known: str) -> Callable[[str], list[str]]:
+    """Shell completion from fixed words."""
+    return lambda incomplete: [word for word in known if word.startswith(incomplete)]
+
+
+def files_of(folder: str) -> tuple[str, ...]:
+    """Names of the method files in a folder of the package, without importing any."""
+    return tuple(sorted(file.stem for file in (ROOT / folder).glob("*.py") if not file.stem.startswith("_")))
+
+
+def complete_source(incomplete: str) -> list[str]:
+    """Shell completion of a SOURCE: the zoo, and pipeline folders here. A broken zoo completes nothing."""
+    from ..core.errors import DaccError
+    from ..core.zoo import PREFIX, list_zoo
+
+    try:
+        zoo = [PREFIX + entry.name for entry in list_zoo()]
+    except DaccError:
+        zoo = []
+    near = Path(incomplete).parent if "/" in incomplete else Path()
+    here = sorted(str(index.parent) for index in near.glob("*/model_index.json"))
+    return [word for word in [*zoo, *here] if word.startswith(incomplete)]
+
+
+def check_place(output: Path | None) -> Path | None:
+    """Refuse an output below a file, before any work is done.
+
+    Raises:
+        ConfigError: it cannot be made there.
+    """
+    if output is not None:
+        nearest = next(parent for parent in output.absolute().parents if parent.exists())
+        if not nearest.is_dir():
+            raise ConfigError(f"--output {output}: {nearest} is not a folder.", mend="Choose another --output.")
+    return output
+
+
 SourceArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[SOURCE]",
-        help="Pipeline folder, bundle, Hub id owner/name[@revision], zoo:NAME, or - for standard input. "
+        metavar="SOURCE",
+        help="Pipeline folder, bundle, Hub id owner/name@revision, zoo:NAME, or - for standard input. "
         "Left out: what a pipe brings, else zoo:digits-unet.",
+        autocompletion=complete_source,
     ),
 ]
 OutputOption = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Folder or file to make.", show_default="by what is done")
+    Path | None,
+    typer.Option("--output", "-o", help="Folder to make.", show_default="by what is done", callback=check_place),
 ]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing output, once the new one is complete.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal results.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="auto (float32 on a CPU), float32, bfloat16, float16.")]
-PreferOption = Annotated[str, typer.Option("--prefer", help="memory: unpack weights at each call; speed: unpack once.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...", autocompletion=words("auto", "cpu", "cuda"))
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="auto (float32 on a CPU, else float16), float32, bfloat16, float16.",
+        autocompletion=words(*DTYPES),
+    ),
+]
+PreferOption = Annotated[
+    str,
+    typer.Option(
+        "--prefer",
+        help="How quantized layers run. memory: unpack weights at each call; speed: unpack once.",
+        autocompletion=words(*PREFERENCES),
+    ),
+]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default="all cores")]
 ComponentOption = Annotated[
     list[str] | None, typer.Option("--component", help="Model to treat; repeatable.", show_default="all denoisers")
@@ -40,7 +112,11 @@ SetOption = Annotated[
 ]
 RequireOption = Annotated[
     list[str] | None,
-    typer.Option("--require", metavar="'psnr>=25'", help="Fail, and write nothing, below this floor; repeatable."),
+    typer.Option(
+        "--require",
+        metavar="'psnr>=25'",
+        help="Fail, and write nothing, when this is missed (psnr, ssim, relative_l2); repeatable.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notices.")]
@@ -61,9 +137,21 @@ def start(*, quiet: bool = False, verbose: bool = False, strict: bool = False, t
 
 def print_path(path: Path, *, as_json: bool, record: dict[str, Any] | None = None) -> None:
     """The one line of stdout: a path, or the JSON record that the next command reads."""
-    text = json.dumps({"schema": 1, "path": str(path), **(record or {})}, ensure_ascii=False) if as_json else str(path)
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    if as_json:
+        print_document({"path": str(path), **(record or {})})
+    else:
+        sys.stdout.write(f"{path}\n")
+
+
+def print_document(values: dict[str, Any]) -> None:
+    """One JSON document on one line; the first key is its schema."""
+    sys.stdout.write(json.dumps({"schema": 1, **values}, ensure_ascii=False) + "\n")
+
+
+def check_running(*, dtype: str, prefer: str) -> None:
+    """Check two words that would otherwise be refused only after the heavy imports."""
+    parse_choice(dtype, DTYPES, "--dtype")
+    parse_choice(prefer, PREFERENCES, "--prefer")
 
 
 def parse_choice(value: str, known: tuple[str, ...], option: str) -> str:

@@ -17,34 +17,80 @@ if TYPE_CHECKING:
     from ..core.reporter import Reporter
     from ..quant.config import QuantizeConfig
 
+METHODS = ("auto", *options.files_of("quant/methods"))
+
 
 def mount(app: typer.Typer) -> None:
-    app.command("quantize", epilog="Example: dacc quantize zoo:digits-dit --bits 4 -o small")(quantize)
+    epilog = options.examples(
+        "dacc quantize",
+        "dacc quantize zoo:digits-dit --bits 4 -o small",
+        "dacc quantize zoo:digits-dit --bits 8 --act-bits 8",
+        "dacc quantize zoo:digits-dit --layer-bits '*.ff.*=8' --require 'psnr>=25'",
+        "dacc quantize zoo:digits-dit --bits 3 --dry-run",
+    )
+    app.command("quantize", epilog=epilog)(quantize)
 
 
 def quantize(
     source: options.SourceArgument = None,
-    bits: Annotated[str, typer.Option("--bits", "-b", metavar="2-8", help="Weight bits.")] = "4",
+    bits: Annotated[
+        str, typer.Option("--bits", "-b", metavar="2-8", help="Weight bits; fewer: smaller file, worse image.")
+    ] = "4",
     act_bits: Annotated[
-        str, typer.Option(metavar="16|8|4", help="Activation bits; 8 runs on integer products.")
+        str,
+        typer.Option(
+            metavar="16|8|4",
+            help="Activation bits; 8 runs on integer products and is faster, 16 leaves activations float.",
+            autocompletion=options.words("16", "8", "4"),
+        ),
     ] = "16",
-    act_mode: Annotated[str, typer.Option(metavar="auto|dynamic", help="Where activation scales come from.")] = "auto",
-    method: Annotated[str, typer.Option("--method", "-m", help="auto, rtn.")] = "auto",
-    group_size: Annotated[str, typer.Option(metavar="auto|channel|N", help="Input features per scale.")] = "auto",
+    act_mode: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|dynamic",
+            help="Where activation scales come from; dynamic: from each input as it comes.",
+            autocompletion=options.words("auto", "dynamic"),
+        ),
+    ] = "auto",
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            "-m",
+            help=f"{', '.join(METHODS)}; see docs/quantize.md.",
+            autocompletion=options.words(*METHODS),
+        ),
+    ] = "auto",
+    group_size: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|channel|N",
+            help="Input features per scale; smaller: better image, larger file.",
+            autocompletion=options.words("auto", "channel", "32", "64", "128"),
+        ),
+    ] = "auto",
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.", show_default="auto")
     ] = None,
-    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only these layers; repeatable.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Only layers of these names; repeatable.")
+    ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Leave these layers float; repeatable.")
     ] = None,
     layer_bits: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB=N", help="Bits of these layers, 16 to leave float; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="GLOB=N", help="Bits of these layers, 16 to leave them float; the last match wins."),
     ] = None,
     component: options.ComponentOption = None,
     setting: options.SetOption = None,
     measure: Annotated[
-        str, typer.Option(metavar="auto|never", help="Compare with the float pipeline at the end.")
+        str,
+        typer.Option(
+            metavar="auto|never",
+            help="Compare with the float pipeline at the end; auto: when both fit in memory.",
+            autocompletion=options.words("auto", "never"),
+        ),
     ] = "auto",
     require: options.RequireOption = None,
     keep_failed: Annotated[
@@ -66,8 +112,9 @@ def quantize(
 ) -> None:
     """Write a pipeline folder whose denoiser holds packed integers, and print its path.
 
-    Weights of 2 to 8 bits; with --act-bits 8 the layers run on integer products. The folder loads with dacc.load, or
-    with plain diffusers after `import dacc`.
+    Weights of 2 to 8 bits; with --act-bits 8 the layers run on integer products.
+
+    The folder loads with dacc.load, or with plain diffusers after `import dacc`.
     """
     reporter = options.start(quiet=quiet, verbose=verbose, strict=strict, threads=threads)
     from ..quant.config import QuantizeConfig
@@ -78,7 +125,7 @@ def quantize(
         act_bits=_integer(act_bits, "--act-bits"),
         act_mode=act_mode,
         method=method,
-        group_size=int(group_size) if group_size.isdecimal() else group_size,
+        group_size=int(group_size) if _is_whole(group_size) else group_size,
         symmetric="auto" if symmetric is None else symmetric,
         include=include or (),
         exclude=exclude or (),
@@ -112,7 +159,7 @@ def _show_preview(source: str | None, config: QuantizeConfig, reporter: Reporter
 
     preview = preview_quantization(source, config, reporter=reporter)
     if as_json:
-        sys.stdout.write(preview.model_dump_json() + "\n")
+        options.print_document(preview.model_dump(mode="json", exclude={"schema_version"}))
         return
     for name, component in preview.components.items():
         share = component.bytes_after / component.bytes_fp32
@@ -131,6 +178,10 @@ def _integer(text: str, option: str) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"{option} {text!r} is not a whole number.", mend="Write for example --act-bits 8.") from None
+
+
+def _is_whole(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
 
 
 def _layer_bits(text: str) -> tuple[str, int]:

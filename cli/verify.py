@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 import sys
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from . import options
 
 
 def mount(app: typer.Typer) -> None:
-    app.command("verify", epilog="Example: dacc quantize | dacc verify")(verify)
+    epilog = options.examples("dacc quantize | dacc verify", "dacc verify my-bundle --json")
+    app.command("verify", epilog=epilog)(verify)
 
 
 def verify(
@@ -32,15 +32,15 @@ def verify(
     folder = given if given and given.is_dir() else resolve_source(source, reporter=reporter).path
     problems = verify_bundle(folder)
     if json:
-        report = {"schema": 1, "path": str(folder), "intact": not problems}
-        report["problems"] = [{"file": found.file, "problem": found.problem} for found in problems]
-        sys.stdout.write(jsonlib.dumps(report) + "\n")
+        found_problems = [{"file": found.file, "problem": found.problem} for found in problems]
+        options.print_document({"path": str(folder), "intact": not problems, "problems": found_problems})
     else:
         for found in problems:
             sys.stdout.write(f"{found.file}: {found.problem}\n")
     if problems:
         raise BundleError(
-            f"{folder} has {len(problems)} damaged files.", mend="Copy the bundle again, or make it anew."
+            f"{folder} is damaged in {len(problems)} place{'s' * (len(problems) > 1)}.",
+            mend="Copy the bundle again, or make it anew.",
         )
     if not json:
         sys.stdout.write(f"{folder}: intact\n")
