@@ -15,7 +15,7 @@ import torch
 
 from dacc.core import bundle as bundle_module
 from dacc.core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
-from dacc.core.errors import BundleError, ConfigError, DaccError, ResourceError
+from dacc.core.errors import BundleError, ConfigError, DaccError, ModelError, ResourceError
 from dacc.core.manifest import ComponentRecord, FileRecord, Manifest, SourceRecord, read_manifest
 from dacc.core.reporter import Reporter, silent
 from dacc.core.safe_read import read_header_and_metadata, weight_hash
@@ -236,7 +236,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_work(make_pipeline, tmp_pa
 # interruptions
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("bug"), ConfigError("wrong")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("bug"), ResourceError("full")])
 def test_an_interrupted_run_goes_on_where_it_stopped(make_pipeline, tmp_path, error):
     source, output = make_pipeline(), tmp_path / "out"
     with pytest.raises(type(error)), writer_for(source, output) as writer:
@@ -250,6 +250,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(make_pipeline, tmp_path, er
         writer.commit(make_manifest, {"seconds": 1.5}, lambda manifest: "# card\n")
     assert content(output) == content(make_bundle(source, tmp_path / "plain"))
     assert siblings(tmp_path) == ["out", "pipe", "plain"]
+
+
+def test_an_error_that_a_second_try_cannot_mend_leaves_nothing(make_pipeline, tmp_path):
+    with pytest.raises(ModelError), writer_for(make_pipeline(), tmp_path / "out") as writer:
+        halve(writer, stop_after=2, error=ModelError("NaN"))
+    assert siblings(tmp_path) == ["pipe"]
 
 
 @pytest.mark.parametrize("options", [{"run_key": "another"}, {"resume": False}])
