@@ -159,7 +159,7 @@ def _show_preview(source: str | None, config: QuantizeConfig, reporter: Reporter
 
     preview = preview_quantization(source, config, reporter=reporter)
     if as_json:
-        options.print_document(preview.model_dump(mode="json", exclude={"schema_version"}))
+        options.print_document(preview.model_dump(mode="json"))
         return
     for name, component in preview.components.items():
         share = component.bytes_after / component.bytes_fp32

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ConfigError
 
@@ -18,6 +18,14 @@ class Config(BaseModel):
     """Base of every config: immutable, and it refuses fields that it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Document(Config):
+    """A JSON document that we print or write; `schema` comes first and grows with every incompatible change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+
+    schema_version: int = Field(default=1, alias="schema")
 
 
 def build_config(config_class: type[ConfigT], **values: Any) -> ConfigT:

@@ -14,7 +14,7 @@ from .errors import ModelError
 from .reporter import Reporter
 
 MAX_BYTES = 16_000_000
-PATIENCE_S = 2.0  # after so long without input the reader is told what we wait for
+PATIENCE_S = 30.0  # after so long without input the reader is told what we wait for
 
 
 def something_is_piped(descriptor: int | None = None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 from torch import nn
 
-from ..core.config import Config
+from ..core.config import Config, Document
 from ..core.errors import UnsupportedError
 from ..core.families import find_family
 from ..core.manifest import Manifest, read_manifest
@@ -23,7 +23,6 @@ from ..runtime.load import load_source
 from ..runtime.trajectory import RunRequest, capture_calls
 from ..runtime.weight import state_shapes
 from .profile import BlockCost, profile_call
-from .result import Document
 from .size import bytes_on_disk
 
 GROUP_SIZE = 64  # input features per scale assumed for 4 bits

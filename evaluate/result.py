@@ -5,19 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field
-
-from ..core.config import Config
-
-SCHEMA = 1
-
-
-class Document(Config):
-    """A JSON document of ours; `schema` comes first and grows with every incompatible change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
-
-    schema_version: int = Field(default=SCHEMA, alias="schema")
+from ..core.config import Config, Document
 
 
 class Metric(Config):

@@ -6,7 +6,7 @@ from collections import Counter
 from math import prod
 from pathlib import Path
 
-from ..core.config import Config
+from ..core.config import Config, Document
 from ..core.reporter import Reporter
 from ..core.source import Source
 from ..core.tensor_file import StoredTensor, stored_tensors
@@ -30,10 +30,9 @@ class ComponentPreview(Config):
     skipped: dict[str, int]  # reason -> number of layers
 
 
-class Preview(Config):
-    """The plan of a whole request; `schema` comes first."""
+class Preview(Document):
+    """The plan of a whole request."""
 
-    schema_version: int = 1
     source: str
     method: str
     components: dict[str, ComponentPreview]

@@ -9,7 +9,7 @@ Letters: M rows (tokens or pixels), K inner size, O out_features, R rows of one 
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,14 +25,14 @@ _SMALLEST_ABSMAX = 1e-30  # rows below this count as zero: their reciprocal woul
 
 
 class _LastTokens(threading.local):
-    """The last tensor quantized per token in this thread: to_q, to_k and to_v receive the same one."""
+    """The tensor last quantized per token in this thread: to_q, to_k and to_v receive the same one."""
 
-    reference: weakref.ref[Tensor] | None = None
+    tokens: Callable[[], Tensor | None] = staticmethod(lambda: None)  # a weak reference, once there is one
     key: tuple[int, int, int] | None = None  # version (counts in-place changes), address, qmax
-    result: tuple[Tensor, Tensor] | None = None
+    result: tuple[Tensor, Tensor]
 
 
-_last_tokens = _LastTokens()
+_last = _LastTokens()
 
 
 def linear_int8_dynamic(
@@ -83,12 +83,12 @@ def quantize_tokens(x: Tensor, qmax: int = 127) -> tuple[Tensor, Tensor]:
     if not may_use_scratch(x):
         return quantize_rows(rows, qmax)
     key = None if x.is_inference() else (x._version, x.data_ptr(), qmax)  # inference tensors do not count versions
-    last = _last_tokens
-    if key is not None and key == last.key and last.reference() is x:
-        return last.result
+    if key is not None and key == _last.key and _last.tokens() is x:
+        return _last.result
+    _last.key = None  # from here on the memory of the last result is overwritten
     result = scratch("integers", tuple(rows.shape), torch.int8), torch.empty(rows.shape[0], 1)
     _quantize_into(rows, qmax, *result)
-    last.reference, last.key, last.result = weakref.ref(x), key, result
+    _last.tokens, _last.key, _last.result = weakref.ref(x), key, result
     return result
 
 

@@ -20,11 +20,23 @@ _FEW_ROWS = 16  # up to here the memory-bound int8 product is faster than unpack
 def linear_weight_only(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """(..., K) float -> (..., O); the weight is unpacked for this call only."""
     rows = x.numel() // max(x.shape[-1], 1)
-    if rows > _FEW_ROWS or not _suits_int8pack(x, weight):
+    if rows > _FEW_ROWS or not _reads_int8_rows(x, weight):
         return F.linear(x, float_weight(x, weight), bias)
-    scale = weight.scale.view(-1).to(x.dtype)  # (O,)
-    y = torch._weight_int8pack_mm(x.reshape(rows, x.shape[-1]), weight.qweight.view(torch.int8), scale)
+    y = _few_rows(x.reshape(rows, x.shape[-1]), weight.qweight.view(torch.int8), weight.scale.view(-1))
     return (y if bias is None else y + bias).view(*x.shape[:-1], y.shape[1])
+
+
+def _few_rows(x: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
+    """(M, K) bfloat16, (O, K) int8, (O,) -> (M, O), reading the integers once and writing no unpacked weight."""
+    if torch.compiler.is_compiling():  # it fails to lower torch's own product when the scale is not an input as it is
+        return ((x.unsqueeze(1).float() * integers).sum(-1) * scale.float()).to(x.dtype)
+    return torch._weight_int8pack_mm(x, integers, scale.to(x.dtype))
+
+
+def _reads_int8_rows(x: Tensor, weight: QuantizedWeight) -> bool:
+    """Torch's product reads past the row, and crashes, when K is not a multiple of its vectors (16 at most)."""
+    plain = weight.scheme.bits == 8 and weight.scheme.symmetric and weight.scale.shape[1] == 1
+    return plain and x.device.type == "cpu" and x.dtype is torch.bfloat16 and x.shape[-1] % 32 == 0
 
 
 def float_weight(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -73,9 +85,3 @@ def _offset_codes(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Tensor, 
     if codes.dtype is not dtype:
         codes = scratch("weight", tuple(codes.shape), dtype).copy_(codes)
     return codes, offset
-
-
-def _suits_int8pack(x: Tensor, weight: QuantizedWeight) -> bool:
-    """Torch's product reads past the row, and crashes, when K is not a multiple of its vectors (16 at most)."""
-    plain = weight.scheme.bits == 8 and weight.scheme.symmetric and weight.scale.shape[1] == 1
-    return plain and x.device.type == "cpu" and x.dtype is torch.bfloat16 and x.shape[-1] % 32 == 0

@@ -114,13 +114,14 @@ def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
     logging.disable_progress_bar()
     try:
         return DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"not enough memory to load {folder.name} ({error}).", mend="Use --dtype bfloat16."
-        ) from None
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        said = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said:
+            raise ResourceError(
+                f"not enough memory to load {folder.name} ({said}).", mend="Use --dtype bfloat16."
+            ) from None
         raise ModelError(
-            f"diffusers cannot load {folder.name}: {str(error).strip().splitlines()[0] if str(error) else error!r}.",
+            f"diffusers cannot load {folder.name}: {said}.",
             mend="Check the folder with diffusers' own DiffusionPipeline.from_pretrained, or copy it again.",
         ) from error
     finally:
