@@ -53,7 +53,7 @@ def _components(folder: Path) -> list[str]:
 
 
 def _snapshot(repository: str, revision: str | None, allow: list[str], ignore: list[str] | None = None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -65,7 +65,13 @@ def _snapshot(repository: str, revision: str | None, allow: list[str], ignore: l
 
     named = f"{repository}@{revision}" if revision else repository
     try:
-        folder = snapshot_download(repository, revision=revision, allow_patterns=allow, ignore_patterns=ignore)
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=allow,
+            ignore_patterns=ignore,
+            local_files_only=constants.HF_HUB_OFFLINE,  # older clients would ask the Hub for the list of files
+        )
         return Path(folder).resolve()
     except GatedRepoError:
         raise ModelError(f"{named} asks for consent first.", mend="Accept its terms, then: hf auth login.") from None

@@ -286,7 +286,7 @@ def test_a_download_takes_components_only_and_never_pickles(make_pipeline, monke
 
     calls = []
 
-    def snapshot_download(repository, *, revision, allow_patterns, ignore_patterns):
+    def snapshot_download(repository, *, revision, allow_patterns, ignore_patterns, local_files_only):
         calls.append((revision, allow_patterns, ignore_patterns))
         return str(folder)
 

@@ -1,0 +1,178 @@
+"""How fast the quantized layers are: `python benchmarks/layers.py --what dit|resnet|w4 [--compile] [--json FILE]`.
+
+    dit      8 transformer blocks of DiT-XL/2 width, batch 2, 256 tokens: int8 linears, int8 weights for modulation
+    resnet   a ResnetBlock2D, 640 channels, 32x32, batch 2: int8 convolutions, int8 weights for the time projection
+    w4       one linear with 4-bit weights, 256 to 2048 rows, packed and unpacked once
+
+Random weights, two threads, no grad. All variants take turns, so a slow moment of the machine meets all of them alike;
+what counts is the ratio of medians. `error` is the relative L2 distance to the float32 result."""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from dacc.core.machine import describe_machine
+from dacc.core.scheme import Scheme
+from dacc.runtime.layers import QuantizedLayer, set_prefer_, swap_layers_
+from dacc.runtime.weight import QuantizedWeight, to_rows
+
+Variants = dict[str, Callable[[], Tensor]]
+
+W8A8 = Scheme(bits=8, act_bits=8, act_mode="dynamic")
+W8 = Scheme(bits=8)
+W4 = Scheme(bits=4, group_size=64)
+
+
+class Blocks(nn.Module):
+    """The transformer blocks of a DiT, without its ends."""
+
+    def __init__(self, count: int = 8) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            BasicTransformerBlock(
+                dim=1152,
+                num_attention_heads=16,
+                attention_head_dim=72,
+                activation_fn="gelu-approximate",
+                num_embeds_ada_norm=1000,
+                attention_bias=True,
+                norm_type="ada_norm_zero",
+                norm_elementwise_affine=False,
+            )
+            for _ in range(count)
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        labels = torch.zeros(len(hidden_states), dtype=torch.long)
+        for block in self.blocks:
+            hidden_states = block(hidden_states, timestep=labels, class_labels=labels)
+        return hidden_states
+
+
+def quantize(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    """Symmetric round to nearest."""
+    rows = to_rows(weight.detach().float())
+    groups = rows.view(len(rows), -1, scheme.group_size or rows.shape[1])  # (O, G, group_size)
+    low, high = scheme.code_range
+    scale = groups.abs().amax(-1, keepdim=True) / high
+    codes = (groups / scale).round().clamp(low, high).view(rows.shape)
+    return QuantizedWeight.from_codes(codes, scheme, tuple(weight.shape), scale=scale.squeeze(-1))
+
+
+def quantized(model: nn.Module, schemes: dict[str, Scheme]) -> nn.Module:
+    """A copy of `model` with the named layers quantized."""
+    model = copy.deepcopy(model)
+    weights = {name: quantize(model.get_submodule(name).weight, scheme) for name, scheme in schemes.items()}
+    swap_layers_(model, schemes)
+    for name, weight in weights.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QuantizedLayer)
+        layer.store_weight(weight)
+    return model
+
+
+def dit_variants(compiled: bool) -> Iterator[tuple[str, Variants]]:
+    torch.manual_seed(0)
+    model, x = Blocks().eval(), torch.randn(2, 256, 1152)
+    modulation = {f"blocks.{i}.norm1.linear": W8 for i in range(8)}
+    products = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+    schemes = {f"blocks.{i}.{name}": W8A8 for i in range(8) for name in products}
+    bf16 = copy.deepcopy(model).bfloat16()
+    models = {"fp32": model, "bf16": bf16, "int8": quantized(bf16, schemes | modulation)}
+    yield "8 DiT blocks, 2 x 256 tokens", variants_of(models, x, compiled)
+
+
+def resnet_variants(compiled: bool) -> Iterator[tuple[str, Variants]]:
+    torch.manual_seed(0)
+    model = ResnetBlock2D(in_channels=640, out_channels=640, temb_channels=1280).eval()
+    x, time_embedding = torch.randn(2, 640, 32, 32), torch.randn(2, 1280)
+    bf16 = copy.deepcopy(model).bfloat16()
+    int8 = quantized(bf16, {"conv1": W8A8, "conv2": W8A8, "time_emb_proj": W8})
+    models = {"fp32": model, "bf16": bf16, "int8": int8}
+    last = {"bf16 channels_last": copy.deepcopy(bf16).to(memory_format=torch.channels_last), "int8 channels_last": int8}
+    variants = variants_of(models, x, compiled, time_embedding)
+    variants |= variants_of(last, x.to(memory_format=torch.channels_last), compiled, time_embedding)
+    yield "ResnetBlock2D, 640 channels, 32x32, batch 2", variants
+
+
+def w4_variants(compiled: bool) -> Iterator[tuple[str, Variants]]:
+    for out_features in (1152, 4608):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(1152, out_features))
+        bf16 = copy.deepcopy(model).bfloat16()
+        models = {"fp32": model, "bf16": bf16, "int4": quantized(bf16, {"0": W4})}
+        models["int4 prefer=speed"] = quantized(bf16, {"0": W4})
+        set_prefer_(models["int4 prefer=speed"], "speed")
+        for rows in (2, 256, 1024, 2048):
+            x = torch.randn(rows, 1152)
+            yield f"1152 -> {out_features}, {rows} rows", variants_of(models, x, compiled)
+
+
+def variants_of(models: dict[str, nn.Module], x: Tensor, compiled: bool, *others: Tensor) -> Variants:
+    """One call per model in its own dtype; `compiled` adds one per model through torch.compile."""
+    variants: Variants = {}
+    for name, model in models.items():
+        dtype = torch.float32 if name.startswith("fp32") else torch.bfloat16
+        inputs = [tensor.to(dtype) for tensor in (x, *others)]
+        variants[name] = lambda model=model, inputs=inputs: model(*inputs)
+        if compiled and dtype is torch.bfloat16:
+            fast = torch.compile(copy.deepcopy(model))
+            variants[f"{name} compiled"] = lambda model=fast, inputs=inputs: model(*inputs)
+    return variants
+
+
+def measure(variants: Variants, repeats: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds, ratios and error of each variant; they take turns."""
+    results = {name: run() for name, run in variants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    exact = results["fp32"].float()
+    return {
+        name: {
+            "latency_ms": median[name] * 1e3,
+            "times_fp32": median["fp32"] / median[name],
+            "times_bf16": median["bf16"] / median[name],
+            "error": float((results[name].float() - exact).norm() / exact.norm()),
+        }
+        for name in variants
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=["dit", "resnet", "w4"], required=True)
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too (needs a C++ compiler)")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", metavar="FILE", help="write the numbers here too")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    report: dict[str, dict] = {"machine": {"date": date.today().isoformat(), **describe_machine()}}
+    print(*(f"{name} {fact}" for name, fact in report["machine"].items()), sep=" · ")
+    cases = {"dit": dit_variants, "resnet": resnet_variants, "w4": w4_variants}[options.what]
+    with torch.no_grad():
+        for title, variants in cases(options.compile):
+            report[title] = rows = measure(variants, options.repeats)
+            print(f"\n{title}\n{'':24}{'ms':>9}{'x fp32':>9}{'x bf16':>9}{'error':>9}")
+            for name, row in rows.items():
+                print(f"{name:24}" + "{:9.2f}{:9.2f}{:9.2f}{:9.4f}".format(*row.values()), flush=True)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(report, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
