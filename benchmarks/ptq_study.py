@@ -29,6 +29,7 @@ from dacc.core.seeds import seed_stream
 from dacc.core.source import resolve_source
 from dacc.core.tensor_file import stored_tensors, tensor_bytes
 from dacc.core.zoo import zoo_entry
+from dacc.evaluate.grid import write_grid
 from dacc.evaluate.judge import load_judge
 from dacc.evaluate.quality import measure_quality
 from dacc.evaluate.result import Metric
@@ -39,6 +40,9 @@ from dacc.runtime.load import load_source
 from dacc.runtime.trajectory import RunRequest, sample
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+PICTURES = RESULTS.parent / "images"
+DRAWN = ("full precision", "W8A8", "W4", "W2")  # rows of the picture
+COLUMNS = 10
 PIPELINES = ("digits-unet", "digits-dit")
 ROWS: dict[str, dict[str, Any]] = {  # name -> options of `dacc quantize`; None stands for full precision
     "W8": {"bits": 8},
@@ -79,6 +83,7 @@ def main() -> None:
         results = measure_quality(sets, request, judge)
         table = _table(["full precision", *rows], sizes, results)
         _write(name, request, table, judge.facts if judge else {})
+        _draw(name, dict(zip(["full precision", *rows], sets, strict=True)), results)
         print(table)
 
 
@@ -142,6 +147,17 @@ def _table(names: list[str], sizes: list[float], results: list[dict[str, Metric]
         cells = [_cell(result.get(column)) for column in columns]
         lines.append(f"| {name} | {size:.3f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _draw(name: str, sets: dict[str, Samples], results: list[dict[str, Metric]]) -> None:
+    """The first images of some rows, one above the other, from the same noise."""
+    rows = [
+        (row, f"PSNR {result['psnr'].value:.1f} dB" if "psnr" in result else "", samples.images[:COLUMNS])
+        for (row, samples), result in zip(sets.items(), results, strict=True)
+        if row in DRAWN
+    ]
+    PICTURES.mkdir(exist_ok=True)
+    write_grid(rows, PICTURES / f"{name}.png")
 
 
 def _cell(metric: Metric | None) -> str:

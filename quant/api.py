@@ -26,7 +26,7 @@ from ..core.source import Source, resolve_source
 from .config import QuantizeConfig
 
 METHODS = Registry("quantization method", f"{__package__}.methods", Path(__file__).parent / "methods")
-REQUIRES = {"dacc": "0.1.0", "diffusers": "0.42.0", "torch": "2.9.0"}
+REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}
 
 
 @dataclass(frozen=True)

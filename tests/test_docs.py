@@ -186,3 +186,13 @@ def test_wrong_shell_lines_would_be_found():
 def test_the_command_pages_have_shell_blocks():
     for words in COMMANDS:
         assert list(shell_calls((DOCS / f"{words[0]}.md").read_text(encoding="utf-8")))
+
+
+def test_the_figures_of_the_readme_stand_in_the_results():
+    """The README repeats some figures of docs/results.md; whoever measures again must change both."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    figures = re.findall(r"\b0\.\d{3,}\b", table)
+    assert len(figures) > 40
+    assert [figure for figure in figures if f" {figure} " not in results] == []
