@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test quick check clean
+.PHONY: demo test quick lint check clean
 
 demo: $(VENV)/.installed  ## quantize a trained pipeline to 4 bits, sample from it, compare it with the original
 	PATH="$(abspath $(BIN)):$$PATH" sh scripts/demo
@@ -13,10 +13,13 @@ demo: $(VENV)/.installed  ## quantize a trained pipeline to 4 bits, sample from 
 test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest
 
+lint: $(VENV)/.installed-dev  ## format, lint, types
+	PATH="$(abspath $(BIN)):$$PATH" sh scripts/lint
+
 quick: $(VENV)/.installed-dev  ## the tests that take less than a few seconds each
 	$(BIN)/python -m pytest -m "not slow"
 
-check: $(VENV)/.installed-dev  ## format, lint, types and tests: the whole gate
+check: $(VENV)/.installed-dev  ## the whole gate: lint and test
 	PATH="$(abspath $(BIN)):$$PATH" sh scripts/check
 
 $(VENV)/.installed: pyproject.toml constraints.txt

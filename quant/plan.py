@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.config import nearest
 from ..core.errors import ConfigError, UnsupportedError
@@ -48,7 +48,7 @@ def plan_layers(model: nn.Module, family: Family, config: QuantizeConfig) -> lis
     kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     plans = []
     for name, layer in layers:
-        shape = tuple(layer.weight.shape)
+        shape = _shape(layer)
         reason = _reason_to_skip(name, layer, family, config, kept, shared=uses[id(layer.weight)] > 1)
         scheme = None if reason else _scheme(name, layer, family, config)
         plans.append(LayerPlan(name, shape, scheme, reason))
@@ -57,6 +57,11 @@ def plan_layers(model: nn.Module, family: Family, config: QuantizeConfig) -> lis
             f"{type(model).__name__} has no layer left to quantize.", mend="Widen --include or drop an --exclude."
         )
     return plans
+
+
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return tuple(weight.shape)
 
 
 def _check_globs(names: list[str], config: QuantizeConfig) -> None:
@@ -100,7 +105,7 @@ def _scheme(name: str, layer: nn.Module, family: Family, config: QuantizeConfig)
     bits = asked or max(config.bits, floor)
     act_bits = config.act_bits if role == "body" and isinstance(layer, nn.Linear | nn.Conv2d) else 16
     lifted = asked is None and bits > config.bits
-    group_size = _group_size(name, tuple(layer.weight.shape), bits, act_bits, config, lifted=lifted)  # type: ignore[arg-type]
+    group_size = _group_size(name, _shape(layer), bits, act_bits, config, lifted=lifted)
     if act_bits < 16:
         return Scheme(
             bits=bits, group_size=group_size, two_level=group_size is not None, act_bits=act_bits, act_mode="dynamic"

@@ -56,7 +56,7 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
                 f"This dacc reads up to format {FORMAT}.",
                 "Upgrade: pip install -U dacc-diffusion.",
             )
-        self.quant_method = DaccMethod.DACC
+        self.quant_method = DaccMethod.DACC  # type: ignore[assignment]  # the enum of diffusers is closed
         self.schemes, self.modules, self.format = schemes or {}, modules or {}, format
 
     @classmethod
@@ -94,6 +94,7 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
 class DaccQuantizer(DiffusersQuantizer):
     """Loads pre-quantized models; quantizing while loading is what `dacc quantize` is for."""
 
+    quantization_config: DaccQuantizationConfig
     use_keep_in_fp32_modules = True
     is_serializable = True
     is_trainable = False
@@ -148,7 +149,7 @@ class DaccQuantizer(DiffusersQuantizer):
             )
         return True
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override]
         self,
         model: nn.Module,
         param_value: Tensor,
@@ -189,7 +190,7 @@ def register() -> None:
 
 def _float_layer(layer: QuantizedLayer) -> nn.Module:
     """The ordinary layer with the dequantized weight."""
-    kind = next(
+    kind: Any = next(
         base for base in type(layer).__mro__ if base.__module__.startswith("torch.nn.modules") and base is not nn.Module
     )
     plain = kind.__new__(kind)

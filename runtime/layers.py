@@ -31,7 +31,6 @@ class QuantizedLayer(nn.Module):
     scale: Tensor
     zero_point: Tensor | None
     group_scale: Tensor | None
-    bias: Tensor | None
 
     def __init__(self, original: nn.Module, scheme: Scheme) -> None:
         """Take over the hyperparameters and the bias of `original`; the stored tensors start on the meta device."""
@@ -127,7 +126,7 @@ class QuantizedLayer(nn.Module):
         return f"{tuple(self.weight_shape)}, scheme={self.scheme.name}"
 
 
-class QuantizedLinear(QuantizedLayer, nn.Linear):
+class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
     """`y = x W^T + b` with W held as integers."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -145,11 +144,11 @@ class _QuantizedConv(QuantizedLayer):
         return self._conv_forward(hidden_states, weight, self.bias)  # type: ignore[operator]
 
 
-class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
+class QuantizedConv1d(_QuantizedConv, nn.Conv1d):  # type: ignore[override]
     """Weight-only 1-D convolution."""
 
 
-class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):  # type: ignore[override]
     """2-D convolution with integer weights and, by scheme, integer activations."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -174,11 +173,11 @@ class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
         )
 
 
-class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
+class QuantizedConv3d(_QuantizedConv, nn.Conv3d):  # type: ignore[override]
     """Weight-only 3-D convolution."""
 
 
-class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
+class QuantizedEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[override]
     """A lookup table with one scale per entry; only the rows that are asked for are unpacked."""
 
     def forward(self, indices: Tensor) -> Tensor:
