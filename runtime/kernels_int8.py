@@ -20,7 +20,7 @@ from .weight import from_rows
 
 _QUANTIZE_BLOCK = 2**20  # values quantized at once: larger saves calls, smaller keeps their float32 copy in cache
 _PRODUCT_BLOCK = 2**22  # int32 sums at once (16 MB): larger saves repacking the weight, smaller saves memory
-_PATCH_BLOCK = 2**22  # bytes of convolution patches at once
+_PATCH_BLOCK = 2**24  # bytes of convolution patches at once: likewise
 _SMALLEST_ABSMAX = 1e-30  # rows below this count as zero: their reciprocal would overflow
 
 
@@ -72,7 +72,7 @@ def conv2d_int8_dynamic(
         rows = torch.cat(taps, -1).view(-1, weight.shape[1])
         return int8_product(rows, scale, weight, weight_scale, bias, x.dtype).view(out_shape).permute(0, 3, 1, 2)
     output = torch.empty(out_shape, dtype=x.dtype)
-    _conv_blocks(taps, scale, weight, weight_scale.float(), None if bias is None else bias.float(), output)
+    _conv_blocks(taps, scale, weight, weight_scale.float(), _plain_bias(bias), output)
     return output.permute(0, 3, 1, 2)
 
 
@@ -98,7 +98,8 @@ def quantize_rows(x: Tensor, qmax: int = 127) -> tuple[Tensor, Tensor]:
         integers, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], 1)
         _quantize_into(x, qmax, integers, scale)
         return integers, scale
-    absmax = _row_absmax(x.float(), qmax)
+    absmax = x.float().abs().amax(1, keepdim=True)  # (M, 1)
+    absmax = absmax.masked_fill(absmax < _SMALLEST_ABSMAX, qmax)
     return (x.float() * (qmax / absmax)).round().to(torch.int8), absmax / qmax
 
 
@@ -123,11 +124,12 @@ def int8_product(
     integers: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """(M, K) int8, (M, 1) float32, (O, K) int8, (O,) float32 -> (M, O) of `dtype`."""
-    bias, weight_scale = None if bias is None else bias.float(), weight_scale.float()
     if not may_use_scratch(scale):
-        y = _int_mm(integers, weight.t()).float() * scale * weight_scale
-        return (y if bias is None else y + bias).to(dtype)
+        y = _int_mm(integers, weight.t()).float() * scale * weight_scale.float()
+        return (y if bias is None else y + bias.float()).to(dtype)
     output = torch.empty(integers.shape[0], weight.shape[0], dtype=dtype)
+    weight_scale = weight_scale.float()
+    bias = _plain_bias(bias)
     for rows in _blocks(integers.shape[0], _PRODUCT_BLOCK // max(weight.shape[0], 1)):
         _product_into(integers[rows], scale[rows], weight, weight_scale, bias, output[rows])
     return output
@@ -188,7 +190,7 @@ def _grouped_conv(
     """Float32 holds the sums of up to 1040 int8 products exactly, which covers depthwise and most grouped kernels."""
     weight = from_rows(weight, (weight.shape[0], image.shape[3] // groups, *kernel_size)).float()
     sums = F.conv2d(image.permute(0, 3, 1, 2).float(), weight, None, stride, 0, dilation, groups)
-    y = sums * scale.view(-1, 1, 1, 1) * weight_scale.view(-1, 1, 1)
+    y = sums * scale.view(-1, 1, 1, 1) * weight_scale.float().view(-1, 1, 1)
     return (y if bias is None else y + bias.float().view(-1, 1, 1)).to(dtype)
 
 
@@ -202,6 +204,11 @@ def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     if inner % 8 or columns % 8:
         b = F.pad(b.t(), (0, -inner % 8, 0, -columns % 8)).t()
     return torch._int_mm(a, b)[:rows, :columns]
+
+
+def _plain_bias(bias: Tensor | None) -> Tensor | None:
+    """Mixed dtypes are slow; and a bias that asks for gradients is refused where results are written in place."""
+    return None if bias is None else bias.detach().float()
 
 
 def _blocks(size: int, step: int) -> Iterator[slice]:

@@ -166,6 +166,16 @@ def test_threads_do_not_share_work_memory():
     assert not wrong
 
 
+def test_a_bias_that_asks_for_gradients_is_no_obstacle():
+    scheme = Scheme(bits=8, act_bits=8, act_mode="dynamic")
+    weight, conv_weight = random_weight(scheme, (6, 16)), random_weight(scheme, (6, 5, 3, 3))
+    x, image, bias = torch.randn(4, 16), torch.randn(2, 5, 8, 8), torch.nn.Parameter(torch.randn(6))
+    expected = linear(x, weight, bias), conv2d(image, conv_weight, bias)
+    with torch.enable_grad():
+        assert torch.equal(linear(x, weight, bias), expected[0])
+        assert torch.equal(conv2d(image, conv_weight, bias), expected[1])
+
+
 # --- convolution, integer activations
 
 
