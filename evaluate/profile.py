@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..core.config import Config
+from ..runtime.layers import count_parameters
 from ..runtime.macs import count_macs
 from ..runtime.trajectory import DenoiserCall
 
@@ -41,7 +42,7 @@ def profile_call(denoiser: nn.Module, call: DenoiserCall) -> dict[str, Any]:
         for _ in range(REPEATS):
             call.replay(denoiser)
     total = spent.pop(WHOLE)
-    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    parameters = count_parameters(denoiser)
     order = dict.fromkeys([*spent, *blocks])
     # shares of sums, not of medians: on a busy machine the medians of the parts do not add up to that of the whole
     return {
@@ -61,7 +62,7 @@ def top_blocks(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _cost(name: str, block: nn.Module, time_share: float, parameters: int) -> BlockCost:
-    own = sum(parameter.numel() for parameter in block.parameters())
+    own = count_parameters(block)
     return BlockCost(
         name=name,
         class_name=type(block).__name__,

@@ -7,20 +7,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.manifest import read_manifest
 from ..core.pipeline import denoisers
 from ..core.safe_read import resolve_shards
+from ..runtime.layers import count_parameters
 from .result import ComponentSize
 
 
 def component_sizes(pipe: Any, folder: Path) -> dict[str, ComponentSize]:
     """Sizes of every denoiser of a loaded pipeline; call it after a run, when derived layouts exist."""
-    manifest = read_manifest(folder)
-    records = manifest.components if manifest else {}
     return {
         name: ComponentSize(
             class_name=type(module).__name__,
-            parameters=records[name].parameters if name in records else sum(p.numel() for p in module.parameters()),
+            parameters=count_parameters(module),
             bytes_on_disk=bytes_on_disk(folder / name),
             bytes_in_memory=bytes_in_memory(module),
         )

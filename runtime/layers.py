@@ -203,6 +203,16 @@ def swap_layers_(model: nn.Module, schemes: dict[str, Scheme]) -> None:
         model.set_submodule(name, LAYER_CLASSES[type(original)](original, scheme))
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of the float model: packed weights count as the numbers that they stand for."""
+    total = 0
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            packed = isinstance(module, QuantizedLayer) and name == "qweight"
+            total += math.prod(module.weight_shape) if packed else parameter.numel()  # type: ignore[arg-type]
+    return total
+
+
 def set_prefer_(model: nn.Module, prefer: Prefer) -> None:
     """Choose for all quantized layers: unpack at each call (memory) or once (speed)."""
     for module in model.modules():

@@ -230,15 +230,15 @@ def _copied(value: Any) -> Any:
 
 
 def _estimate(pipe: Any, request: RunRequest, budget_seconds: float) -> float:
-    """Seconds that a request will take, from a few steps of one sample; the second probe runs warm."""
-    probe = request.model_copy(update={"seeds": request.seeds[:1], "num_inference_steps": PROBE_STEPS})
+    """Seconds that a request will take, from a few steps: of one sample, and if that looks long, warm and of all."""
     expected = float("inf")
-    for _ in range(2):
+    for seeds in (request.seeds[:1], request.seeds):
+        probe = request.model_copy(update={"seeds": seeds, "num_inference_steps": PROBE_STEPS})
         started = time.perf_counter()
         sample(pipe, probe)
-        spent = time.perf_counter() - started
-        expected = min(expected, spent * len(request.seeds) * request.num_inference_steps / PROBE_STEPS)
-        if expected <= budget_seconds / 2 or spent > budget_seconds / 4:
+        per_step = (time.perf_counter() - started) / PROBE_STEPS * len(request.seeds) / len(seeds)
+        expected = min(expected, per_step * request.num_inference_steps)
+        if expected <= budget_seconds / 2 or per_step * PROBE_STEPS > budget_seconds / 2:
             break
     return expected
 

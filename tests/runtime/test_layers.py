@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from dacc.core.scheme import Scheme
 from dacc.quant.methods.rtn import RTNConfig, quantize
-from dacc.runtime.layers import LAYER_CLASSES, QuantizedLayer, set_prefer_, swap_layers_
+from dacc.runtime.layers import LAYER_CLASSES, QuantizedLayer, count_parameters, set_prefer_, swap_layers_
 
 DYNAMIC = {"act_mode": "dynamic"}
 WEIGHT_ONLY = [Scheme(bits=8), Scheme(bits=3), Scheme(bits=4, group_size=16, symmetric=False)]
@@ -225,3 +225,10 @@ def test_gradients_reach_the_input():
     layer(x).sum().backward()
     expected = functional.linear(torch.ones(2, 7, 20), layer.weight.T)
     assert distance(x.grad, expected) < 5e-3
+
+
+def test_packed_weights_count_as_the_parameters_that_they_stand_for():
+    model = nn.Sequential(nn.Linear(48, 20), nn.Conv2d(3, 8, 3))
+    before = sum(parameter.numel() for parameter in model.parameters())
+    swap_layers_(model, {"0": Scheme(bits=3), "1": Scheme(bits=8)})
+    assert count_parameters(model) == before
