@@ -152,14 +152,33 @@ def measure(variants: Variants, repeats: int) -> dict[str, dict[str, float]]:
     }
 
 
+def print_profile(repeats: int) -> None:
+    """Milliseconds per call of the operations that take longest in the int8 transformer blocks, eager."""
+    ((_, variants),) = dit_variants(compiled=False)
+    run = variants["int8"]
+    with torch.no_grad():
+        run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            for _ in range(repeats):
+                run()
+    averages = profiler.key_averages()
+    print(f"{'all operations':45} {sum(one.self_cpu_time_total for one in averages) / repeats / 1e3:8.1f} ms")
+    for one in sorted(averages, key=lambda one: -one.self_cpu_time_total)[:8]:
+        print(f"{one.key:45} {one.self_cpu_time_total / repeats / 1e3:8.1f} ms")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=["dit", "resnet", "w4"], required=True)
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too (needs a C++ compiler)")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--profile", action="store_true", help="instead: where the time of the int8 blocks goes")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here too")
     options = parser.parse_args()
     torch.set_num_threads(2)
+    if options.profile:
+        print_profile(options.repeats)
+        return
     report: dict[str, dict] = {"machine": {"date": date.today().isoformat(), **describe_machine()}}
     print(*(f"{name} {fact}" for name, fact in report["machine"].items()), sep=" · ")
     cases = {"dit": dit_variants, "resnet": resnet_variants, "w4": w4_variants}[options.what]
