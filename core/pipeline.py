@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import nearest
-from .errors import ConfigError, ModelError, UnsupportedError
+from .errors import ConfigError, UnsupportedError
+from .source import PIPELINE_INDEX, component_entries
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,28 +19,9 @@ DENOISER_CLASS_ENDS = ("Transformer2DModel", "Transformer3DModel", "TransformerM
 DENOISER_CLASS_STARTS = ("UNet",)
 
 
-def component_classes(folder: Path) -> dict[str, tuple[str, str]]:
-    """Components of a pipeline folder: name -> (library, class name), as model_index.json lists them.
-
-    Raises:
-        ModelError: the file is missing or is not JSON of the expected form.
-    """
-    file = folder / "model_index.json"
-    try:
-        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        entries = {name: value for name, value in index.items() if not name.startswith("_")}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{file} cannot be read ({error}).", mend="Give a diffusers pipeline folder.") from None
-    return {
-        name: (value[0], value[1])
-        for name, value in entries.items()
-        if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
-    }
-
-
 def pipeline_class(folder: Path) -> str:
     """The `_class_name` of model_index.json."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = json.loads((folder / PIPELINE_INDEX).read_text(encoding="utf-8"))
     return str(index.get("_class_name", "DiffusionPipeline"))
 
 
@@ -49,9 +31,9 @@ def denoiser_names(folder: Path) -> list[str]:
     Raises:
         UnsupportedError: the pipeline has none.
     """
-    found = [name for name, (library, cls) in component_classes(folder).items() if is_denoiser(name, library, cls)]
+    found = [name for name, (library, cls) in component_entries(folder).items() if is_denoiser(name, library, cls)]
     if not found:
-        classes = ", ".join(f"{name}: {cls}" for name, (_, cls) in component_classes(folder).items())
+        classes = ", ".join(f"{name}: {cls}" for name, (_, cls) in component_entries(folder).items())
         raise UnsupportedError(
             f"{folder.name} has no denoiser that dacc knows ({classes}).",
             mend="Give a pipeline with a UNet or transformer.",
@@ -67,7 +49,7 @@ def select_components(folder: Path, wanted: list[str]) -> list[str]:
     """
     if not wanted:
         return denoiser_names(folder)
-    known = list(component_classes(folder))
+    known = list(component_entries(folder))
     for name in wanted:
         if name not in known:
             raise ConfigError(f"{folder.name} has no component {name!r}.", mend=nearest(name, known))

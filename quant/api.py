@@ -17,12 +17,12 @@ from ..core.card import model_card
 from ..core.errors import UnsupportedError
 from ..core.machine import describe_machine
 from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
-from ..core.pipeline import component_classes, denoiser_names, pipeline_class, select_components
+from ..core.pipeline import denoiser_names, pipeline_class, select_components
 from ..core.registry import Registry
 from ..core.reporter import Reporter, silent
 from ..core.requirements import Requirements, parse_requirements
 from ..core.safe_read import read_json, weight_hash
-from ..core.source import Source, resolve_source
+from ..core.source import Source, component_entries, resolve_source
 from .config import QuantizeConfig
 
 METHODS = Registry("quantization method", f"{__package__}.methods", Path(__file__).parent / "methods")
@@ -138,7 +138,7 @@ def _text(source: str | Path | None) -> str | None:
 
 def _refuse_other_libraries(source: Source, components: list[str]) -> None:
     """Schedulers, tokenizers and text encoders have no layers that a diffusers loader would unpack."""
-    classes = component_classes(source.path)
+    classes = component_entries(source.path)
     for name in components:
         library, class_name = classes[name]
         if library != "diffusers" or not (source.path / name / "config.json").is_file():

@@ -26,8 +26,3 @@ def may_use_scratch(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
     return not (torch.is_grad_enabled() and x.requires_grad)
-
-
-def release_scratch() -> None:
-    """Forget this thread's buffers."""
-    _local.__dict__.clear()

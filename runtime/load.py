@@ -10,10 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from ..core.errors import ConfigError, ModelError, ResourceError
-from ..core.manifest import MANIFEST_NAME
-from ..core.pipeline import component_classes
 from ..core.reporter import Reporter, silent
-from ..core.safe_read import component_tensors
 from ..core.source import Source, resolve_source
 from ..core.verify import check_bundle
 from .clock import attach_clock
@@ -55,7 +52,7 @@ def load_source(
     """Load a resolved source; see `load`."""
     folder = source.path if isinstance(source, Source) else source
     register()
-    _check_files(folder)
+    check_bundle(folder)  # before anything is mapped; plain pipelines are checked by their headers
     target = pick_device(device)
     pipe = _from_pretrained(folder, pick_dtype(dtype, target))
     for component in pipe.components.values():
@@ -97,16 +94,6 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not known.", mend=f"Use one of {', '.join(DTYPES)} or auto.")
     return DTYPES[dtype]
-
-
-def _check_files(folder: Path) -> None:
-    """Refuse damaged files before anything is mapped: by the manifest, or by the headers where there is none."""
-    if (folder / MANIFEST_NAME).is_file():
-        check_bundle(folder)
-        return
-    for name in component_classes(folder):
-        if any((folder / name).glob("*.safetensors*")):
-            component_tensors(folder / name)
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:

@@ -2,9 +2,8 @@ import json
 
 import pytest
 
-from dacc.core.errors import ConfigError, ModelError, UnsupportedError
+from dacc.core.errors import BundleError, ConfigError, ModelError, UnsupportedError
 from dacc.core.pipeline import (
-    component_classes,
     denoiser_names,
     denoisers,
     is_denoiser,
@@ -12,6 +11,7 @@ from dacc.core.pipeline import (
     select_components,
     walk_layers,
 )
+from dacc.core.source import component_entries
 
 
 def write_index(folder, **components):
@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 
 def test_components_are_those_with_a_class(folder):
-    assert set(component_classes(folder)) == {"transformer", "transformer_2", "vae", "text_encoder"}
+    assert set(component_entries(folder)) == {"transformer", "transformer_2", "vae", "text_encoder"}
     assert pipeline_class(folder) == "P"
 
 
@@ -58,12 +58,20 @@ def test_a_pipeline_without_denoiser_is_told_by_its_classes(tmp_path):
         denoiser_names(tmp_path)
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", "\xff"])
-def test_an_index_that_cannot_be_read_is_no_pipeline(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (None, ModelError, "model_index.json is missing"),
+        ("{", BundleError, "model_index.json"),
+        ("[]", ModelError, "is not a table of components"),
+        ("\xff", BundleError, "model_index.json"),
+    ],
+)
+def test_an_index_that_cannot_be_read_is_refused(tmp_path, text, error, message):
     if text is not None:
         (tmp_path / "model_index.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ModelError, match=r"model_index.json cannot be read"):
-        component_classes(tmp_path)
+    with pytest.raises(error, match=message):
+        component_entries(tmp_path)
 
 
 @pytest.mark.parametrize(
