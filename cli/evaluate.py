@@ -50,18 +50,13 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Solver steps; fewer: faster, coarser.", show_default="the zoo's own, else 20"),
     ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(
-            help="Guidance; larger: closer to the prompt or class.", show_default="the zoo's own, else the pipeline's"
-        ),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="What to paint; repeated ones take turns.")
-    ] = None,
-    label: Annotated[
-        list[int] | None, typer.Option("--class", "-c", help="Class label; repeated ones take turns.")
-    ] = None,
+    guidance_scale: options.GuidanceOption = None,
+    prompt: options.PromptOption = None,
+    prompts: options.PromptsOption = None,
+    negative_prompt: options.NegativePromptOption = None,
+    label: options.LabelOption = None,
+    height: options.HeightOption = None,
+    width: options.WidthOption = None,
     metrics: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,7 +66,7 @@ def evaluate(
             autocompletion=options.words(*METRICS),
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per pipeline call; larger: faster, more memory.")] = 16,
+    batch_size: options.BatchSizeOption = 16,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time the sources in turns.")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats; more: steadier medians.")] = 5,
     speed_batch_size: Annotated[int, typer.Option(min=1, help="Images per timed call.")] = 1,
@@ -106,6 +101,7 @@ def evaluate(
     options.check_running(dtype=dtype, prefer=prefer)
     for name in metrics or ():
         options.parse_choice(name, METRICS, "--metrics")
+    wanted = options.read_prompts(prompt, prompts)
     _check_output(output, overwrite=overwrite)
     from ..core.source import resolve_source
     from ..core.verify import check_bundle
@@ -117,7 +113,10 @@ def evaluate(
         steps=steps,
         guidance_scale=guidance_scale,
         labels=tuple(label) if label else None,
-        prompts=tuple(prompt) if prompt else None,
+        prompts=wanted,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
         seed=seed,
         batch_size=batch_size,
         metrics=tuple(metrics or ()),

@@ -17,27 +17,28 @@ def mount(app: typer.Typer) -> None:
         "dacc generate zoo:digits-dit --class 3 --num 8 -o threes",
         "dacc quantize | dacc generate --num 16 --steps 20",
         "dacc generate owner/name --prompt 'a lighthouse at dusk' --num 2",
+        "dacc generate owner/name --prompts prompts.txt --height 512 --width 768",
     )
     app.command("generate", epilog=epilog)(generate)
 
 
 def generate(
     source: options.SourceArgument = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="What to paint; repeated ones take turns.")
-    ] = None,
-    label: Annotated[
-        list[int] | None, typer.Option("--class", "-c", help="Class label; repeated ones take turns.")
-    ] = None,
+    prompt: options.PromptOption = None,
+    prompts: options.PromptsOption = None,
+    negative_prompt: options.NegativePromptOption = None,
+    label: options.LabelOption = None,
     num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many images.")] = 4,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Solver steps; fewer: faster, coarser.")] = 50,
-    guidance_scale: Annotated[
-        float | None,
+    steps: Annotated[
+        int | None,
         typer.Option(
-            help="Guidance; larger: closer to the prompt or class.", show_default="the zoo's own, else the pipeline's"
+            "--steps", min=1, help="Solver steps; fewer: faster, coarser.", show_default="the zoo's own, else 50"
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per pipeline call; larger: faster, more memory.")] = 16,
+    guidance_scale: options.GuidanceOption = None,
+    height: options.HeightOption = None,
+    width: options.WidthOption = None,
+    batch_size: options.BatchSizeOption = 16,
     output: options.OutputOption = None,
     overwrite: options.OverwriteOption = False,
     seed: options.SeedOption = 0,
@@ -53,6 +54,7 @@ def generate(
     """Write PNG images into a folder and print its path."""
     reporter = options.start(quiet=quiet, verbose=verbose, strict=strict, threads=threads)
     options.check_running(dtype=dtype, prefer=prefer)
+    wanted = options.read_prompts(prompt, prompts)
     from ..core.source import resolve_source
 
     found = resolve_source(source, reporter=reporter)  # before the heavy imports: a wrong name is answered at once
@@ -65,7 +67,10 @@ def generate(
         seed=seed,
         guidance_scale=guidance_scale,
         class_labels=tuple(label) if label else None,
-        prompts=tuple(prompt) if prompt else None,
+        prompts=wanted,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
         batch_size=batch_size,
     )
     folder = generate_images(

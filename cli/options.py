@@ -46,7 +46,7 @@ def complete_source(incomplete: str) -> list[str]:
     from ..core.zoo import PREFIX, list_zoo
 
     try:
-        zoo = [PREFIX + entry.name for entry in list_zoo()]
+        zoo = [PREFIX + entry.name for entry in list_zoo() if entry.installed]
     except DaccError:
         zoo = []
     near = Path(incomplete).parent if "/" in incomplete else Path()
@@ -118,6 +118,35 @@ RequireOption = Annotated[
         help="Fail, and write nothing, when this is missed (psnr, ssim, relative_l2); repeatable.",
     ),
 ]
+PromptOption = Annotated[
+    list[str] | None, typer.Option("--prompt", "-p", help="What to paint; repeated ones take turns.")
+]
+PromptsOption = Annotated[
+    Path | None, typer.Option("--prompts", metavar="FILE", help="More of them: a text file with one on each line.")
+]
+NegativePromptOption = Annotated[
+    str | None, typer.Option("--negative-prompt", help="What guidance is to lead away from.")
+]
+LabelOption = Annotated[list[int] | None, typer.Option("--class", "-c", help="Class label; repeated ones take turns.")]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance-scale",
+        help="Guidance; larger: closer to the prompt or class.",
+        show_default="the zoo's own, else the pipeline's",
+    ),
+]
+HeightOption = Annotated[
+    int | None,
+    typer.Option("--height", min=1, help="Pixels.", show_default="the zoo's own, else the pipeline's"),
+]
+WidthOption = Annotated[
+    int | None,
+    typer.Option("--width", min=1, help="Pixels.", show_default="the zoo's own, else the pipeline's"),
+]
+BatchSizeOption = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Images per pipeline call; larger: faster, more memory.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notices.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail on stderr.")]
@@ -133,6 +162,28 @@ def start(*, quiet: bool = False, verbose: bool = False, strict: bool = False, t
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # torch reads it when it is imported, which is later
     return Reporter(quiet=quiet, verbose=verbose, strict=strict)
+
+
+def read_prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...] | None:
+    """The prompts of --prompt and then those of the file of --prompts; None when there are none.
+
+    Raises:
+        ConfigError: the file cannot be read, is not text, or holds no prompt.
+    """
+    if file is None:
+        return tuple(given) if given else None
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise ConfigError(f"--prompts {file} cannot be read ({error.strerror}).", mend="Give a text file.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"--prompts {file} is not UTF-8 text.", mend="Save it as UTF-8, one prompt on each line."
+        ) from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ConfigError(f"--prompts {file} holds no prompt.", mend="Write one on each line.")
+    return (*(given or ()), *found)
 
 
 def print_path(path: Path, *, as_json: bool, record: dict[str, Any] | None = None) -> None:

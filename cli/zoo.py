@@ -1,4 +1,4 @@
-"""`dacc zoo`: the embedded pipelines."""
+"""`dacc zoo`: the trained pipelines that come with dacc."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from . import options
 from .options import print_path
 
 app = typer.Typer(
-    help="The embedded pipelines: list them, copy one.",
-    epilog=options.examples("dacc zoo list", "dacc zoo copy digits-unet"),
+    help="The trained pipelines that come with dacc: list them, copy one, add those that are not installed.",
+    epilog=options.examples("dacc zoo list", "dacc zoo copy digits-unet", "dacc zoo add zoo"),
     no_args_is_help=True,
 )
 
@@ -25,16 +25,17 @@ def _complete_name(incomplete: str) -> list[str]:
 
 @app.command("list", epilog=options.examples("dacc zoo list", "dacc zoo list --json"))
 def list_pipelines(json: options.JsonOption = False) -> None:
-    """Print the embedded pipelines: name, class, what they draw."""
+    """Print the pipelines: name, class, whether it is installed, what it draws."""
     from ..core.zoo import list_zoo
 
     entries = list_zoo()
     if json:
-        rows = [entry.model_dump(mode="json", exclude={"path"}) for entry in entries]
+        rows = [{**entry.model_dump(mode="json", exclude={"path"}), "installed": entry.installed} for entry in entries]
         options.print_document({"pipelines": rows})
         return
     for entry in entries:
-        sys.stdout.write(f"zoo:{entry.name:14} {entry.pipeline:14} {entry.description}\n")
+        installed = "installed" if entry.installed else "not installed"
+        sys.stdout.write(f"zoo:{entry.name:14} {entry.pipeline:24} {installed:14} {entry.description}\n")
 
 
 @app.command("copy", epilog=options.examples("dacc zoo copy digits-dit -o my-digits"))
@@ -44,8 +45,31 @@ def copy(
     overwrite: options.OverwriteOption = False,
     json: options.JsonOption = False,
 ) -> None:
-    """Copy an embedded pipeline to a folder of your own, and print its path."""
+    """Copy a pipeline to a folder of your own, and print its path."""
     from ..core.zoo import copy_zoo, zoo_entry
 
     target = output or Path(zoo_entry(name).name)
     print_path(copy_zoo(name, target, overwrite=overwrite), as_json=json)
+
+
+@app.command("add", epilog=options.examples("dacc zoo add zoo", "dacc zoo add dacc/zoo --overwrite"))
+def add(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="A zoo folder, with an index.json: the folder zoo of a checkout of dacc's repository."),
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Copy installed pipelines again too.")] = False,
+    json: options.JsonOption = False,
+) -> None:
+    """Install the pipelines of a zoo folder that are not installed yet, and print their names."""
+    from ..core.zoo import PREFIX, user_zoo
+    from ..core.zoo_add import add_zoo
+
+    reporter = options.start()
+    added = [PREFIX + name for name in add_zoo(folder, overwrite=overwrite)]
+    if not added:
+        reporter.say(f"all pipelines of {folder} are installed already; nothing to do")
+    if json:
+        options.print_document({"folder": str(user_zoo()), "added": added})
+    else:
+        sys.stdout.writelines(f"{name}\n" for name in added)

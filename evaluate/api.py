@@ -25,7 +25,8 @@ from ..core.source import Source, resolve_source, zoo_entry_of
 from ..core.zoo import PREFIX
 from ..runtime.compare import Samples
 from ..runtime.load import load_source
-from ..runtime.trajectory import RunRequest, sample
+from ..runtime.request import RunRequest
+from ..runtime.trajectory import sample
 from .config import EvaluateConfig
 from .grid import write_grid
 from .memory import measure_memory
@@ -77,12 +78,15 @@ def evaluate_pipelines(
         guidance_scale=config.guidance_scale,
         class_labels=config.labels,
         prompts=config.prompts,
+        negative_prompt=config.negative_prompt,
+        height=config.height,
+        width=config.width,
         batch_size=config.batch_size,
     ).with_zoo_defaults(entry)
     absent: list[str] = []
 
     subjects = list(_run(found, request, config, reporter))
-    judge = find_judge(entry, chosen, absent)
+    judge = find_judge(entry, chosen, subjects[0].samples, absent)
     results = measure_quality([subject.samples for subject in subjects], request, judge, chosen)
     speeds = _time(subjects, request, config, absent, reporter)
     memories = [_measure_memory(subject, request, config, absent, reporter) for subject in subjects]
@@ -215,7 +219,10 @@ def _settings(pipe: Any, request: RunRequest, config: EvaluateConfig) -> Setting
         steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         labels=request.class_labels,
-        prompts=request.prompts,
+        prompts=request.prompts and request.prompts[: len(request.seeds)],  # a zoo pipeline has hundreds
+        negative_prompt=request.negative_prompt,
+        height=request.height,
+        width=request.width,
         seed=config.seed,
         batch_size=request.batch_size,
         scheduler=type(pipe.scheduler).__name__,

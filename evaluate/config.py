@@ -17,7 +17,10 @@ class EvaluateConfig(Config):
     steps: int | None = Field(default=None, ge=1)  # solver steps; None: the zoo's own number, else 20
     guidance_scale: float | None = None  # None: the zoo's own, else the pipeline's default
     labels: tuple[int, ...] | None = None  # classes, dealt to the images in turn; None: all of the zoo's
-    prompts: tuple[str, ...] | None = None  # dealt to the images in turn; None: a few neutral ones
+    prompts: tuple[str, ...] | None = None  # dealt to the images in turn; None: the zoo's own, else a few neutral ones
+    negative_prompt: str | None = None  # what guidance leads away from
+    height: int | None = Field(default=None, ge=1)  # pixels; None: the zoo's own, else the pipeline's default
+    width: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)  # another seed: other noise
     batch_size: int = Field(default=16, ge=1)  # images per pipeline call; larger: faster, more memory
     metrics: tuple[str, ...] = ()  # names of metric files; empty: all that apply

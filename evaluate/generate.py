@@ -18,18 +18,24 @@ from ..core.reporter import Reporter, silent
 from ..core.seeds import seed_stream
 from ..core.source import Source, resolve_source, zoo_entry_of
 from ..runtime.load import load_source
-from ..runtime.trajectory import RunRequest, sample
+from ..runtime.request import RunRequest
+from ..runtime.trajectory import sample
+
+DEFAULT_STEPS = 50
 
 
 class GenerateConfig(Config):
     """What to paint; labels and prompts are dealt to the images in turn."""
 
     num: int = Field(4, ge=1)  # images
-    steps: int = Field(50, ge=1)  # solver steps; fewer: faster, coarser
+    steps: int | None = Field(None, ge=1)  # solver steps; fewer: faster, coarser; None: the zoo's own, else 50
     seed: int = 0
-    guidance_scale: float | None = None  # None: the pipeline's own
+    guidance_scale: float | None = None  # None: the zoo's own, else the pipeline's
     class_labels: tuple[int, ...] | None = None
-    prompts: tuple[str, ...] | None = None
+    prompts: tuple[str, ...] | None = None  # None: the zoo's own, else a few neutral ones
+    negative_prompt: str | None = None  # what guidance leads away from
+    height: int | None = Field(None, ge=1)  # pixels; None: the zoo's own, else the pipeline's default
+    width: int | None = Field(None, ge=1)
     batch_size: int = Field(16, ge=1)  # images per pipeline call; larger: faster, more memory
 
 
@@ -61,14 +67,18 @@ def generate_images(
     target = Path(output) if output else Path(f"{resolved.name}-images")
     _check_target(target, overwrite=overwrite)
     pipe = load_source(resolved, device=device, dtype=dtype, prefer=prefer, reporter=reporter)
+    entry = zoo_entry_of(resolved)
     request = RunRequest(
         seeds=seed_stream("generate", config.seed, config.num),
-        num_inference_steps=config.steps,
+        num_inference_steps=config.steps or (entry.num_inference_steps if entry else DEFAULT_STEPS),
         guidance_scale=config.guidance_scale,
         class_labels=config.class_labels,
         prompts=config.prompts,
+        negative_prompt=config.negative_prompt,
+        height=config.height,
+        width=config.width,
         batch_size=config.batch_size,
-    ).with_zoo_defaults(zoo_entry_of(resolved))
+    ).with_zoo_defaults(entry)
     images = sample(pipe, request, reporter=reporter).images
     _write(images, target)
     return target

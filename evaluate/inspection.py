@@ -20,7 +20,8 @@ from ..core.safe_read import component_tensors
 from ..core.scheme import Scheme
 from ..core.source import Source, component_entries, resolve_source, zoo_entry_of
 from ..runtime.load import load_source
-from ..runtime.trajectory import RunRequest, capture_calls
+from ..runtime.request import RunRequest
+from ..runtime.trajectory import capture_calls
 from ..runtime.weight import state_shapes
 from .profile import BlockCost, profile_call
 from .size import bytes_on_disk

@@ -78,7 +78,8 @@ def _probe(order: dict[str, Any]) -> Memory:
 
     from ..core.reporter import silent
     from ..runtime.load import load_source
-    from ..runtime.trajectory import RunRequest, run_batch
+    from ..runtime.request import RunRequest
+    from ..runtime.trajectory import run_batch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     baseline = psutil.Process().memory_info().rss

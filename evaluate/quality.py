@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from ..core.zoo import ZooEntry
 from ..runtime.compare import Samples
-from ..runtime.trajectory import RunRequest
+from ..runtime.request import RunRequest
 from . import metrics
 from .judge import Judge, load_judge
 from .result import Metric
+
+T = TypeVar("T")
 
 
 def metric_names(wanted: tuple[str, ...]) -> list[str]:
@@ -23,14 +26,18 @@ def metric_names(wanted: tuple[str, ...]) -> list[str]:
     return list(wanted) or metrics.REGISTRY.names()
 
 
-def find_judge(entry: ZooEntry | None, chosen: list[str], absent: list[str]) -> Judge | None:
-    """The judge, when a chosen metric needs one and there is one; otherwise a line in `absent`."""
+def find_judge(entry: ZooEntry | None, chosen: list[str], samples: Samples, absent: list[str]) -> Judge | None:
+    """The judge, when a chosen metric needs one and there is one for these images; otherwise a line in `absent`."""
     wanting = [name for name in chosen if "judge" in metrics.REGISTRY.load(name).NEEDS]
     if not wanting:
         return None
     judge = load_judge(entry) if entry else None
     if judge is None:
-        absent.append(f"{', '.join(wanting)}: only pipelines of the zoo, and what was made from them, have a judge.")
+        absent.append(f"{', '.join(wanting)}: only installed zoo pipelines, and what was made from them, have a judge.")
+    elif not judge.fits(samples.images):
+        size = " x ".join(map(str, judge.facts["input_size"]))
+        absent.append(f"{', '.join(wanting)}: the judge {judge.name} knows images of {size} only.")
+        return None
     return judge
 
 
@@ -45,15 +52,14 @@ def measure_quality(
         judge: None leaves the metrics out that need one.
         chosen: metric files; empty: all.
     """
-    labels = request.class_labels
-    dealt = tuple(labels[index % len(labels)] for index in range(len(request.seeds))) if labels else None
     judged = [judge.look(one.images) if judge else None for one in samples]
     results: list[dict[str, Metric]] = []
     for index, (own, seen) in enumerate(zip(samples, judged, strict=True)):
         case = metrics.Case(
             samples=own,
             seeds=request.seeds,
-            labels=dealt,
+            labels=_dealt(request.class_labels, len(request.seeds)),
+            prompts=_dealt(request.prompts, len(request.seeds)),
             reference=samples[0] if index else None,
             judge=judge,
             judged=seen,
@@ -66,3 +72,8 @@ def measure_quality(
                 result |= metric.compute(case)
         results.append(result)
     return results
+
+
+def _dealt(values: tuple[T, ...] | None, count: int) -> tuple[T, ...] | None:
+    """One value for every sample, in turn."""
+    return tuple(values[index % len(values)] for index in range(count)) if values else None

@@ -20,8 +20,13 @@ TITLES = {  # metric -> what a person reads, in this order
     "fid": "FID (judge)",
     "class_accuracy": "class accuracy",
     "class_agreement": "class agreement",
+    "caption_accuracy": "whole caption right",
+    "relation_accuracy": "  relation right",
+    "shape_accuracy": "  both shapes right",
+    "colour_accuracy": "  both colours right",
+    "size_accuracy": "  both sizes right",
 }
-SHARES = ("class_accuracy", "class_agreement")
+SHARES = ("_accuracy", "_agreement")  # endings of metrics that are shares of images
 MISSING = "-"
 
 
@@ -60,8 +65,11 @@ def remarks(evaluation: Evaluation) -> list[str]:
     if evaluation.judge_fid_between_halves is not None:
         halves = evaluation.judge_fid_between_halves
         lines.append(f"FID uses {evaluation.judge}: real images against real images give {halves:.3g}.")
-    notes = [metric.note for report in evaluation.sources for metric in report.metrics.values() if metric.note]
-    lines += [f"FID is {note}." for note in dict.fromkeys(notes)]
+    noted: dict[str, dict[str, None]] = {}  # note -> the titles that it belongs to, each once and in order
+    for name, metric in ((name, metric) for report in evaluation.sources for name, metric in report.metrics.items()):
+        if metric.note:
+            noted.setdefault(metric.note, {})[TITLES.get(name, name).strip()] = None
+    lines += [f"{', '.join(titles)}: {note}." for note, titles in noted.items()]
     if memory := next((report.memory for report in evaluation.sources if report.memory), None):
         baseline = human_bytes(memory.baseline_bytes)
         lines.append(f"Peak memory includes the interpreter and libraries (about {baseline} before loading).")
@@ -125,7 +133,7 @@ def print_inspection(inspection: Inspection) -> None:
 def _metric(name: str, metric: Metric | None) -> str:
     if metric is None:
         return MISSING
-    show: Callable[[float], str] = _share if name in SHARES else lambda value: f"{value:.3g}"
+    show: Callable[[float], str] = _share if name.endswith(SHARES) else lambda value: f"{value:.3g}"
     interval = (
         f" [{show(metric.low)}, {show(metric.high)}]" if metric.low is not None and metric.high is not None else ""
     )

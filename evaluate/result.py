@@ -73,6 +73,9 @@ class Settings(Config):
     guidance_scale: float | None
     labels: tuple[int, ...] | None
     prompts: tuple[str, ...] | None
+    negative_prompt: str | None = None
+    height: int | None = None  # pixels; None: the pipeline's default
+    width: int | None = None
     seed: int
     batch_size: int
     scheduler: str

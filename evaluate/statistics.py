@@ -37,6 +37,13 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def share(right: Sequence[bool], *, note: str | None = None) -> Metric:
+    """Share of images that are right, with its interval."""
+    successes, count = sum(right), len(right)
+    low, high = wilson_interval(successes, count)
+    return Metric(value=successes / count, low=low, high=high, count=count, better="higher", note=note)
+
+
 def wilson_interval(successes: int, count: int) -> tuple[float, float]:
     """Wilson's score interval of a share; sensible also at 0 and at 1."""
     if not 0 <= successes <= count or count == 0:

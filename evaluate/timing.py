@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any
 
 from ..core.reporter import Reporter, silent
-from ..runtime.trajectory import RunRequest, sample
+from ..runtime.request import RunRequest
+from ..runtime.trajectory import sample
 from .result import Speed
 
 

@@ -10,7 +10,8 @@ from ..core.manifest import Effect
 from ..core.reporter import Reporter
 from ..core.source import Source, zoo_entry_of
 from .load import load_source
-from .trajectory import RunRequest, measure_effect
+from .request import RunRequest
+from .trajectory import measure_effect
 
 FLOAT32_GROWTH = 2  # float16 files take twice their size as float32
 COPIES = 1.5  # the reference, and the result with its temporary unpacked layers

@@ -6,70 +6,27 @@ Letters: N samples, C channels, H height, W width.
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..core.config import Config
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.manifest import Effect
 from ..core.pipeline import denoisers
 from ..core.reporter import Reporter, silent
 from ..core.seeds import seed_stream
-from ..core.zoo import ZooEntry
 from .clock import RunState, attach_clock, current_run, fixed_run, observe_steps, reset_clock
 from .compare import Samples, compare
+from .request import RunRequest, call_arguments
 
-DEFAULT_PROMPTS = (
-    "a photograph of a red bicycle leaning against a brick wall",
-    "a watercolor painting of a lighthouse at dusk",
-    "a close-up portrait of an old fisherman, soft window light",
-    "a bowl of fruit on a wooden table",
-)
 PROBE_STEPS = 2  # some solvers cannot do one
-
-
-class RunRequest(Config):
-    """What to sample. Labels and prompts are dealt to the samples in turn, again from the first when they run out."""
-
-    seeds: tuple[int, ...] = Field(min_length=1)  # one per sample
-    num_inference_steps: int = Field(default=10, ge=1)
-    guidance_scale: float | None = None  # None: the pipeline's default
-    class_labels: tuple[int, ...] | None = None  # None: 0, 1, 2, ... where the pipeline wants classes
-    prompts: tuple[str, ...] | None = None  # None: a few neutral prompts where the pipeline wants one
-    negative_prompt: str | None = None
-    height: int | None = None  # pixels; None: the pipeline's default
-    width: int | None = None
-    batch_size: int = Field(default=16, ge=1)  # samples per pipeline call; larger: faster, more memory
-
-    @model_validator(mode="after")
-    def _check(self) -> RunRequest:
-        if self.class_labels == () or self.prompts == ():
-            raise ValueError("class_labels and prompts must not be empty")
-        return self
-
-    def with_zoo_defaults(self, entry: ZooEntry | None) -> RunRequest:
-        """Guidance and classes of a zoo pipeline where the request leaves them open."""
-        if entry is None:
-            return self
-        guidance = self.guidance_scale if self.guidance_scale is not None else entry.guidance_scale
-        known = entry.classes if entry.conditioning == "class" else None
-        labels = tuple(range(known) if isinstance(known, int) else (int(value) for value in known or ()))
-        return self.model_copy(update={"guidance_scale": guidance, "class_labels": self.class_labels or labels or None})
-
-    def batches(self) -> Iterator[range]:
-        """Positions of the samples of each pipeline call."""
-        for start in range(0, len(self.seeds), self.batch_size):
-            yield range(start, min(start + self.batch_size, len(self.seeds)))
 
 
 @dataclass(frozen=True)
@@ -95,34 +52,28 @@ def sample(pipe: Any, request: RunRequest, *, reporter: Reporter | None = None) 
         ConfigError: the request sets something that this pipeline does not have.
         UnsupportedError: the pipeline needs inputs that a request cannot give.
     """
+    reporter = reporter or silent()
     attach_clock(pipe)
     latents, images = [], []
     batches = list(request.batches())
     with _no_bar(pipe):
-        for positions in (reporter or silent()).progress(batches, "sampling"):
+        for positions in reporter.progress(batches, "sampling"):
             batch_latents, batch_images = run_batch(pipe, request, positions)
             latents.append(batch_latents)
             images.append(batch_images)
-    return Samples(torch.cat(latents), torch.cat(images))
+    samples = Samples(torch.cat(latents), torch.cat(images))
+    _tell_other_size(samples.images, request, reporter)
+    return samples
 
 
-def run_batch(pipe: Any, request: RunRequest, positions: range) -> tuple[Tensor, Tensor]:
+def run_batch(pipe: Any, request: RunRequest, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
     """One pipeline call for some samples of a request: their latents (N, ...) and images (N, C, H, W)."""
-    arguments = call_arguments(pipe, request, positions)
     last: list[Tensor] = []
 
     def keep(prev_sample: Tensor) -> None:
         last[:] = [prev_sample]
 
-    # stochastic solvers that ignore `generator` draw from the global one, which is put back afterwards
-    devices = [pipe.device] if pipe.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), observe_steps(keep):
-        torch.manual_seed(request.seeds[positions[0]])
-        try:
-            output = pipe(**arguments)
-        finally:
-            reset_clock()  # also when the run failed or stopped early
-    images = _as_images(output)
+    images = _as_images(call_pipeline(pipe, request, positions, on_step=keep))
     if not last:
         raise UnsupportedError(
             f"the scheduler of {type(pipe).__name__} made no step.", "Runs are compared by its samples."
@@ -130,38 +81,27 @@ def run_batch(pipe: Any, request: RunRequest, positions: range) -> tuple[Tensor,
     return last[0][: len(positions)].detach().float().cpu(), images  # guidance may have doubled the batch
 
 
-def call_arguments(pipe: Any, request: RunRequest, positions: range) -> dict[str, Any]:
-    """Arguments of the pipeline call, chosen by its signature.
+def call_pipeline(
+    pipe: Any, request: RunRequest, positions: Sequence[int], *, on_step: Callable[[Tensor], None]
+) -> Any:
+    """Call the pipeline for some samples of a request.
 
-    Raises:
-        ConfigError: the request sets something that this pipeline does not have.
-        UnsupportedError: the pipeline needs inputs that a request cannot give.
+    Args:
+        on_step: told the new sample after every scheduler step; may end the run by an exception of its own.
     """
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    # CPU generators give the same noise whatever the device is
-    generators = [torch.Generator("cpu").manual_seed(request.seeds[position]) for position in positions]
-    arguments: dict[str, Any] = {
-        "generator": generators,
-        "num_inference_steps": request.num_inference_steps,
-        "output_type": "pt",
-        "eta": 0.0,
-    }
-    if "class_labels" in parameters:
-        labels = request.class_labels or tuple(range(_classes(pipe)))
-        arguments["class_labels"] = [labels[position % len(labels)] for position in positions]
-    elif "prompt" in parameters:
-        prompts = request.prompts or DEFAULT_PROMPTS
-        arguments["prompt"] = [prompts[position % len(prompts)] for position in positions]
-    else:
-        arguments["batch_size"] = len(positions)
-    if request.negative_prompt is not None:
-        arguments["negative_prompt"] = [request.negative_prompt] * len(positions)
-    for name in ("guidance_scale", "height", "width"):
-        if (value := getattr(request, name)) is not None:
-            arguments[name] = value
-    arguments = {name: value for name, value in arguments.items() if name != "eta" or name in parameters}
-    _check_arguments(type(pipe).__name__, parameters, arguments, request)
-    return arguments
+    arguments = call_arguments(pipe, request, positions)
+    # stochastic solvers that ignore `generator` draw from the global one, which is put back afterwards
+    devices = [pipe.device] if pipe.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), observe_steps(on_step):
+        torch.manual_seed(request.seeds[positions[0]])
+        try:
+            return pipe(**arguments)
+        except ValueError as error:
+            if refused := _refused_size(error, request):
+                raise refused from None
+            raise
+        finally:
+            reset_clock()  # also when the run failed or stopped early
 
 
 def measure_effect(
@@ -248,27 +188,21 @@ def _unmeasured(why: str, reporter: Reporter) -> Effect:
     return Effect(not_measured=why)
 
 
-def _check_arguments(name: str, parameters: Any, arguments: dict[str, Any], request: RunRequest) -> None:
-    given = {"class_labels": request.class_labels, "prompt": request.prompts}
-    unknown = [key for key in arguments if key not in parameters]
-    unknown += [key for key, value in given.items() if value is not None and key not in parameters]
-    if unknown:
-        raise ConfigError(f"{name} does not take {', '.join(unknown)}.", mend="Leave them out.")
-    empty = inspect.Parameter.empty
-    fillable = {"self", *arguments}
-    needed = [key for key, value in parameters.items() if value.default is empty and key not in fillable]
-    if needed:
-        raise UnsupportedError(f"{name} needs {', '.join(needed)}.", "dacc runs pipelines that start from noise.")
+def _refused_size(error: ValueError, request: RunRequest) -> ConfigError | None:
+    """Some pipelines refuse a size of their own accord; every other ValueError is a bug."""
+    if (request.height or request.width) and "height" in str(error):
+        return ConfigError(f"the pipeline refuses this size: {error}.", mend="Choose another --height and --width.")
+    return None
 
 
-def _classes(pipe: Any) -> int:
-    """How many classes a class-conditional denoiser knows."""
-    for denoiser in denoisers(pipe).values():
-        config: Any = denoiser.config
-        for key in ("num_class_embeds", "num_embeds_ada_norm", "num_classes"):
-            if config.get(key):
-                return int(config[key])
-    return 1
+def _tell_other_size(images: Tensor, request: RunRequest, reporter: Reporter) -> None:
+    """Some pipelines round a size to what their latents allow."""
+    made = tuple(images.shape[-2:])
+    asked = (request.height or made[0], request.width or made[1])
+    if made != asked:
+        reporter.notice(
+            f"images of {asked[1]} x {asked[0]} pixels were asked for; the pipeline makes {made[1]} x {made[0]}"
+        )
 
 
 def _as_images(output: Any) -> Tensor:

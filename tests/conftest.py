@@ -18,13 +18,15 @@ import dacc
 # pytest takes the repository root for a package of the folder's name and would import a second dacc under that name
 sys.modules.setdefault(Path(__file__).parents[1].name, dacc)
 os.environ["HF_HUB_OFFLINE"] = "1"  # the Hub client reads it once, at its import
+os.environ["XDG_DATA_HOME"] = os.devnull  # a zoo that the user has installed is not for tests
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so does torch: the models are too small to share between threads
 
 
 @pytest.fixture(autouse=True)
 def _own_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Default outputs land in the test's own folder, never in the checkout."""
+    """Default outputs and caches land in the test's own folder, never in the checkout or with the user."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DACC_CACHE", str(tmp_path / "cache"))
 
 
 @functools.cache
@@ -81,6 +83,97 @@ def _dit_pipeline() -> Any:
     return pipe
 
 
+TEXT_LENGTH = 16  # tokens that the text pipelines take
+WORDS = ["a", "small", "large", "red", "blue", "circle", "square", "above", "below", "to", "the", "left", "right", "of"]
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = {word: index for index, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=TEXT_LENGTH, **names)
+
+
+def _clip() -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = CLIPTextConfig(vocab_size=32, max_position_embeddings=TEXT_LENGTH, projection_dim=16, **sizes, **ids)
+    return CLIPTextModel(config).eval()
+
+
+def _rgb_vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        shift_factor=0.0,
+    ).eval()
+
+
+@functools.cache
+def _sd_pipeline() -> Any:
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = StableDiffusionPipeline(_rgb_vae(), _clip(), _tokenizer(), unet, scheduler, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@functools.cache
+def _flux_pipeline() -> Any:
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=False,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    t5 = T5EncoderModel(T5Config(vocab_size=32, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = FluxPipeline(scheduler, _rgb_vae(), _clip(), _tokenizer(), t5, _tokenizer(), transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture
 def unet_pipeline() -> Callable[[], Any]:
     """Makes fresh unconditional DDIM pipelines of 16 x 16 x 1 images; all hold the same weights."""
@@ -91,6 +184,18 @@ def unet_pipeline() -> Callable[[], Any]:
 def dit_pipeline() -> Callable[[], Any]:
     """Makes fresh class-conditional DiT pipelines with a VAE (16 x 16 x 1); all hold the same weights."""
     return lambda: copy.deepcopy(_dit_pipeline())
+
+
+@pytest.fixture
+def sd_pipeline() -> Callable[[], Any]:
+    """Makes fresh Stable Diffusion pipelines of 32 x 32 x 3 images; all hold the same weights."""
+    return lambda: copy.deepcopy(_sd_pipeline())
+
+
+@pytest.fixture
+def flux_pipeline() -> Callable[[], Any]:
+    """Makes fresh Flux pipelines without distilled guidance; they make 32 x 32 x 3 images only when asked to."""
+    return lambda: copy.deepcopy(_flux_pipeline())
 
 
 @pytest.fixture(scope="session")
@@ -106,6 +211,22 @@ def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The class-conditional pipeline as a folder; not to be changed."""
     folder = tmp_path_factory.mktemp("pipelines") / "tiny-dit"
     copy.deepcopy(_dit_pipeline()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Stable Diffusion pipeline as a folder; not to be changed."""
+    folder = tmp_path_factory.mktemp("pipelines") / "tiny-sd"
+    copy.deepcopy(_sd_pipeline()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Flux pipeline as a folder; not to be changed."""
+    folder = tmp_path_factory.mktemp("pipelines") / "tiny-flux"
+    copy.deepcopy(_flux_pipeline()).save_pretrained(folder)
     return folder
 
 

@@ -43,6 +43,8 @@ def test_the_wheel_holds_the_zoo_but_not_its_training(wheel):
     for pipeline, denoiser in (("digits-unet", "unet"), ("digits-dit", "transformer")):
         assert f"dacc/zoo/{pipeline}/{denoiser}/diffusion_pytorch_model.safetensors" in names
     assert "dacc/zoo/digits-judge/reference.safetensors" in names
+    assert "dacc/zoo/index.json" in names
+    assert not [name for name in names if "/zoo/shapes-" in name]
     assert not [name for name in names if "/train/" in name or "/tests/" in name or "/benchmarks/" in name]
 
 
@@ -52,7 +54,7 @@ def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
     program = (
         f"import sys; sys.path[:0] = {[str(tmp_path), *sys.path]!r}\n"
         "import dacc\nfrom dacc.core.zoo import list_zoo\n"
-        "print(dacc.__file__, *[entry.path for entry in list_zoo()])"
+        "print(dacc.__file__, *[entry.path for entry in list_zoo() if entry.installed])"
     )
     command = [sys.executable, "-S", "-c", program]  # -S: no .pth file, so no editable checkout
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)

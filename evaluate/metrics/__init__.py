@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..judge import Judge, Judged
 
 REGISTRY = Registry("metric", __name__, Path(__file__).parent)
-Need = Literal["reference", "judge"]  # what a metric cannot do without
+Need = Literal["reference", "judge", "prompts"]  # what a metric cannot do without
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Case:
     samples: Samples
     seeds: tuple[int, ...]
     labels: tuple[int, ...] | None = None  # class of every image, for class-conditional pipelines
+    prompts: tuple[str, ...] | None = None  # prompt of every image, where prompts were given
     reference: Samples | None = None  # None when this source is the reference
     judge: Judge | None = None
     judged: Judged | None = None  # what the judge says of `samples`

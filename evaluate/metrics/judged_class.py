@@ -4,24 +4,25 @@ is asked for, `class_agreement`: share of images of the same class as the refere
 from __future__ import annotations
 
 from ..result import Metric
-from ..statistics import wilson_interval
+from ..statistics import share
 from . import Case
 
 NEEDS = ("judge",)
 
 
 def compute(case: Case) -> dict[str, Metric]:
-    """A share with Wilson's 95 % interval; nothing for an unconditional reference, which agrees with itself."""
+    """A share with Wilson's 95 % interval; nothing for an unconditional reference, which agrees with itself, and
+    nothing from a judge that answers several questions, none of which is the class."""
     assert case.judged is not None
-    found = case.judged.classes.tolist()
+    if case.judged.answers.shape[1] > 1:
+        return {}
+    found = case.judged.answers[:, 0].tolist()
     if case.labels is not None:
-        return {"class_accuracy": _share(found, list(case.labels))}
+        return {"class_accuracy": _agreement(found, list(case.labels))}
     if case.reference_judged is None:
         return {}
-    return {"class_agreement": _share(found, case.reference_judged.classes.tolist())}
+    return {"class_agreement": _agreement(found, case.reference_judged.answers[:, 0].tolist())}
 
 
-def _share(found: list[int], expected: list[int]) -> Metric:
-    right, count = sum(a == b for a, b in zip(found, expected, strict=True)), len(found)
-    low, high = wilson_interval(right, count)
-    return Metric(value=right / count, low=low, high=high, count=count, better="higher")
+def _agreement(found: list[int], expected: list[int]) -> Metric:
+    return share([a == b for a, b in zip(found, expected, strict=True)])

@@ -10,7 +10,7 @@ import pytest
 
 from .conftest import command, environment
 
-COMMANDS = ["inspect", "quantize", "generate", "evaluate", "verify", "zoo list", "zoo copy"]
+COMMANDS = ["inspect", "quantize", "generate", "evaluate", "verify", "zoo list", "zoo copy", "zoo add"]
 
 
 def shell(line: str) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,13 @@ def test_quantize_refuses_a_wrong_option(dacc, pipeline, unchanged, options, adv
         (["generate", "--prefer", "luck"], "Known: memory, speed"),
         (["generate", "--num", "0"], "dacc generate --help"),
         (["generate", "--class", "3"], "Leave"),
+        (["generate", "--height", "0"], "dacc generate --help"),
+        (["generate", "--height", "16"], "does not take height"),
+        (["generate", "--negative-prompt", "blurry"], "does not take negative_prompt"),
+        (["generate", "--prompts", "nowhere.txt"], "Give a text file"),
+        (["generate", "--prompts", "pipe"], "Give a text file"),
+        (["generate", "--prompts", os.devnull], "Write one on each line"),
+        (["evaluate", "--prompts", sys.executable], "Save it as UTF-8"),
         (["evaluate", "--metrics", "psnr_sim"], "Did you mean psnr_ssim?"),
         (["evaluate", "--dtype", "floaty"], "Did you mean float32"),
         (["evaluate", "--prefer", "sped"], "Did you mean speed?"),
@@ -181,6 +189,20 @@ def test_a_source_that_is_not_there(dacc, unchanged, name, source, advice):
 
 def test_zoo_copy_of_an_unknown_name(dacc, unchanged):
     assert "Did you mean digits-dit" in refuse(dacc, unchanged, 3, "zoo", "copy", "digits-dti")
+
+
+@pytest.mark.parametrize("name", ["quantize", "generate", "evaluate", "inspect", "verify", "zoo copy"])
+def test_a_zoo_pipeline_that_is_not_installed(dacc, unchanged, tmp_path, monkeypatch, name):
+    entry = {"pipeline": "FluxPipeline", "description": "", "num_inference_steps": 4}
+    (tmp_path / "index.json").write_text(json.dumps({"far-away": entry}))
+    monkeypatch.setenv("DACC_ZOO", str(tmp_path))
+    message = refuse(dacc, unchanged, 3, *name.split(), "zoo:far-away")
+    assert "not part of the installed package" in message
+    assert "dacc zoo add FOLDER" in message
+
+
+def test_zoo_add_of_what_is_no_zoo(dacc, pipeline, unchanged):
+    assert "a checkout of dacc's repository" in refuse(dacc, unchanged, 3, "zoo", "add", pipeline)
 
 
 def test_a_folder_that_is_no_pipeline(dacc, unchanged, tmp_path):

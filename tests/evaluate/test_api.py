@@ -52,7 +52,7 @@ def test_equal_pipelines_have_no_error(tiny_zoo: Path) -> None:
 def test_without_a_judge_the_report_says_what_is_absent(tiny_zoo: Path) -> None:
     result = evaluate_pipelines([tiny_zoo / "tiny-unet-other"], config=QUICK)
     assert result.judge is None
-    assert "frechet, judged_class" in result.absent[0]
+    assert "frechet, judged_caption, judged_class" in result.absent[0]
     assert result.settings.steps == 20
 
 

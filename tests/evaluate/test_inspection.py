@@ -25,3 +25,12 @@ def test_a_pipeline_is_taken_apart(
     assert next(iter(json.loads(inspection.model_dump_json()))) == "schema"
     print_inspection(inspection)
     assert "what quantize could do" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # inside diffusers
+@pytest.mark.parametrize(("name", "denoiser"), [("tiny-sd", "unet"), ("tiny-flux", "transformer")])
+def test_a_text_pipeline_is_taken_apart(text_zoo: Path, name: str, denoiser: str) -> None:
+    components = inspect_pipeline(f"zoo:{name}").components
+    assert {part for part, facts in components.items() if facts.is_denoiser} == {denoiser}
+    assert components[denoiser].macs_per_call > 0
+    assert components["text_encoder"].parameters > 0

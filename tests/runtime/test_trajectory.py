@@ -12,7 +12,8 @@ from dacc.core.errors import ConfigError, UnsupportedError
 from dacc.core.reporter import silent
 from dacc.runtime.clock import current_run
 from dacc.runtime.compare import MAX_PSNR, Samples, compare, psnr, relative_l2, ssim
-from dacc.runtime.trajectory import RunRequest, capture_calls, measure_effect, sample
+from dacc.runtime.request import RunRequest
+from dacc.runtime.trajectory import capture_calls, measure_effect, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy 2 inside diffusers
 

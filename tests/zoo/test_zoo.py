@@ -10,8 +10,12 @@ from diffusers import DDIMPipeline, DiffusionPipeline, DiTPipeline
 from safetensors.torch import load_file
 from transformers import ResNetForImageClassification
 
+from dacc.core.zoo import ZooEntry, read_index
+from dacc.evaluate.caption import CaptionReader, Grammar, Head
+
 ZOO = Path(__file__).resolve().parents[2] / "zoo"
-INDEX: dict[str, dict[str, Any]] = json.loads((ZOO / "index.json").read_text())
+ALL: dict[str, dict[str, Any]] = json.loads((ZOO / "index.json").read_text())
+INDEX = {name: facts for name, facts in ALL.items() if facts["conditioning"] != "text"}
 DENOISERS = {
     "digits-unet": ZOO / "digits-unet" / "unet" / "diffusion_pytorch_model.safetensors",
     "digits-dit": ZOO / "digits-dit" / "transformer" / "diffusion_pytorch_model.safetensors",
@@ -32,7 +36,8 @@ def judge() -> ResNetForImageClassification:
 
 
 def test_the_index_lists_exactly_the_pipelines_in_the_folder() -> None:
-    assert {path.parent.name for path in ZOO.glob("*/model_index.json")} == set(INDEX) == set(DENOISERS)
+    assert {path.parent.name for path in ZOO.glob("digits-*/model_index.json")} == set(INDEX) == set(DENOISERS)
+    assert {path.parent.name for path in ZOO.glob("*/model_index.json")} <= set(ALL)
 
 
 @pytest.mark.parametrize("name", sorted(INDEX))
@@ -50,8 +55,8 @@ def test_denoiser_weights_are_float16_finite_and_small(name: str) -> None:
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-def test_all_weights_together_stay_under_22_megabytes() -> None:
-    assert sum(path.stat().st_size for path in ZOO.rglob("*.safetensors")) < 22_000_000
+def test_all_weights_of_the_package_together_stay_under_22_megabytes() -> None:
+    assert sum(path.stat().st_size for path in ZOO.glob("digits-*/**/*.safetensors")) < 22_000_000
 
 
 def test_the_unet_has_the_widths_attention_and_skips_it_promises(pipelines: dict[str, DiffusionPipeline]) -> None:
@@ -131,3 +136,17 @@ def test_held_out_digits_lie_near_the_reference_statistics(judge: ResNetForImage
     features = judge.resnet(held_out["images"].float() / 127.5 - 1).pooler_output.flatten(1)
     spread = reference["covariance"].diagonal().sum().sqrt()
     assert (features.mean(dim=0) - reference["mean"]).norm() < 0.2 * spread
+
+
+TEXT = [entry for entry in read_index(ZOO) if entry.conditioning == "text"]
+
+
+@pytest.mark.parametrize("entry", TEXT, ids=lambda entry: entry.name)
+def test_the_prompts_of_a_text_pipeline_are_captions_that_its_judge_can_read(entry: ZooEntry) -> None:
+    if not entry.installed:
+        pytest.skip(f"{entry.name} is not in this checkout")
+    facts = json.loads((ZOO / entry.judge / "reference.json").read_text())
+    heads = [Head.model_validate(head) for head in facts["heads"]]
+    reader = CaptionReader(Grammar.model_validate(facts["caption"]), heads)
+    assert all(reader.read(prompt) for prompt in (*entry.calibration_prompts, *entry.evaluation_prompts))
+    assert json.loads((entry.path / "model_index.json").read_text())["_class_name"] == entry.pipeline

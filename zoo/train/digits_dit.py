@@ -14,17 +14,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from autoencoder import Latents, autoencoder_loss, encode, standardize_
 from data import IMAGE_SIZE, NUM_CLASSES, Digits, Jitter, augment, draw_batch, load_digits
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding, TimestepEmbedding
 from digits_unet import draw_timesteps
 from torch import Tensor, nn
-from trainer import TrainConfig, parse_arguments, replace_folder, train
+from trainer import TrainConfig, parse_arguments, replace_folder, shared_fields, train
 
 NAME = "digits-dit"
 NULL_CLASS = 1000  # DiTPipeline has this number written into it
 LABEL_DROP = 0.1
-KL_WEIGHT = 1e-5  # larger: smoother latents; from about 1e-3 on, half of the channels carry nothing but noise
 POOL_COPIES = 16  # augmented copies of the data set that are encoded once, before the transformer is trained
 JITTER = Jitter(degrees=7, scale=0.06, shift=0.6, probability=0.5)
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -98,44 +98,11 @@ def drop_labels(labels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(dropped, NULL_CLASS, labels)
 
 
-def autoencoder_loss(model: nn.Module, generator: torch.Generator, *, digits: Digits, batch_size: int) -> Tensor:
-    """Squared error of the picture, and a little KL so that noise in the latents does not break the decoder."""
-    images = draw_batch(digits, batch_size, JITTER, generator).images.to(next(model.parameters()).device)
-    moments = model.quant_conv(model.encoder(images))  # (N, 8, S/2, S/2): means, then log variances
-    mean, log_variance = moments.chunk(2, dim=1)
-    log_variance = log_variance.clamp(-30, 20)
-    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-    decoded = model.decoder(model.post_quant_conv(mean + (0.5 * log_variance).exp() * noise))
-    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return (decoded - images).square().mean() + KL_WEIGHT * divergence
-
-
-@torch.no_grad()
-def standardize_(autoencoder: AutoencoderKL, digits: Digits) -> None:
-    """Give every latent channel mean 0 and variance 1 over the digits, by folding the change into the 1x1 convolutions
-    on both sides of the latents. What the autoencoder computes stays the same; the transformer sees even channels."""
-    posterior = autoencoder.encode(digits.images.to(autoencoder.device)).latent_dist
-    mean = posterior.mean.mean(dim=(0, 2, 3))  # (4,)
-    variance = posterior.mean.var(dim=(0, 2, 3)) + posterior.var.mean(dim=(0, 2, 3))
-    into, back = autoencoder.quant_conv, autoencoder.post_quant_conv  # (8, 8, 1, 1) and (4, 4, 1, 1)
-    back.bias += back.weight[:, :, 0, 0] @ mean
-    back.weight *= variance.sqrt()[None, :, None, None]
-    into.weight[:4] /= variance.sqrt()[:, None, None, None]
-    into.bias[:4] = (into.bias[:4] - mean) / variance.sqrt()
-    into.bias[4:] -= variance.log()  # the other half are log variances
-
-
-@torch.no_grad()
-def encode_pool(autoencoder: AutoencoderKL, digits: Digits, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(means, standard deviations, labels) of augmented copies: the encoder then costs nothing per step."""
+def encode_pool(autoencoder: AutoencoderKL, digits: Digits, seed: int) -> tuple[Latents, Tensor]:
+    """Latents of augmented copies, and their labels: the encoder then costs nothing per step."""
     generator = torch.Generator().manual_seed(seed)
-    means, deviations = [], []
-    for _ in range(POOL_COPIES):
-        images = augment(digits.images, JITTER, generator)
-        posterior = autoencoder.encode(images.to(autoencoder.device)).latent_dist
-        means.append(posterior.mean.cpu())
-        deviations.append(posterior.std.cpu())
-    return torch.cat(means), torch.cat(deviations), digits.labels.repeat(POOL_COPIES)
+    copies = [augment(digits.images, JITTER, generator) for _ in range(POOL_COPIES)]
+    return encode(autoencoder, torch.cat(copies)), digits.labels.repeat(POOL_COPIES)
 
 
 def save_pipeline(transformer: nn.Module, autoencoder: AutoencoderKL, folder: Path) -> None:
@@ -156,17 +123,21 @@ def save_pipeline(transformer: nn.Module, autoencoder: AutoencoderKL, folder: Pa
 
 
 def train_autoencoder(digits: Digits, config: TrainConfig) -> AutoencoderKL:
-    loss_of = partial(autoencoder_loss, digits=digits, batch_size=config.batch_size)
-    return train(make_autoencoder(), loss_of, config, lambda model: None)
+    def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
+        return autoencoder_loss(model, draw_batch(digits, config.batch_size, JITTER, generator).images, generator)
+
+    autoencoder = train(make_autoencoder(), loss_of, config, lambda model: None)
+    assert isinstance(autoencoder, AutoencoderKL)
+    standardize_(autoencoder, digits.images)
+    return autoencoder
 
 
-def make_latent_loss(pool: tuple[Tensor, Tensor, Tensor], batch_size: int, device: str) -> Callable[..., Tensor]:
-    means, deviations, labels = pool
+def make_latent_loss(pool: Latents, labels: Tensor, batch_size: int, device: str) -> Callable[..., Tensor]:
     scheduler = make_scheduler()
 
     def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
         index = torch.randint(len(labels), (batch_size,), generator=generator)
-        latents = means[index] + deviations[index] * torch.randn(means[index].shape, generator=generator)
+        latents = pool.draw(index, generator)
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = draw_timesteps(batch_size, generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
@@ -181,18 +152,17 @@ def main() -> None:
     arguments = parse_arguments(__doc__ or "", name=NAME, steps=4500, batch_size=128)
     torch.manual_seed(arguments.seed)
     digits = load_digits()
-    shared = {"seed": arguments.seed, "device": arguments.device, "work": arguments.work}
+    shared = shared_fields(arguments)
     autoencoder = train_autoencoder(
         digits,
         TrainConfig(name=f"{NAME}-vae", steps=1000, batch_size=64, learning_rate=1e-3, **shared),
     )
-    standardize_(autoencoder, digits)
-    pool = encode_pool(autoencoder, digits, arguments.seed)
+    pool, labels = encode_pool(autoencoder, digits, arguments.seed)
     config = TrainConfig(
         name=NAME, steps=arguments.steps, batch_size=arguments.batch_size, learning_rate=1e-3, **shared
     )
     torch.manual_seed(arguments.seed)  # the same start whether the autoencoder was trained now or found finished
-    loss_of = make_latent_loss(pool, arguments.batch_size, arguments.device)
+    loss_of = make_latent_loss(pool, labels, arguments.batch_size, arguments.device)
     export = partial(save_pipeline, autoencoder=autoencoder)
     average = train(
         make_transformer(), loss_of, config, lambda model: export(model, folder=arguments.work / "export" / NAME)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,11 @@ def parse_arguments(description: str, *, name: str, steps: int, batch_size: int)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     return arguments
+
+
+def shared_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of TrainConfig that all stages of a script share."""
+    return {"seed": arguments.seed, "device": arguments.device, "work": arguments.work}
 
 
 def train(
