@@ -2,8 +2,8 @@
 
     python benchmarks/sizes.py                  # DiT-XL/2 (random weights, 750 M parameters) and the zoo's digits-dit
 
-DiT-XL/2 is diffusers' own class at its published size; its size does not depend on the values of its weights. The table
-is written into docs/results.md.
+DiT-XL/2 comes from benchmarks/full_size.py; its size does not depend on the values of its weights. The table is written
+into docs/results.md.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
+from dacc.benchmarks.full_size import make_pipeline_folder
 from dacc.core.config import build_config
 from dacc.core.machine import describe_machine
 from dacc.core.manifest import read_manifest
@@ -29,24 +29,6 @@ from dacc.runtime.load import load_source
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 ROWS = {"W8": {"bits": 8}, "W4, groups of 64": {"bits": 4, "group_size": 64}}
 BEGIN, END = "<!-- sizes -->", "<!-- /sizes -->"
-
-
-def make_dit_xl(folder: Path) -> Path:
-    """A DiT-XL/2 pipeline with random float16 weights and a toy autoencoder."""
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=16,
-        attention_head_dim=72,
-        in_channels=4,
-        out_channels=8,
-        num_layers=28,
-        sample_size=32,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-    ).half()
-    pipe = DiTPipeline(transformer, AutoencoderKL(block_out_channels=(8,), norm_num_groups=4), DDIMScheduler())
-    pipe.save_pretrained(folder, safe_serialization=True)
-    return folder
 
 
 def measure(source: str, settings: dict[str, int], work: Path) -> tuple[int, float, float, float]:
@@ -72,7 +54,8 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
-        sources = {"DiT-XL/2": str(make_dit_xl(Path(folder) / "dit-xl")), "digits-dit": "zoo:digits-dit"}
+        dit_xl = make_pipeline_folder("dit-xl", Path(folder) / "dit-xl", dtype=torch.float16)
+        sources = {"DiT-XL/2": str(dit_xl), "digits-dit": "zoo:digits-dit"}
         for name, source in sources.items():
             for row, settings in ROWS.items():
                 parameters, share, memory, seconds = measure(source, settings, Path(folder))
