@@ -14,25 +14,31 @@ import wrapt
 __version__ = "0.1.0"
 
 _FACE = {
+    "CalibrateConfig": "calibrate.config",
     "EvaluateConfig": "evaluate.config",
     "QuantizeConfig": "quant.config",
     "attach_clock": "runtime.clock",
+    "calibrate_pipeline": "calibrate.api",
     "current_run": "runtime.clock",
     "evaluate_pipelines": "evaluate.api",
     "inspect_pipeline": "evaluate.inspection",
     "load": "runtime.load",
+    "open_calibration": "calibrate.store",
     "quantize_pipeline": "quant.api",
     "verify_bundle": "core.verify",
 }
 
 __all__ = [
+    "CalibrateConfig",
     "EvaluateConfig",
     "QuantizeConfig",
     "attach_clock",
+    "calibrate_pipeline",
     "current_run",
     "evaluate_pipelines",
     "inspect_pipeline",
     "load",
+    "open_calibration",
     "quantize_pipeline",
     "verify_bundle",
 ]

@@ -1,4 +1,4 @@
-"""Writing a bundle: everything grows in a hidden sibling folder and is renamed to the output in one step at the end.
+"""Writing a bundle, see `core/output.py`: replaced components unit by unit, all other files as they were.
 
 How a pass uses it:
 
@@ -11,21 +11,16 @@ with BundleWriter(source, output, replace={"unet"}, run_key=key, reporter=report
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .errors import BundleError, ConfigError, DaccError, ResourceError
-from .folder import carried_files, check_replaceable, files_in, place_file, restore_interrupted_swap, swap_in, sync_tree
-from .journal import Journal
-from .lock import WriterLock
+from .errors import BundleError
+from .folder import carried_files, check_replaceable, files_in, place_file, swap_in, sync_tree
 from .manifest import MANIFEST_NAME, RUN_NAME, UNHASHED, FileRecord, Manifest, read_manifest
+from .output import OutputWriter
 from .reporter import Reporter
 from .safe_read import combined_hash, file_sha256, resolve_shards, weight_stem
 from .tensor_file import SHARD_BYTES, StoredTensor, write_weights
@@ -36,21 +31,6 @@ if TYPE_CHECKING:
 HASH_THREADS = 4
 ManifestFactory = Callable[[dict[str, FileRecord]], Manifest]
 CardFactory = Callable[[Manifest], str]
-
-
-def check_output(source: Path, output: Path, *, overwrite: bool) -> None:
-    """Refuse a bad output before any work is done.
-
-    Raises:
-        ConfigError: the output exists (without `overwrite`), is not ours to delete, or lies in or around the source.
-    """
-    source, output = source.resolve(), Path(os.path.abspath(output))
-    real = output.parent.resolve() / output.name
-    if real.is_relative_to(source) or source.is_relative_to(real):
-        raise ConfigError(
-            f"the output {output} and the source {source} lie in each other.", mend="Choose another --output."
-        )
-    check_replaceable(output, overwrite=overwrite)
 
 
 def existing_bundle(output: Path, run_key: str) -> bool:
@@ -75,8 +55,8 @@ def component_weight_bytes(files: Mapping[str, FileRecord], component: str) -> i
     return sum(record.size for name, record in files.items() if _is_weight_of(name, component))
 
 
-class BundleWriter:
-    """Makes one output folder, atomically and resumably.
+class BundleWriter(OutputWriter):
+    """Makes one pipeline folder, atomically and resumably.
 
     Args:
         source: the pipeline folder that is transformed.
@@ -101,68 +81,16 @@ class BundleWriter:
         resume: bool = True,
         estimated_bytes: int | None = None,
     ) -> None:
-        check_output(source, output, overwrite=overwrite)
-        self.source, self.output = source.resolve(), Path(os.path.abspath(output))
-        self.replace, self.run_key, self.reporter = frozenset(replace), run_key, reporter
-        self._overwrite, self._resume, self._estimate = overwrite, resume, estimated_bytes
-        self._partial = self.output.with_name(f".{self.output.name}.partial")
-        self.folder = self._partial / "bundle"  # the pipeline as it grows; loadable after `carry_unchanged`
-        self._journal = Journal(self._partial / "units", run_key)
-        self._lock = WriterLock(self.output.with_name(f".{self.output.name}.lock"))
+        super().__init__(source, output, run_key=run_key, reporter=reporter, overwrite=overwrite, resume=resume)
+        self.replace, self._estimate = frozenset(replace), estimated_bytes
         self._carried: dict[str, Path] = {}
         self._inherited: dict[str, FileRecord] = {}  # what the source's own manifest says about its files
         self._linked = False
-        self._closed = False
-
-    def __enter__(self) -> BundleWriter:
-        try:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-            restore_interrupted_swap(self.output)
-            check_output(self.source, self.output, overwrite=self._overwrite)
-            self._plan_carried()
-            self._check_disk()
-            self._open_partial()
-        except BaseException as error:
-            self._lock.release()
-            _raise_if_disk(error, self.output)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if not self._closed:
-                self._leave_unfinished(hopeless=isinstance(error, DaccError) and not isinstance(error, ResourceError))
-        finally:
-            self._lock.release()
-        _raise_if_disk(error, self.output)
-
-    # units
-
-    def finished_units(self) -> set[str]:
-        """Names of the units that this run, or the interrupted run before it, has saved."""
-        return self._journal.names()
 
     def save_unit(self, name: str, tensors: Mapping[str, StoredTensor | Tensor], record: Any) -> None:
-        """Keep one finished unit.
-
-        Args:
-            name: `component/unit`.
-            tensors: full names within the component -> values.
-            record: anything JSON can hold; `unit_record` gives it back, also after a resume.
-        """
+        """Keep one finished unit, named `component/unit`; tensors by their full names within the component."""
         assert name.partition("/")[0] in self.replace, f"{name!r} does not begin with a replaced component"
-        self._journal.save(name, tensors, record)
-
-    def unit_record(self, name: str) -> Any:
-        """The record saved with a unit."""
-        return self._journal.record(name)
-
-    def unit_tensors(self, name: str) -> dict[str, StoredTensor]:
-        """The tensors saved with a unit, to be read when needed."""
-        return self._journal.tensors(name)
+        super().save_unit(name, tensors, record)
 
     # files
 
@@ -196,9 +124,7 @@ class BundleWriter:
     def write_text(self, name: str, text: str) -> None:
         """Write one text file; the source's file of that name is then not carried over."""
         self._carried.pop(name, None)
-        file = self.folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        super().write_text(name, text)
 
     def carry_unchanged(self) -> None:
         """Bring over everything of the source that was not written anew. From then on `folder` can be loaded."""
@@ -223,10 +149,7 @@ class BundleWriter:
     def commit(self, make_manifest: ManifestFactory, run_facts: Mapping[str, Any], make_card: CardFactory) -> Path:
         """Complete the folder and rename it into place."""
         self.stage(make_manifest, run_facts, make_card)
-        check_output(self.source, self.output, overwrite=self._overwrite)
-        swap_in(self.folder, self.output)
-        self._close()
-        return self.output
+        return self._put_in_place()
 
     def abandon(self, *, keep: bool) -> Path | None:
         """Give up a result that is not good enough; with `keep` it stays beside the output as `<output>.failed`."""
@@ -240,33 +163,15 @@ class BundleWriter:
 
     # inside
 
-    def _plan_carried(self) -> None:
+    def _prepare(self) -> None:
         manifest = read_manifest(self.source)
         self._linked = manifest is not None
         self._inherited = dict(manifest.files) if manifest else {}
         self._carried, left_out = carried_files(self.source, self.replace)
         if left_out:
             self.reporter.notice(f"not carried over (pickled, or no part of the pipeline): {', '.join(left_out)}")
-
-    def _open_partial(self) -> None:
-        if self._partial.exists() and not (self._resume and self._journal.belongs_to_run()):
-            self.reporter.say(f"discarding the unfinished run in {self._partial}")
-            shutil.rmtree(self._partial)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._journal.open(resume=self._resume)
-        self.folder.mkdir(parents=True)
-        if self._journal.names():
-            self.reporter.say(f"going on with {len(self._journal.names())} finished units of the interrupted run")
-
-    def _check_disk(self) -> None:
         needed = 0 if self._linked else sum(file.stat().st_size for file in self._carried.values())
-        needed += self._replaced_bytes() if self._estimate is None else self._estimate
-        free = shutil.disk_usage(self.output.parent).free
-        if needed > free:
-            raise ResourceError(
-                f"{self.output} needs about {needed / 1e9:.1f} GB; its disk has {free / 1e9:.1f} GB free.",
-                mend="Free some space, or choose an --output on another disk.",
-            )
+        self.check_disk(needed + (self._replaced_bytes() if self._estimate is None else self._estimate))
 
     def _replaced_bytes(self) -> int:
         shards = (resolve_shards(self.source / component) for component in self.replace)
@@ -284,29 +189,6 @@ class BundleWriter:
             if self._inherited.get(name, records[name]) != records[name]:
                 raise BundleError(f"{self.source / name} is not what its manifest says.", mend="Copy the source again.")
         return records
-
-    def _leave_unfinished(self, *, hopeless: bool) -> None:
-        """After an error or Ctrl-C: keep what a second try can use, nothing else."""
-        finished = 0 if hopeless else len(self._journal.names())
-        shutil.rmtree(self._partial if not finished else self.folder, ignore_errors=True)
-        if finished:
-            self.reporter.say(
-                f"{finished} finished units are kept in {self._partial}; the same command again goes on from there"
-            )
-
-    def _close(self) -> None:
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._closed = True
-
-
-def _raise_if_disk(error: BaseException | None, output: Path) -> None:
-    """Name a disk that is full or closed to us, which is nobody's bug."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise ResourceError(
-            f"the disk of {output} is full.", mend="Free some space and run the same command again."
-        ) from error
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        raise ResourceError(f"{output} cannot be written ({error}).", mend="Choose another --output.") from error
 
 
 def _is_weight_of(name: str, component: str) -> bool:

@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from .calibration import CALIBRATION_NAME
 from .errors import BundleError, ConfigError
 from .manifest import MANIFEST_NAME, UNHASHED
 from .safe_read import PICKLE_SUFFIXES, checked_link
 
 FICLONE = 0x40049409  # Linux: let two files share their blocks until one of them is changed
 MAX_DEPTH = 8  # of folders in a pipeline; a deeper one is a circle of links
-OWN_MARKS = (MANIFEST_NAME, "model_index.json", "dacc_calibration.json")  # what we may delete with --overwrite
+OWN_MARKS = (MANIFEST_NAME, "model_index.json", CALIBRATION_NAME)  # what we may delete with --overwrite
 
 
 def files_in(root: Path) -> Iterator[tuple[str, Path]]:

@@ -60,15 +60,16 @@ class Journal:
         """Write one unit; a unit of the same name is replaced."""
         text = json.dumps(record, sort_keys=True)
         metadata = {"unit": name, "record": text, "sha256": content_hash(tensors)}
-        write_tensors(self._file(name), tensors, metadata)
+        write_tensors(self.file(name), tensors, metadata)
         self._records[name] = json.loads(text)
+
+    def file(self, name: str) -> Path:
+        """Where a unit lies, finished or not."""
+        return self.folder / f"{sha256(name.encode()).hexdigest()[:32]}.safetensors"
 
     def tensors(self, name: str) -> dict[str, StoredTensor]:
         """The tensors of a finished unit, not read yet."""
-        return _stored(self._file(name), read_header(self._file(name)))
-
-    def _file(self, name: str) -> Path:
-        return self.folder / f"{sha256(name.encode()).hexdigest()[:32]}.safetensors"
+        return _stored(self.file(name), read_header(self.file(name)))
 
     def _read_units(self) -> list[tuple[str, Any]]:
         units = []

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from .config import Config
+from .config import Config, ConfigT
 from .errors import BundleError
 from .scheme import Scheme
 
@@ -68,6 +68,8 @@ class ModuleRecord(Config):
     shape: tuple[int, ...] | None = None  # of the float weight, for layers with a scheme: packing pads rows to bytes
     reason: str | None = None
     error: float | None = None  # relative output error for white-noise inputs: ||W - W^|| / ||W|| (Frobenius)
+    method: str | None = None  # what rounded it, where that is not the method of the pass
+    output_error: float | None = None  # ||(W - W^) x|| / ||W x|| over the inputs x of a calibration set
 
 
 class QuantizationRecord(Config):
@@ -120,23 +122,30 @@ def read_manifest(folder: Path) -> Manifest | None:
         BundleError: the file is not JSON, of a newer format, or does not follow the schema.
     """
     file = folder / MANIFEST_NAME
-    if not file.is_file():
-        return None
+    return read_document(file, Manifest, newest=FORMAT) if file.is_file() else None
+
+
+def read_document(file: Path, document: type[ConfigT], *, newest: int) -> ConfigT:
+    """A JSON document of ours that carries a format number.
+
+    Raises:
+        BundleError: the file is not JSON, of a newer format than `newest`, or does not follow the schema.
+    """
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{file} is not readable JSON ({error}).", mend="Copy the bundle again.") from None
+        raise BundleError(f"{file} is not readable JSON ({error}).", mend="Copy its folder again.") from None
     found = raw.get("format") if isinstance(raw, dict) else None
     if not isinstance(found, int):
-        raise BundleError(f"{file} has no format number.", mend="Copy the bundle again.")
-    if found > FORMAT:
+        raise BundleError(f"{file} has no format number.", mend="Copy its folder again.")
+    if found > newest:
         raise BundleError(
-            f"{file} has format {found}; this dacc reads up to {FORMAT}.",
+            f"{file} has format {found}; this dacc reads up to {newest}.",
             mend="Upgrade: pip install -U dacc-diffusion.",
         )
     try:
-        return Manifest(**raw)
+        return document(**raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{file}: {where}: {first['msg']}.", mend="Copy the bundle again, or make it anew.") from None
+        raise BundleError(f"{file}: {where}: {first['msg']}.", mend="Copy its folder again, or make it anew.") from None

@@ -18,14 +18,17 @@ class Registry:
         kind: what the folder holds, for messages ("quantization method").
         package: the folder's package, for example `dacc.quant.methods`.
         folder: the folder on disk.
+        dashed: names are written with a dash where the files have an underscore (`every-step`, every_step.py).
     """
 
-    def __init__(self, kind: str, package: str, folder: Path) -> None:
+    def __init__(self, kind: str, package: str, folder: Path, *, dashed: bool = False) -> None:
         self.kind, self.package, self.folder = kind, package, folder
+        self.dashed = dashed
 
     def names(self) -> list[str]:
         """Known names, sorted, without importing anything."""
-        return sorted(file.stem for file in self.folder.glob("*.py") if not file.stem.startswith("_"))
+        stems = (file.stem for file in self.folder.glob("*.py") if not file.stem.startswith("_"))
+        return sorted(stem.replace("_", "-") if self.dashed else stem for stem in stems)
 
     def check(self, name: str) -> None:
         """Refuse an unknown name without importing anything.
@@ -39,4 +42,5 @@ class Registry:
     def load(self, name: str) -> ModuleType:
         """Import the file of one method; raises like `check`."""
         self.check(name)
-        return importlib.import_module(f"{self.package}.{name}")
+        stem = name.replace("-", "_") if self.dashed else name
+        return importlib.import_module(f"{self.package}.{stem}")

@@ -1,25 +1,26 @@
 """From the SOURCE that a command was given to a pipeline folder on this machine.
 
-A SOURCE is a local folder, a bundle, `owner/name[@revision]` on the Hub, `zoo:NAME`, or standard input. Nothing is
-downloaded unless a Hub name was given, and nothing pickled ever.
+A SOURCE is a local folder, a bundle, `owner/name[@revision]` on the Hub, `zoo:NAME`, a calibration set (which means
+the pipeline that it was made from), or standard input. Nothing is downloaded unless a Hub name was given, and nothing
+pickled ever.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from .calibration import CALIBRATION_NAME, read_calibration
 from .errors import BundleError, ModelError
 from .hub import HUB_NAME, download
-from .manifest import MANIFEST_NAME, read_manifest
+from .manifest import MANIFEST_NAME, RUN_NAME, read_manifest
 from .piped import read_piped, something_is_piped
 from .reporter import Reporter
-from .safe_read import PICKLE_SUFFIXES, is_plain_name, read_json
-from .zoo import DEFAULT, PREFIX, ZooEntry, list_zoo, zoo_entry
+from .safe_read import PICKLE_SUFFIXES, is_plain_name, read_json, weight_hash
+from .zoo import DEFAULT, PREFIX, ZooEntry, known_zoo_entry, list_zoo, zoo_entry
 
 PIPELINE_INDEX = "model_index.json"
-CALIBRATION_NAME = "dacc_calibration.json"
 WEIGHTLESS_CONFIGS = {
     "scheduler_config.json",
     "tokenizer_config.json",
@@ -37,6 +38,7 @@ class Source:
     identity: str  # for manifests: zoo:digits-unet, owner/name, or the folder's name; never an absolute path
     revision: str | None  # commit hash of a Hub snapshot
     kind: Literal["folder", "bundle", "hub", "zoo"]
+    calibration: Path | None = None  # the calibration set that named this pipeline
 
 
 def resolve_source(text: str | None, *, reporter: Reporter, stdin: int | None = None) -> Source:
@@ -61,10 +63,16 @@ def resolve_source(text: str | None, *, reporter: Reporter, stdin: int | None = 
 
 
 def zoo_entry_of(source: Source) -> ZooEntry | None:
-    """The zoo pipeline that a source is, or was made from; None for all others."""
+    """The zoo pipeline that a source is, or was made from; None for all others.
+
+    A bundle needs no installed zoo: it carries the prompts itself, and only the judge is missed.
+    """
     manifest = read_manifest(source.path)
     name = manifest.source.name if manifest else source.identity
-    return zoo_entry(name) if name.startswith(PREFIX) else None
+    if not name.startswith(PREFIX):
+        return None
+    entry = known_zoo_entry(name)
+    return entry if entry.installed else entry.model_copy(update={"path": source.path, "judge": None})
 
 
 def component_entries(folder: Path) -> dict[str, tuple[str, str]]:
@@ -100,7 +108,7 @@ def _resolve_text(text: str, reporter: Reporter) -> Source:
     if path.exists():
         if HUB_NAME.fullmatch(text):
             reporter.say(f"{text} is a folder here: using that, not the Hub")
-        return _local(path)
+        return _local(path, reporter)
     if match := HUB_NAME.fullmatch(text):
         snapshot = download(match["id"], match["revision"], reporter)
         name = match["id"].partition("/")[2]
@@ -108,7 +116,7 @@ def _resolve_text(text: str, reporter: Reporter) -> Source:
     raise ModelError(f"there is no folder {text!r}, and it is not a Hub name like owner/name.", mend=_suggestion(text))
 
 
-def _local(path: Path) -> Source:
+def _local(path: Path, reporter: Reporter) -> Source:
     path = path.resolve()
     if path.is_file():
         raise ModelError(
@@ -116,9 +124,48 @@ def _local(path: Path) -> Source:
             mend="Convert a checkpoint with diffusers: Pipeline.from_single_file(...).save_pretrained(...).",
         )
     if (path / CALIBRATION_NAME).is_file() and not (path / PIPELINE_INDEX).is_file():
-        raise ModelError(f"{path} is a calibration set.", mend="Give the pipeline as SOURCE and the set with --calib.")
+        return _calibrated(path, reporter)
     kind: Literal["bundle", "folder"] = "bundle" if (path / MANIFEST_NAME).is_file() else "folder"
     return _checked(Source(path, path.name, path.name, None, kind))
+
+
+def _calibrated(folder: Path, reporter: Reporter) -> Source:
+    """The pipeline that a calibration set was made from, with the very weights that it had.
+
+    Raises:
+        ModelError: it is not found, or has other weights now.
+    """
+    record = read_calibration(folder)
+    assert record is not None
+    name, revision = record.source.name, record.source.revision
+    if name.startswith(PREFIX) or revision:
+        source = _resolve_text(f"{name}@{revision}" if revision else name, reporter)
+    else:
+        places = [*_remembered_place(folder), folder.parent / name]
+        found = next((place for place in places if (place / PIPELINE_INDEX).is_file()), None)
+        if found is None:
+            looked = " or ".join(map(str, places))
+            raise ModelError(
+                f"{folder} is a calibration set of {name}, which is not at {looked}.",
+                mend="Give the pipeline as SOURCE.",
+            )
+        source = _local(found, reporter)
+    for component in record.branches:
+        if weight_hash(source.path / component) != record.source.weights[component]:
+            raise ModelError(
+                f"{folder} was made from {name}, whose {component} has other weights now.",
+                mend="Give another pipeline as SOURCE, or make the set anew with dacc calibrate.",
+            )
+    reporter.say(f"{folder} is a calibration set of {name}: using that pipeline")
+    return replace(source, calibration=folder)
+
+
+def _remembered_place(folder: Path) -> list[Path]:
+    """Where the pipeline lay when the set was made; the file that tells may be lost."""
+    file = folder / RUN_NAME
+    facts = read_json(file) if file.is_file() else None
+    place = facts.get("source_path") if isinstance(facts, dict) else None
+    return [Path(place)] if isinstance(place, str) else []
 
 
 def _checked(source: Source) -> Source:

@@ -76,6 +76,13 @@ def current_run() -> RunState | None:
     return _FIXED.get() or (run.state if run else None)
 
 
+def running_scheduler(pipe: Any) -> Any | None:
+    """The scheduler of a pipeline that the run of this thread belongs to."""
+    run = _RUN.get()
+    found = (part for part in pipe.components.values() if run and getattr(part, "_dacc_run", None) is run)
+    return next(found, None)
+
+
 def reset_clock() -> None:
     """Forget the run of this thread."""
     _RUN.set(None)

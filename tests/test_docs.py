@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 
+from dacc.calibrate.config import STRATEGIES, CalibrateConfig
 from dacc.cli.main import app
 from dacc.core.config import Config
 from dacc.evaluate.config import EvaluateConfig
@@ -80,19 +81,32 @@ def test_the_index_names_every_page():
 
 
 @pytest.mark.parametrize(
-    ("config", "page"), [(QuantizeConfig, "quantize"), (EvaluateConfig, "evaluate"), (GenerateConfig, "generate")]
+    ("config", "page"),
+    [
+        (CalibrateConfig, "calibrate"),
+        (QuantizeConfig, "quantize"),
+        (EvaluateConfig, "evaluate"),
+        (GenerateConfig, "generate"),
+    ],
 )
 def test_every_config_field_is_documented(config: type[Config], page: str):
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     assert not [field for field in config.model_fields if f"`{field}`" not in text]
 
 
-@pytest.mark.parametrize("name", METHODS.names())
-def test_every_method_has_a_row_and_its_fields_are_documented(name):
-    text = (DOCS / "quantize.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("page", "registry", "name"),
+    [
+        (page, found, name)
+        for page, found in (("quantize", METHODS), ("calibrate", STRATEGIES))
+        for name in found.names()
+    ],
+)
+def test_every_method_has_a_row_and_its_fields_are_documented(page, registry, name):
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     assert re.search(rf"^\| `{name}` \|", text, re.MULTILINE)
     section = text.partition(f"### Fields of {name}\n")[2].partition("\n## ")[0].partition("\n### ")[0]
-    fields = METHODS.load(name).CONFIG.model_fields
+    fields = registry.load(name).CONFIG.model_fields
     assert not [field for field in fields if f"| `{field}=" not in section]
 
 

@@ -117,9 +117,10 @@ def test_verify_agrees_with_quantize(dacc, made):
 def test_the_zoo_is_listed_and_copied(dacc, tmp_path):
     listed = dacc("zoo", "list")
     assert listed.code == 0
-    assert [line.split()[0] for line in listed.lines] == ["zoo:digits-dit", "zoo:digits-unet"]
+    names = ["digits-dit", "digits-unet", "shapes-mmdit", "shapes-sd"]
+    assert [line.split()[0] for line in listed.lines] == [f"zoo:{name}" for name in names]
     entries = json.loads(dacc("zoo", "list", "--json").out)["pipelines"]
-    assert [entry["name"] for entry in entries] == ["digits-dit", "digits-unet"]
+    assert [entry["name"] for entry in entries] == names
     copied = dacc("zoo", "copy", "zoo:digits-unet", "-o", "mine", "--json")
     assert Path(json.loads(copied.out)["path"]) == tmp_path / "mine"
     assert dacc("quantize", "mine", "--dry-run").code == 0

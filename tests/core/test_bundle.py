@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dacc.core import bundle as bundle_module
 from dacc.core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
 from dacc.core.errors import BundleError, ConfigError, DaccError, ModelError, ResourceError
 from dacc.core.manifest import ComponentRecord, FileRecord, Manifest, SourceRecord, read_manifest
@@ -287,7 +286,7 @@ def test_an_error_before_the_first_unit_leaves_nothing(make_pipeline, tmp_path):
     assert siblings(tmp_path) == ["pipe"]
 
 
-@pytest.mark.parametrize("place", ["place_file", "write_weights", "swap_in", "sync_tree"])
+@pytest.mark.parametrize("place", ["bundle.place_file", "bundle.write_weights", "output.swap_in", "bundle.sync_tree"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_loses_neither_the_old_output_nor_the_units(make_pipeline, tmp_path, monkeypatch, place, code):
     source, old = make_pipeline(), make_pipeline("out")
@@ -297,7 +296,7 @@ def test_a_full_disk_loses_neither_the_old_output_nor_the_units(make_pipeline, t
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(bundle_module, place, full)
+        patch.setattr(f"dacc.core.{place}", full)
         with pytest.raises(ResourceError, match="is full"):
             make_bundle(source, old, overwrite=True)
     assert content(old) == before

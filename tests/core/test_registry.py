@@ -40,3 +40,12 @@ def test_an_unknown_name_is_answered_with_known_ones(registry, name):
     with pytest.raises(ConfigError, match="there is no toy method") as caught:
         registry.load(name)
     assert "plain" in caught.value.mend
+
+
+def test_names_may_be_written_with_dashes(registry):
+    (registry.folder / "every_step.py").write_text("CONFIG = 'every'\n")
+    dashed = Registry("toy method", "toy_methods", registry.folder, dashed=True)
+    assert "every-step" in dashed.names()
+    assert dashed.load("every-step").CONFIG == registry.load("every_step").CONFIG == "every"
+    with pytest.raises(ConfigError, match="Did you mean every-step"):
+        dashed.check("every_step")

@@ -1,0 +1,1 @@
+"""Run the full-precision pipeline and keep what enters its denoisers."""

@@ -1,0 +1,202 @@
+"""Calibration sets on disk: `dacc_calibration.json` and one safetensors file for each batch.
+
+A file holds the tensors of a batch, each once, and in the text `record` of its header the calls in which they stand,
+see `arguments.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..core.calibration import CALIBRATION_NAME, CalibrationRecord, ShardRecord, read_calibration
+from ..core.config import nearest
+from ..core.errors import BundleError, CalibrationError, ConfigError, ModelError
+from ..core.folder import place_file, sync_tree
+from ..core.manifest import RUN_NAME
+from ..core.output import OutputWriter
+from ..core.reporter import Reporter, silent
+from ..core.safe_read import checked_link, file_sha256, is_plain_name, read_header_and_metadata
+from ..core.schedule_id import ScheduleId
+from ..runtime.clock import RunState
+from ..runtime.trajectory import DenoiserCall
+from .arguments import is_finite, unpack
+
+RecordFactory = Callable[[tuple[ShardRecord, ...]], CalibrationRecord]
+
+
+class SetWriter(OutputWriter):
+    """Makes one calibration set, atomically and resumably; the journal's files become its shards."""
+
+    def unit_bytes(self, name: str) -> int:
+        """Size of a finished unit's file."""
+        return self._journal.file(name).stat().st_size
+
+    def commit(self, units: Sequence[str], make_record: RecordFactory, run_facts: Mapping[str, Any]) -> Path:
+        """Complete the folder with these units, in this order, and rename it into place."""
+        shards = tuple(self._place(number, name) for number, name in enumerate(units))
+        record = make_record(shards)
+        record = record.model_copy(update={"id": record.identity()})
+        self.write_text(CALIBRATION_NAME, record.to_json())
+        self.write_text(RUN_NAME, json.dumps(run_facts, indent=1, sort_keys=True) + "\n")
+        sync_tree(self.folder)
+        return self._put_in_place()
+
+    def _place(self, number: int, name: str) -> ShardRecord:
+        file, record = self.folder / f"calls-{number:05d}.safetensors", self.unit_record(name)
+        place_file(self._journal.file(name), file, link=True)
+        return ShardRecord(
+            file=file.name,
+            size=file.stat().st_size,
+            sha256=file_sha256(file),
+            samples=record["samples"],
+            calls=record["calls"],
+            records=Counter(entry["component"] for entry in record["records"]),
+        )
+
+
+class CalibrationSet:
+    """What entered the denoisers of a pipeline, call by call, read from the disk as it is asked for.
+
+    Calls of one batch follow each other in the order of the run, so whoever takes only a part should draw it at random.
+    """
+
+    def __init__(self, folder: Path, record: CalibrationRecord, component: str | None = None) -> None:
+        self.folder, self.record, self.component = folder, record, component
+
+    @property
+    def schedule(self) -> ScheduleId:
+        """The grid of the run."""
+        return self.record.schedule
+
+    def __len__(self) -> int:
+        return sum(map(self._count, self.record.shards))
+
+    def __iter__(self) -> Iterator[DenoiserCall]:
+        for number in range(len(self.record.shards)):
+            yield from self.batch(number)
+
+    def batch(self, number: int) -> Iterator[DenoiserCall]:
+        """The calls of one shard, whose samples and calls `record.shards[number]` names.
+
+        Their run states carry a run number of their own, below zero, so that they are taken for one run and no other.
+
+        Raises:
+            CalibrationError: a value is NaN or infinite.
+            BundleError: the shard is not written as it should be.
+        """
+        shard = self.record.shards[number]
+        if not self._count(shard):
+            return
+        file = self.folder / shard.file
+        _, metadata = read_header_and_metadata(file)
+        try:
+            entries = json.loads(metadata["record"])["records"]
+            wanted = [entry for entry in entries if self.component in (None, entry["component"])]
+            with safe_open(file, framework="pt") as stored:  # mapped, not read
+                tensors = _Tensors(file, stored.get_tensor)
+                for entry in wanted:
+                    yield DenoiserCall(
+                        component=entry["component"],
+                        state=RunState(run=-1 - number, **entry["state"]),
+                        args=tuple(unpack(value, tensors.load) for value in entry["args"]),
+                        kwargs={name: unpack(value, tensors.load) for name, value in entry["kwargs"]},
+                    )
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise BundleError(f"{file} has a record that cannot be read ({error}).", mend="Make it anew.") from error
+
+    def _count(self, shard: ShardRecord) -> int:
+        return sum(count for name, count in shard.records.items() if self.component in (None, name))
+
+
+class _Tensors:
+    """The tensors of one shard, each loaded and checked once."""
+
+    def __init__(self, file: Path, read: Callable[[str], Tensor]) -> None:
+        self._file, self._read = file, read
+        self._known: dict[str, Tensor] = {}
+
+    def load(self, name: str) -> Tensor:
+        if name not in self._known:
+            tensor = self._read(name).clone()  # a mapped one is not aligned as torch does it: its products differ
+            if not is_finite(tensor):
+                raise CalibrationError(
+                    f"{self._file} holds NaN or infinity.", mend="Make the set anew with dacc calibrate."
+                )
+            self._known[name] = tensor
+        return self._known[name]
+
+
+def open_calibration(
+    folder: str | Path,
+    *,
+    component: str | None = None,
+    weights: Mapping[str, str] | None = None,
+    ancestors: Mapping[str, Collection[str]] | None = None,
+    reporter: Reporter | None = None,
+) -> CalibrationSet:
+    """Check a calibration set byte by byte and give its calls.
+
+    Args:
+        component: calls of this denoiser alone.
+        weights: component -> weight hash of the pipeline that the set is to serve.
+        ancestors: component -> weight hashes that it had before earlier passes; a set of those serves, with a notice.
+
+    Raises:
+        BundleError: a file is damaged, cut short or missing, or the record was changed.
+        ModelError: the folder is no calibration set, or one of another model.
+        ConfigError: it holds no call of this component.
+    """
+    folder = Path(folder)
+    record = read_calibration(folder)
+    if record is None:
+        raise ModelError(f"{folder} is not a calibration set ({CALIBRATION_NAME} is missing).", mend=_MAKE)
+    if record.id != record.identity():
+        raise BundleError(f"{folder / CALIBRATION_NAME} is not what it was when it was written.", mend=_AGAIN)
+    if component is not None and component not in record.branches:
+        raise ConfigError(f"{folder} holds no calls of {component!r}.", mend=nearest(component, list(record.branches)))
+    _check_model(folder, record, [component] if component else list(record.branches), weights, ancestors, reporter)
+    for shard in record.shards:
+        _check_shard(folder, shard)
+    return CalibrationSet(folder, record, component)
+
+
+_MAKE = "Make one with dacc calibrate."
+_AGAIN = "Copy the set again, or make it anew with dacc calibrate."
+
+
+def _check_model(
+    folder: Path,
+    record: CalibrationRecord,
+    components: Sequence[str],
+    weights: Mapping[str, str] | None,
+    ancestors: Mapping[str, Collection[str]] | None,
+    reporter: Reporter | None,
+) -> None:
+    for name in components:
+        made_on = record.source.weights[name]
+        if weights is None or weights.get(name, made_on) == made_on:
+            continue
+        if made_on not in (ancestors or {}).get(name, ()):
+            raise ModelError(
+                f"{folder} was made with {record.source.name}, whose {name} has other weights.",
+                "Another model's inputs say nothing about this one's.",
+                "Make a set of this pipeline with dacc calibrate.",
+            )
+        (reporter or silent()).notice(f"the calibration set was made before earlier passes changed {name}")
+
+
+def _check_shard(folder: Path, shard: ShardRecord) -> None:
+    if not is_plain_name(shard.file):
+        raise BundleError(f"{folder} names {shard.file!r}, which leads out of it.", mend="Do not trust it.")
+    file = checked_link(folder / shard.file, folder)
+    if (size := file.stat().st_size) != shard.size:
+        raise BundleError(f"{file} has {size} bytes; it was written with {shard.size}.", mend=_AGAIN)
+    if file_sha256(file) != shard.sha256:
+        raise BundleError(f"{file} is damaged: its hash is another than when it was written.", mend=_AGAIN)

@@ -1,0 +1,1 @@
+"""Which calls of a run are kept, one strategy per file."""
