@@ -1,11 +1,11 @@
-"""Round-to-nearest quantization of the trained zoo pipelines at every width: quality, bytes, as one table.
+"""Quantization of the trained zoo pipelines, every method at every width: quality, bytes, as one table.
 
     python benchmarks/ptq_study.py                     # everything; goes on where it stopped
     python benchmarks/ptq_study.py --num 100 --zoo digits-dit --row W4
 
 Every row is `dacc quantize` with the options in `ROWS`, sampled from the same noise as the full-precision pipeline.
 Samples are kept in --work, so an interrupted study goes on with the next row. The tables are written into
-docs/results.md between the marks of each pipeline.
+docs/results.md between the marks of each pipeline. Text pipelines are asked for the zoo's evaluation prompts.
 """
 
 from __future__ import annotations
@@ -41,17 +41,33 @@ from dacc.runtime.trajectory import RunRequest, sample
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 PICTURES = RESULTS.parent / "images"
-DRAWN = ("full precision", "W8A8", "W4", "W2")  # rows of the picture
+DRAWN = ("full precision", "W4", "W4 gptq", "W2", "W2 gptq")  # rows of the picture
 COLUMNS = 10
-PIPELINES = ("digits-unet", "digits-dit")
-ROWS: dict[str, dict[str, Any]] = {  # name -> options of `dacc quantize`; None stands for full precision
+PIPELINES = ("digits-unet", "digits-dit", "shapes-sd", "shapes-mmdit")
+COLUMN_ORDER = (
+    "class_accuracy",
+    "class_agreement",
+    "caption_accuracy",
+    "shape_accuracy",
+    "relation_accuracy",
+    "relative_l2",
+    "psnr",
+    "ssim",
+    "fid",
+)
+ROWS: dict[str, dict[str, Any]] = {  # name -> options of `dacc quantize`; rtn where no method is named
     "W8": {"bits": 8},
     "W8A8": {"bits": 8, "act_bits": 8},
+    "W8A8 gptq": {"bits": 8, "act_bits": 8, "method": "gptq"},
     "W6": {"bits": 6},
     "W4": {"bits": 4},
+    "W4 gptq": {"bits": 4, "method": "gptq"},
     "W4A8": {"bits": 4, "act_bits": 8},
+    "W4A8 gptq": {"bits": 4, "act_bits": 8, "method": "gptq"},
     "W3": {"bits": 3},
+    "W3 gptq": {"bits": 3, "method": "gptq"},
     "W2": {"bits": 2},
+    "W2 gptq": {"bits": 2, "method": "gptq"},
 }
 
 
@@ -62,11 +78,12 @@ def main() -> None:
     reporter = Reporter()
     for name in options.zoo or PIPELINES:
         rows = {row: ROWS[row] for row in options.row or ROWS}
+        entry = zoo_entry(name)
         request = RunRequest(
             seeds=seed_stream("evaluation", 0, options.num),
-            num_inference_steps=options.steps,
+            num_inference_steps=options.steps or entry.num_inference_steps,
             batch_size=options.batch_size,
-        ).with_zoo_defaults(zoo_entry(name))
+        ).with_zoo_defaults(entry)
         work = options.work / name / _fingerprint(name, request)
         sets = [_samples(f"zoo:{name}", work / "float", request, reporter)]
         sizes = [_float_share(name)]
@@ -74,12 +91,12 @@ def main() -> None:
             bundle = quantize_pipeline(
                 f"zoo:{name}",
                 build_config(QuantizeConfig, measure="never", **settings),
-                output=work / row,
+                output=work / row.replace(" ", "-"),
                 reporter=reporter,
             )
-            sets.append(_samples(str(bundle), work / f"{row}-samples", request, reporter))
+            sets.append(_samples(str(bundle), work / f"{row.replace(' ', '-')}-samples", request, reporter))
             sizes.append(_share(bundle))
-        judge = load_judge(zoo_entry(name))
+        judge = load_judge(entry)
         results = measure_quality(sets, request, judge)
         table = _table(["full precision", *rows], sizes, results)
         _write(name, request, table, judge.facts if judge else {})
@@ -90,7 +107,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=500, help="images per row")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
+    parser.add_argument("--steps", type=int, help="solver steps; default: the zoo's own")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--zoo", action="append", choices=PIPELINES, help="repeatable; default: all")
@@ -139,9 +156,7 @@ def _float_share(name: str) -> float:
 
 
 def _table(names: list[str], sizes: list[float], results: list[dict[str, Metric]]) -> str:
-    columns = [
-        key for key in ("class_accuracy", "class_agreement", "relative_l2", "psnr", "ssim", "fid") if key in results[1]
-    ]
+    columns = [key for key in COLUMN_ORDER if key in results[1]]
     lines = ["| | bytes / float32 | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, size, result in zip(names, sizes, results, strict=True):
         cells = [_cell(result.get(column)) for column in columns]
@@ -173,7 +188,7 @@ def _write(name: str, request: RunRequest, table: str, facts: dict[str, Any]) ->
     half = facts.get("fid_between_halves")
     machine = describe_machine()
     note = (
-        f"{len(request.seeds)} images, {request.num_inference_steps} DDIM steps, "
+        f"{len(request.seeds)} images, {request.num_inference_steps} steps, "
         f"guidance {request.guidance_scale or 'none'}, float32 arithmetic; "
         f"{machine['processor']} ({machine['instruction_sets']}), torch {machine['torch']}, "
         f"{datetime.date.today().isoformat()}. Brackets: 95 % intervals."

@@ -61,6 +61,14 @@ def quantize(
             autocompletion=options.words(*METHODS),
         ),
     ] = "auto",
+    calib: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Calibration set, see dacc calibrate, for methods that need one.",
+            show_default="the set given as SOURCE, else one made on the fly",
+        ),
+    ] = None,
     group_size: Annotated[
         str,
         typer.Option(
@@ -143,6 +151,7 @@ def quantize(
     path = quantize_pipeline(
         source,
         config,
+        calib=calib,
         output=output,
         overwrite=overwrite,
         resume=resume,

@@ -12,11 +12,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.bundle import BundleWriter, check_output, component_weight_bytes, component_weight_hash, existing_bundle
+from ..core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
+from ..core.calibration import read_calibration
 from ..core.card import model_card
-from ..core.errors import UnsupportedError
+from ..core.errors import ModelError, UnsupportedError
 from ..core.machine import describe_machine
 from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
+from ..core.output import check_output
 from ..core.pipeline import denoiser_names, pipeline_class, select_components
 from ..core.registry import Registry
 from ..core.reporter import Reporter, silent
@@ -37,6 +39,7 @@ class Job:
     config: QuantizeConfig  # with the method's real name in place of "auto"
     components: list[str]
     hashes: dict[str, str]  # component -> weight hash
+    calibration: Path | None  # set that was given
     run_key: str  # names this very result
 
 
@@ -44,6 +47,7 @@ def quantize_pipeline(
     source: str | Path | Source | None,
     config: QuantizeConfig | None = None,
     *,
+    calib: str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = True,
@@ -57,6 +61,7 @@ def quantize_pipeline(
     Args:
         source: a pipeline folder, bundle, Hub id or `zoo:NAME`; None is the embedded default.
         config: what to do; the defaults are 4-bit weights by the best method that needs no calibration.
+        calib: calibration set for methods that need one; None: the one that `source` names, else one made on the fly.
         output: the folder to make; default `./<source>-w<bits>a<act bits>-<method>`.
         overwrite: replace an existing folder (only when the new one is complete).
         resume: take over the layers that an interrupted run of the same config had finished.
@@ -73,7 +78,7 @@ def quantize_pipeline(
     config, reporter, started = config or QuantizeConfig(), reporter or silent(), time.time()
     earlier = len(reporter.notices)  # a reporter may have served another pass before
     requirements = parse_requirements(require)
-    job = prepare(source, config, reporter)
+    job = prepare(source, config, reporter, calib)
     target = Path(output) if output else default_output(job)
     if not overwrite and existing_bundle(target, job.run_key):
         return _existing(target, requirements, reporter)
@@ -81,7 +86,15 @@ def quantize_pipeline(
 
     from ..runtime.measure import measure_bundle
     from .driver import quantize_component
+    from .inputs import calibration_of
 
+    method, calibration = METHODS.load(job.config.method), None
+    if method.NEEDS:
+        calibration = calibration_of(
+            job.source, job.hashes, job.calibration, seed=config.seed, device=device, reporter=reporter
+        )
+    elif job.calibration:
+        reporter.notice(f"{job.config.method} needs no calibration set: {job.calibration.name} is not used.")
     with BundleWriter(
         job.source.path,
         target,
@@ -91,15 +104,19 @@ def quantize_pipeline(
         overwrite=overwrite,
         resume=resume,
     ) as writer:
-        method = METHODS.load(job.config.method)
-        records = {name: quantize_component(job, name, method, writer, device, reporter) for name in job.components}
+        records = {
+            name: quantize_component(job, name, method, writer, device, reporter, calibration)
+            for name in job.components
+        }
         writer.carry_unchanged()
         effect = measure_bundle(
             job.source, writer.folder, measure=config.measure, device=device, seed=config.seed, reporter=reporter
         )
         requirements.check(effect, writer, keep=keep_failed)
         writer.commit(
-            lambda files: _manifest(job, records, effect, files, reporter.notices[earlier:]),
+            lambda files: _manifest(
+                job, records, effect, files, reporter.notices[earlier:], calibration.record.id if calibration else None
+            ),
             {"command": "quantize", "seconds": round(time.time() - started, 1), **describe_machine()},
             lambda manifest: model_card(manifest, job.source.path),
         )
@@ -107,7 +124,9 @@ def quantize_pipeline(
     return target
 
 
-def prepare(source: str | Path | Source | None, config: QuantizeConfig, reporter: Reporter) -> Job:
+def prepare(
+    source: str | Path | Source | None, config: QuantizeConfig, reporter: Reporter, calib: str | Path | None = None
+) -> Job:
     """Resolve names and check everything that can be checked without reading weights.
 
     Raises:
@@ -122,9 +141,19 @@ def prepare(source: str | Path | Source | None, config: QuantizeConfig, reporter
     _refuse_other_libraries(found, components)
     _refuse_quantized(found, components)
     hashes = {name: weight_hash(found.path / name) for name in components}
+    calibration = Path(calib) if calib else found.calibration
     identity = {"source": hashes, "config": config.model_dump(mode="json"), "dacc": REQUIRES["dacc"]}
+    if calibration:  # one that is made on the fly follows from the rest
+        identity["calibration"] = _calibration_id(calibration)
     run_key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Job(found, config, components, hashes, run_key)
+    return Job(found, config, components, hashes, calibration, run_key)
+
+
+def _calibration_id(folder: Path) -> str:
+    record = read_calibration(folder)
+    if record is None:
+        raise ModelError(f"{folder} is not a calibration set.", mend="Make one with dacc calibrate.")
+    return record.id
 
 
 def default_output(job: Job) -> Path:
@@ -184,6 +213,7 @@ def _manifest(
     effect: Effect,
     files: dict[str, FileRecord],
     notices: list[str],
+    calibration: str | None,
 ) -> Manifest:
     """The new manifest: this pass after those of the source, untreated components as they were."""
     import torch
@@ -195,6 +225,7 @@ def _manifest(
         config=job.config.model_dump(mode="json"),
         seed=job.config.seed,
         threads=torch.get_num_threads(),
+        calibration=calibration,
         notices=list(notices),
         effect={"pipeline": effect},
     )

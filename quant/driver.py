@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibrate.store import CalibrationSet
 from ..core.bundle import BundleWriter
 from ..core.config import Config, build_config
 from ..core.errors import ModelError
@@ -26,6 +27,7 @@ from ..runtime.load import pick_device
 from ..runtime.skeleton import build_skeleton
 from ..runtime.weight import QuantizedWeight
 from .api import Job
+from .calibrated import Treatment, load_float, quantize_units, six_digits, weight_error_of
 from .config import QuantizeConfig
 from .plan import LayerPlan, plan_layers
 
@@ -34,9 +36,19 @@ FLOATS = ("F16", "BF16", *WIDE)
 
 
 def quantize_component(
-    job: Job, name: str, method: ModuleType, writer: BundleWriter, device: str, reporter: Reporter
+    job: Job,
+    name: str,
+    method: ModuleType,
+    writer: BundleWriter,
+    device: str,
+    reporter: Reporter,
+    calibration: CalibrationSet | None = None,
 ) -> ComponentRecord:
-    """Quantize one model, layer by layer, into the writer. Hash and size of the result are filled in at the end."""
+    """Quantize one model into the writer. Hash and size of the result are filled in at the end.
+
+    Args:
+        calibration: what enters the model, for methods that need it; the others go layer by layer.
+    """
     folder = job.source.path / name
     method_config = build_config(method.CONFIG, **job.config.settings)
     target = pick_device(device)
@@ -44,6 +56,13 @@ def quantize_component(
     stored = stored_tensors(folder)
     skeleton._fix_state_dict_keys_on_load(stored)  # type: ignore[operator]  # names of old attention blocks
     _check_kept(stored, skeleton, plans)
+    if method.NEEDS:
+        _check_treated(stored, plans)
+        family, _ = find_family(type(skeleton).__name__)
+        treatment = Treatment(name, method, method_config, writer)
+        assert calibration is not None
+        calls = [call for call in calibration if call.component == name]
+        quantize_units(treatment, load_float(folder, skeleton), plans, family, calls, reporter)
     modules: dict[str, ModuleRecord] = {}
     for plan in reporter.progress(plans, f"quantize {name}"):
         if plan.scheme is None:
@@ -93,6 +112,16 @@ def _quantize_layer(
 ) -> None:
     """Read one weight, quantize it, store it with its distance to the float one."""
     assert plan.scheme is not None
+    weight = _read_weight(plan, stored).to(device)
+    quantized: QuantizedWeight = method.quantize(weight, plan.scheme, config)
+    error = six_digits(weight_error_of(weight, quantized))
+    record = ModuleRecord(scheme=plan.scheme.name, shape=plan.shape, error=error)
+    tensors = {f"{plan.name}.{key}": value.cpu() for key, value in quantized.tensors().items()}
+    writer.save_unit(unit, tensors, record.model_dump())
+
+
+def _read_weight(plan: LayerPlan, stored: dict[str, StoredTensor]) -> Tensor:
+    """The float weight of a layer, checked."""
     name = f"{plan.name}.weight"
     if name not in stored or stored[name].shape != plan.shape:
         found = f"has shape {stored[name].shape}" if name in stored else "is missing"
@@ -100,12 +129,16 @@ def _quantize_layer(
             f"{name} {found}; the config needs {plan.shape}.",
             mend="Config and weights belong to different models; get both again.",
         )
-    weight = stored[name].load().to(device)
+    weight = stored[name].load()
     _check_finite(name, weight)
-    quantized: QuantizedWeight = method.quantize(weight, plan.scheme, config)
-    record = ModuleRecord(scheme=plan.scheme.name, shape=plan.shape, error=_relative_error(weight, quantized))
-    tensors = {f"{plan.name}.{key}": value.cpu() for key, value in quantized.tensors().items()}
-    writer.save_unit(unit, tensors, record.model_dump())
+    return weight
+
+
+def _check_treated(stored: dict[str, StoredTensor], plans: list[LayerPlan]) -> None:
+    """Before the whole network is loaded and run."""
+    for plan in plans:
+        if plan.scheme:
+            _read_weight(plan, stored)
 
 
 def _check_kept(stored: dict[str, StoredTensor], skeleton: nn.Module, plans: list[LayerPlan]) -> None:
@@ -121,13 +154,6 @@ def _check_finite(name: str, values: Tensor) -> None:
         raise ModelError(
             f"{name} holds NaN or infinity.", mend="The file is damaged or the training diverged; get another copy."
         )
-
-
-def _relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
-    """||W - W^|| / ||W||: the relative output error for white-noise inputs. Six digits, so that reports agree."""
-    norm = weight.float().norm()
-    difference = (quantized.dequantize() - weight.float()).norm()
-    return float(f"{float(difference / norm) if float(norm) > 0 else 0.0:.6g}")
 
 
 def _untouched(

@@ -1,4 +1,4 @@
-"""From float values to scale, zero point and integer codes. Pure functions on grouped rows.
+"""From float values to scale, zero point and integer codes. A `Grid` for a weight, pure functions on grouped rows.
 
 Letters: O rows, G groups per row, N values per group. All arithmetic is float32; scales are rounded to their stored
 precision first, so that codes are optimal for the scale that the file really holds.
@@ -6,12 +6,85 @@ precision first, so that codes are optimal for the scale that the file really ho
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from ..core.scheme import Scheme
+from ..runtime.weight import QuantizedWeight
 
 FLOAT16_SAFE = (2.0**-14, 65504.0)  # normal range: smaller scales would lose mantissa bits
 SHRINK_STEPS = 20  # candidates of the range search: 1.0, 0.98, ... of the full range
 TWO_LEVEL_MAX = 15  # 15 * 8 = 120 still fits int8 for 4-bit codes
+ROWS_VALUES = 1 << 19  # values treated at once: small enough to stay in cache through the passes of the search
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that a weight may take: scales in their stored precision, and zero points."""
+
+    scheme: Scheme
+    scale: Tensor  # (O, G); (O, 1) for per-channel and two-level schemes
+    zero_point: Tensor  # (O, G) float32, zeros when symmetric
+    group_scale: Tensor  # (O, G) float32 multipliers of two-level schemes, else (O, 1) ones
+
+    def columns(self, features: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of every value, (O, K) float32 each."""
+        effective = self.scale.float() * self.group_scale
+        repeats = features // self.zero_point.shape[1]
+        scale = effective.expand_as(self.zero_point).repeat_interleave(repeats, dim=1)
+        return scale, self.zero_point.repeat_interleave(repeats, dim=1)
+
+    def nearest(self, rows: Tensor) -> Tensor:
+        """Nearest codes (O, K) int16 of rows (O, K)."""
+        effective, step = self.scale.float() * self.group_scale, max(1, ROWS_VALUES // rows.shape[1])
+        size, limits = self.scheme.group_size, self.scheme.code_range
+        return torch.cat(
+            [
+                round_codes(split_groups(chunk, size), scale, zero, limits).flatten(1).to(torch.int16)
+                for chunk, scale, zero in zip(
+                    rows.split(step), effective.split(step), self.zero_point.split(step), strict=True
+                )
+            ]
+        )
+
+    def pack(self, codes: Tensor, shape: tuple[int, ...]) -> QuantizedWeight:
+        """Codes (O, K) with their scales; `shape` is that of the float weight."""
+        return QuantizedWeight.from_codes(
+            codes.to(torch.int16),
+            self.scheme,
+            shape,
+            scale=self.scale,
+            zero_point=None if self.scheme.symmetric else self.zero_point,
+            group_scale=self.group_scale if self.scheme.two_level else None,
+        )
+
+
+def find_grid(rows: Tensor, scheme: Scheme, *, search: bool) -> Grid:
+    """The grid of a weight.
+
+    Args:
+        rows: (O, K), any float dtype.
+        search: for the range with least squared error; otherwise minimum and maximum.
+    """
+    step = max(1, ROWS_VALUES // rows.shape[1])
+    parts = [_grid_of_rows(chunk, scheme, search=search) for chunk in rows.split(step)]
+    scale, zero_point, group_scale = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Grid(scheme, stored_scale(scale), zero_point, group_scale)
+
+
+def _grid_of_rows(rows: Tensor, scheme: Scheme, *, search: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale (O, G or 1), zero point (O, G) and group multipliers (O, G or 1), float32 each."""
+    groups = split_groups(rows, scheme.group_size)
+    if search:
+        scale, zero_point = search_grid(groups, scheme.bits, symmetric=scheme.symmetric, code_range=scheme.code_range)
+    else:
+        scale, zero_point = minmax_grid(groups, scheme.bits, symmetric=scheme.symmetric)
+    if scheme.two_level:
+        row_scale, multipliers = two_level_scale(torch.where(groups.any(-1), scale, 0.0))
+        return row_scale, zero_point, multipliers
+    return scale, zero_point, torch.ones_like(scale[:, :1])
 
 
 def split_groups(weight: Tensor, group_size: int | None) -> Tensor:

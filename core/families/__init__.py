@@ -24,6 +24,7 @@ class Family:
     Args:
         name: for messages.
         denoisers: class names of the models that belong to it.
+        blocks: class names, as globs, of the modules that calibrated methods treat as one unit each.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Family:
     edge: tuple[str, ...]
     temporal: tuple[str, ...]
     modulation: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
 
     def role(self, module_name: str) -> Role:
         """The role of the layer called `module_name` (dotted path inside the denoiser)."""

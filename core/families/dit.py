@@ -8,4 +8,5 @@ FAMILY = Family(
     edge=("pos_embed.proj", "proj_out_1", "proj_out_2"),
     temporal=("*.norm1.emb.*",),
     modulation=("*.norm1.linear",),
+    blocks=("BasicTransformerBlock",),
 )

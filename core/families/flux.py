@@ -8,4 +8,5 @@ FAMILY = Family(
     edge=("x_embedder", "context_embedder", "norm_out.linear", "proj_out"),
     temporal=("time_text_embed.*",),
     modulation=("*.norm1.linear", "*.norm1_context.linear", "single_transformer_blocks.*.norm.linear"),
+    blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
 )

@@ -31,4 +31,8 @@ FAMILY = Family(
         "*.norm1.emb.*",
     ),
     modulation=("*.norm*.linear", "*adaln*.linear", "*adaLN*", "*.linear_modulation*"),
+    blocks=(
+        "*TransformerBlock",
+        "ResnetBlock2D",
+    ),
 )

@@ -8,4 +8,5 @@ FAMILY = Family(
     edge=("pos_embed.proj", "proj_out"),
     temporal=("adaln_single.emb.*",),
     modulation=("adaln_single.linear",),
+    blocks=("BasicTransformerBlock",),
 )

@@ -8,4 +8,5 @@ FAMILY = Family(
     edge=("pos_embed.proj", "context_embedder", "norm_out.linear", "proj_out"),
     temporal=("time_text_embed.*",),
     modulation=("*.norm1.linear", "*.norm1_context.linear"),
+    blocks=("JointTransformerBlock",),
 )

@@ -13,4 +13,5 @@ FAMILY = Family(
     ),
     edge=("conv_in", "conv_out"),
     temporal=("time_embedding.*", "add_embedding.*", "class_embedding*", "*.time_emb_proj"),
+    blocks=("ResnetBlock2D", "BasicTransformerBlock", "Attention", "TemporalConvLayer"),
 )

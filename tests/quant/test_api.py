@@ -12,7 +12,8 @@ from dacc.core.errors import ConfigError, ModelError, QualityError, UnsupportedE
 from dacc.core.manifest import Manifest, read_manifest
 from dacc.core.reporter import Reporter
 from dacc.quant.methods import rtn
-from dacc.runtime.trajectory import RunRequest, sample
+from dacc.runtime.request import RunRequest
+from dacc.runtime.trajectory import sample
 
 KINDS = pytest.mark.parametrize(("kind", "name"), [("unet_folder", "unet"), ("dit_folder", "transformer")])
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -293,7 +294,8 @@ def test_strict_refuses_to_guess(sana_folder, tmp_path):
 
 LATENTS = """
 import sys, torch, dacc
-from dacc.runtime.trajectory import RunRequest, sample
+from dacc.runtime.request import RunRequest
+from dacc.runtime.trajectory import sample
 for bundle, result in (sys.argv[1:3], sys.argv[3:]):
     samples = sample(dacc.load(bundle, device="cpu"), RunRequest(seeds=(1, 2), num_inference_steps=3))
     torch.save((samples.latents, samples.images), result)

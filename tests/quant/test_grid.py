@@ -1,7 +1,10 @@
 import pytest
 import torch
 
+from dacc.core.scheme import Scheme
 from dacc.quant.grid import (
+    Grid,
+    find_grid,
     minmax_grid,
     round_codes,
     search_grid,
@@ -10,6 +13,7 @@ from dacc.quant.grid import (
     stored_scale,
     two_level_scale,
 )
+from dacc.runtime.packing import unpack_codes
 
 CASES = [(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
 
@@ -123,3 +127,96 @@ def test_two_level_scales_are_a_row_scale_times_small_integers():
     row_scale, multipliers = two_level_scale(scale)
     assert row_scale.flatten().tolist() == pytest.approx([0.1, 0.2, 0.1, 1.0])
     assert multipliers.tolist() == [[15, 8, 1], [15, 15, 15], [1, 15, 1], [1, 1, 1]]
+
+
+# the grid of a weight
+
+SCHEMES = [
+    Scheme(bits=4),
+    Scheme(bits=3, symmetric=False),
+    Scheme(bits=4, group_size=16),
+    Scheme(bits=8, group_size=16, symmetric=False),
+    Scheme(bits=4, group_size=16, two_level=True, act_bits=8, act_mode="dynamic"),
+]
+NAMED = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+SEARCH = pytest.mark.parametrize("search", [False, True], ids=["minmax", "mse"])
+
+
+def weight_rows():
+    return torch.randn(7, 48, generator=torch.Generator().manual_seed(0)) ** 3
+
+
+@NAMED
+@SEARCH
+def test_a_grid_holds_scales_as_they_are_stored(scheme, search):
+    grid = find_grid(weight_rows(), scheme, search=search)
+    groups = 3 if scheme.group_size else 1
+    assert grid.scale.shape == (7, 1 if scheme.two_level else groups)
+    assert grid.scale.dtype == (torch.float16 if scheme.group_size and not scheme.two_level else torch.float32)
+    assert grid.zero_point.shape == (7, groups)
+    assert grid.zero_point.any() != scheme.symmetric
+    assert grid.group_scale.shape == (7, groups if scheme.two_level else 1)
+    assert torch.equal(grid.group_scale, grid.group_scale.round())
+    assert scheme.two_level or (grid.group_scale == 1).all()
+
+
+@NAMED
+@SEARCH
+def test_a_grid_is_that_of_its_groups(scheme, search):
+    groups = split_groups(weight_rows(), scheme.group_size)
+    arguments = {"symmetric": scheme.symmetric} | ({"code_range": scheme.code_range} if search else {})
+    scale, zero = (search_grid if search else minmax_grid)(groups, scheme.bits, **arguments)
+    grid = find_grid(weight_rows(), scheme, search=search)
+    assert torch.equal(grid.zero_point, zero)
+    if scheme.two_level:
+        row_scale, multipliers = two_level_scale(scale)
+        assert torch.equal(grid.scale, row_scale)
+        assert torch.equal(grid.group_scale, multipliers)
+    else:
+        assert torch.equal(grid.scale, stored_scale(scale))
+
+
+@NAMED
+def test_columns_are_what_a_packed_weight_is_multiplied_out_with(scheme):
+    rows = weight_rows()
+    grid = find_grid(rows, scheme, search=True)
+    codes = grid.nearest(rows)
+    scale, zero = grid.columns(48)
+    assert scale.shape == zero.shape == (7, 48)
+    packed = grid.pack(codes, (7, 3, 4, 4))
+    found = packed.dequantize().movedim(1, -1).flatten(1)
+    torch.testing.assert_close(found, (codes - zero) * scale, rtol=1e-6, atol=0)
+    assert torch.equal(unpack_codes(packed.qweight, scheme.bits, 48, signed=scheme.symmetric).short(), codes)
+    assert (packed.zero_point is None) == scheme.symmetric
+    assert (packed.group_scale is None) != scheme.two_level
+
+
+@NAMED
+def test_nearest_codes_are_in_range_and_no_other_code_is_nearer(scheme):
+    rows = weight_rows()
+    grid = find_grid(rows, scheme, search=True)
+    (scale, zero), codes = grid.columns(48), grid.nearest(rows)
+    low, high = scheme.code_range
+    values = (torch.arange(low, high + 1) - zero.unsqueeze(-1)) * scale.unsqueeze(-1)  # (O, K, codes)
+    best = (values - rows.unsqueeze(-1)).abs().amin(-1)
+    assert codes.dtype == torch.int16
+    torch.testing.assert_close(((codes - zero) * scale - rows).abs(), best, rtol=1e-5, atol=1e-6)
+
+
+@NAMED
+@SEARCH
+@pytest.mark.parametrize("values", [1, 100])
+def test_dealing_rows_in_parts_changes_nothing(scheme, search, values, monkeypatch):
+    rows = weight_rows()
+    whole = find_grid(rows, scheme, search=search)
+    codes = whole.nearest(rows)
+    monkeypatch.setattr("dacc.quant.grid.ROWS_VALUES", values)
+    parts = find_grid(rows, scheme, search=search)
+    for name in ("scale", "zero_point", "group_scale"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name))
+    assert torch.equal(parts.nearest(rows), codes)
+
+
+def test_nearest_takes_rows_that_the_grid_was_not_made_for():
+    grid = Grid(Scheme(bits=3), torch.tensor([[0.5]]), torch.zeros(1, 1), torch.ones(1, 1))
+    assert grid.nearest(torch.tensor([[-9.0, -0.8, 0.2, 0.3, 9.0]])).tolist() == [[-4, -2, 0, 1, 3]]

@@ -117,7 +117,7 @@ def test_round_trip_through_a_file_is_bit_for_bit(scheme, tmp_path):
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 20])
 def test_repeat_gives_the_same_bytes_however_rows_are_dealt(scheme, chunk, monkeypatch):
     first = quantize(example(), scheme, RTNConfig()).tensors()
-    monkeypatch.setattr("dacc.quant.methods.rtn.ROWS_VALUES", chunk)
+    monkeypatch.setattr("dacc.quant.grid.ROWS_VALUES", chunk)
     for name, value in quantize(example(), scheme, RTNConfig()).tensors().items():
         assert torch.equal(value, first[name])
 

@@ -1,0 +1,78 @@
+"""Second moments of what enters a layer, E[x x^T], gathered by hooks while its block runs.
+
+Letters: N tokens (or pixels of the result), K input features per row in the order of `to_rows`.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Grams:
+    """Gathers the gram matrices of some layers; a context manager.
+
+    Args:
+        layers: linears and ungrouped 2-D convolutions, by name.
+        rows_per_call: at most so many rows of x count in one run of a layer, drawn anew each time; more: slower,
+            steadier.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], *, rows_per_call: int) -> None:
+        self._rows_per_call = rows_per_call
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._hooks = [layer.register_forward_pre_hook(self._gather(name)) for name, layer in layers.items()]
+
+    def __enter__(self) -> Grams:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def mean(self, name: str) -> Tensor | None:
+        """(K, K) float32, symmetric; None for a layer that did not run."""
+        return self._sums[name] / self._counts[name] if name in self._counts else None
+
+    def _gather(self, name: str) -> Any:
+        def gather(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            count = self._counts.get(name, 0)
+            rows = _some(input_rows(layer, args[0]), self._rows_per_call, seed=count).float()
+            self._sums[name] = self._sums.get(name, 0) + rows.T @ rows
+            self._counts[name] = count + len(rows)
+
+        return gather
+
+
+def _some(rows: Tensor, count: int, *, seed: int) -> Tensor:
+    """At most `count` rows, drawn: every n-th one would fall in step with the columns of an image."""
+    if len(rows) <= count:
+        return rows
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
+    return rows[drawn.to(rows.device)]
+
+
+def has_grams(layer: nn.Module) -> bool:
+    """Whether the inputs of a layer are rows of one matrix product."""
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+
+
+def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer multiplies its weight rows with, (N, K): tokens of a linear, patches of a convolution."""
+    if isinstance(layer, nn.Linear):
+        return x.flatten(0, -2)
+    assert isinstance(layer, nn.Conv2d)
+    padding = layer.padding
+    if layer.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x, padding = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0, 0)
+    patches = functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)  # (B, C * taps, L)
+    channels = x.shape[1]
+    return patches.unflatten(1, (channels, -1)).permute(0, 3, 2, 1).flatten(2).flatten(0, 1)  # channels innermost

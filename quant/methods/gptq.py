@@ -1,0 +1,84 @@
+"""GPTQ: rounding that makes up for its own errors (Frantar et al., 2022, arXiv 2210.17323; the column updates are those
+of Optimal Brain Surgeon).
+
+With inputs x of a layer and H = E[x x^T], the columns of W are rounded one after the other; the error of column j is
+spread over the columns that are still float, so that tr((W - W^) H (W - W^)^T), the output error, grows least:
+
+    e_j = (w_j - w^_j) / U_jj,   w_k -= e_j U_jk  for k > j,   U the upper Cholesky factor of H^-1
+
+Letters: O rows, K input features per row, G groups per row.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...core.config import Config
+from ...core.scheme import Scheme
+from ...runtime.weight import QuantizedWeight, to_rows
+from ..grid import Grid, find_grid
+
+BLOCK_COLUMNS = 128  # columns whose updates are applied together to the rest
+DAMPING_GROWTH = 10.0  # when H is so singular that the factorization fails
+
+
+class GPTQConfig(Config):
+    """Fields of `--set`."""
+
+    damping: float = Field(0.01, gt=0)  # share of the mean of H's diagonal that is added to it; more: closer to rtn
+    act_order: bool = True  # columns with the largest inputs first
+
+
+CONFIG = GPTQConfig
+NEEDS = ("grams",)  # E[x x^T] of every layer
+UNIT = "block"
+
+
+def quantize(weight: Tensor, scheme: Scheme, config: GPTQConfig, gram: Tensor) -> QuantizedWeight:
+    """Quantize one weight.
+
+    Args:
+        weight: (O, *features), any float dtype.
+        gram: (K, K) float32, mean of x x^T over the inputs; features in the order of `to_rows`.
+    """
+    rows = to_rows(weight).float()
+    grid = find_grid(rows, scheme, search=True)
+    return grid.pack(round_columns(rows, gram, grid, config), tuple(weight.shape))
+
+
+def round_columns(rows: Tensor, gram: Tensor, grid: Grid, config: GPTQConfig) -> Tensor:
+    """Codes (O, K), float32 holding integers."""
+    features = rows.shape[1]
+    power = gram.diagonal()
+    silent = power == 0  # inputs that are always zero: any code will do, the nearest is as good as another
+    filled = 1.0 if silent.all() else power[~silent].mean()  # the mean, so that the damping of the others stays
+    order = power.argsort(descending=True, stable=True) if config.act_order else torch.arange(features)
+    upper = _inverse_factor(gram + torch.diag(silent * filled), config.damping, order)
+    remaining, codes = rows[:, order].clone(), torch.empty_like(rows)
+    scale, zero_point = grid.columns(features)
+    scale, zero_point = scale[:, order], zero_point[:, order]
+    for start in range(0, features, BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, features)
+        errors = torch.empty_like(remaining[:, start:stop])
+        for column in range(start, stop):
+            s, z = scale[:, column], zero_point[:, column]
+            code = ((remaining[:, column] / s).round() + z).clamp_(*grid.scheme.code_range)
+            error = (remaining[:, column] - (code - z) * s) / upper[column, column]
+            remaining[:, column + 1 : stop] -= error[:, None] * upper[column, column + 1 : stop]
+            errors[:, column - start] = error
+            codes[:, column] = code
+        remaining[:, stop:] -= errors @ upper[start:stop, stop:]
+    return codes[:, order.argsort()]
+
+
+def _inverse_factor(gram: Tensor, damping: float, order: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped gram matrix, columns in `order`."""
+    gram = gram[order][:, order].double()
+    while True:
+        damped = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+        damping *= DAMPING_GROWTH

@@ -1,0 +1,99 @@
+"""Where the calibration set of a quantization comes from, and that it is the right one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dacc import CalibrateConfig, QuantizeConfig, calibrate_pipeline, quantize_pipeline, verify_bundle
+from dacc.core.calibration import read_calibration
+from dacc.core.errors import ModelError
+from dacc.core.manifest import read_manifest
+from dacc.core.reporter import Reporter, silent
+from dacc.core.source import resolve_source
+
+SMALL = CalibrateConfig(samples=2, steps=2, timesteps=2, batch_size=2)
+GPTQ = QuantizeConfig(bits=4, method="gptq", measure="never")
+
+
+@pytest.fixture
+def calibration(dit_folder: Path, tmp_path: Path) -> Path:
+    return calibrate_pipeline(dit_folder, SMALL, output=tmp_path / "set")
+
+
+def files_of(bundle: Path) -> dict[str, bytes]:
+    manifest = read_manifest(bundle)
+    assert manifest is not None
+    return {name: (bundle / name).read_bytes() for name in manifest.files}
+
+
+def test_a_given_set_is_used_and_named_in_the_manifest(dit_folder: Path, calibration: Path, tmp_path: Path) -> None:
+    bundle = quantize_pipeline(dit_folder, GPTQ, calib=calibration, output=tmp_path / "small")
+    manifest, record = read_manifest(bundle), read_calibration(calibration)
+    assert manifest is not None
+    assert record is not None
+    assert manifest.passes[-1].calibration == record.id
+    modules = manifest.components["transformer"].quantization.modules
+    errors = [module.output_error for module in modules.values() if module.output_error is not None]
+    assert len(errors) > 5
+    assert max(errors) < 0.5
+    verify_bundle(bundle)
+
+
+def test_a_set_given_as_source_means_its_pipeline_and_itself(
+    dit_folder: Path, calibration: Path, tmp_path: Path
+) -> None:
+    source = resolve_source(str(calibration), reporter=silent())
+    assert source.calibration == calibration
+    found = quantize_pipeline(source, GPTQ, output=tmp_path / "found")
+    given = quantize_pipeline(dit_folder, GPTQ, calib=calibration, output=tmp_path / "given")
+    assert files_of(found) == files_of(given)
+
+
+def test_without_a_set_one_is_made_once_and_kept(unet_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("dacc.quant.inputs.CalibrateConfig", lambda **fields: SMALL.model_copy(update=fields))
+    first, second = Reporter(quiet=True), Reporter(quiet=True)
+    said: list[str] = []
+    monkeypatch.setattr(second, "say", said.append)
+    one = quantize_pipeline(unet_folder, GPTQ, output=tmp_path / "one", reporter=first)
+    (kept,) = (tmp_path / "cache" / "calibration").iterdir()
+    written = (kept / "dacc_calibration.json").stat().st_mtime_ns
+    two = quantize_pipeline(unet_folder, GPTQ, output=tmp_path / "two", reporter=second)
+    assert (kept / "dacc_calibration.json").stat().st_mtime_ns == written
+    assert files_of(one) == files_of(two)
+    assert not [line for line in said if "no --calib given" in line]
+
+
+def test_the_set_of_another_model_is_refused_before_anything_is_written(
+    unet_folder: Path, calibration: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError):
+        quantize_pipeline(unet_folder, GPTQ, calib=calibration, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_set_is_refused(dit_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="not a calibration set"):
+        quantize_pipeline(dit_folder, GPTQ, calib=tmp_path, output=tmp_path / "out")
+
+
+def test_a_method_that_needs_none_says_that_the_set_is_not_used(
+    dit_folder: Path, calibration: Path, tmp_path: Path
+) -> None:
+    reporter = Reporter(quiet=True)
+    config = GPTQ.model_copy(update={"method": "rtn"})
+    bundle = quantize_pipeline(dit_folder, config, calib=calibration, output=tmp_path / "plain", reporter=reporter)
+    assert [notice for notice in reporter.notices if "needs no calibration set" in notice]
+    manifest = read_manifest(bundle)
+    assert manifest is not None
+    assert manifest.passes[-1].calibration is None
+
+
+def test_another_set_gives_another_result_in_place_of_the_old_one(
+    dit_folder: Path, calibration: Path, tmp_path: Path
+) -> None:
+    other = calibrate_pipeline(dit_folder, SMALL.model_copy(update={"seed": 1}), output=tmp_path / "other")
+    one = quantize_pipeline(dit_folder, GPTQ, calib=calibration, output=tmp_path / "one")
+    two = quantize_pipeline(dit_folder, GPTQ, calib=other, output=tmp_path / "two")
+    assert files_of(one) != files_of(two)
