@@ -171,7 +171,7 @@ def read_inputs(file: Path) -> dict[str, Any]:
 
 def _objects(file: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # JSON texts may hold U+2028 and other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--inputs {file} cannot be read ({error}).", mend="Give a UTF-8 text file.") from None
     for number, line in enumerate(lines, start=1):

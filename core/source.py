@@ -65,11 +65,14 @@ def resolve_source(text: str | None, *, reporter: Reporter, stdin: int | None = 
 def zoo_entry_of(source: Source) -> ZooEntry | None:
     """The zoo pipeline that a source is, or was made from; None for all others.
 
-    A bundle needs no installed zoo: it carries the prompts itself, and only the judge is missed.
+    A bundle needs no installed zoo: it carries the prompts itself, and only the judge is missed. One that was made from
+    a zoo which this machine does not know is a pipeline like any other.
     """
     manifest = read_manifest(source.path)
     name = manifest.source.name if manifest else source.identity
     if not name.startswith(PREFIX):
+        return None
+    if manifest and name.removeprefix(PREFIX) not in {entry.name for entry in list_zoo()}:
         return None
     entry = known_zoo_entry(name)
     return entry if entry.installed else entry.model_copy(update={"path": source.path, "judge": None})
@@ -134,9 +137,14 @@ def _calibrated(folder: Path, reporter: Reporter) -> Source:
 
     Raises:
         ModelError: it is not found, or has other weights now.
+        BundleError: the record was changed.
     """
     record = read_calibration(folder)
     assert record is not None
+    if record.id != record.identity():
+        raise BundleError(
+            f"{folder / CALIBRATION_NAME} is not what it was when it was written.", mend="Copy the set again."
+        )
     name, revision = record.source.name, record.source.revision
     if name.startswith(PREFIX) or revision:
         source = _resolve_text(f"{name}@{revision}" if revision else name, reporter)

@@ -85,11 +85,12 @@ def quantize_pipeline(
     check_output(job.source.path, target, overwrite=overwrite)
 
     from ..runtime.measure import measure_bundle
-    from .driver import quantize_component
+    from .driver import check_plans, quantize_component
     from .inputs import calibration_of
 
     method, calibration = METHODS.load(job.config.method), None
     if method.NEEDS:
+        check_plans(job, method, reporter)  # before the minutes that a calibration set takes
         calibration = calibration_of(
             job.source, job.hashes, job.calibration, seed=config.seed, device=device, reporter=reporter
         )

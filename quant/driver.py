@@ -60,6 +60,8 @@ def quantize_component(
         _check_treated(stored, plans)
         family, _ = find_family(type(skeleton).__name__)
         treatment = Treatment(name, method, method_config, writer)
+        if target.type != "cpu":
+            reporter.say(f"{job.config.method} treats the layers on the CPU, not on {target}")
         assert calibration is not None
         calls = [call for call in calibration if call.component == name]
         quantize_units(treatment, load_float(folder, skeleton), plans, family, calls, reporter)
@@ -90,6 +92,13 @@ def quantize_component(
         bytes_after=0,
         quantization=QuantizationRecord(method=job.config.method, schemes=schemes, modules=modules),
     )
+
+
+def check_plans(job: Job, method: ModuleType, reporter: Reporter) -> None:
+    """Raise what `quantize_component` would say of the method's fields, layer names and group sizes."""
+    build_config(method.CONFIG, **job.config.settings)
+    for name in job.components:
+        plan_component(job.source.path / name, job.config, reporter)
 
 
 def plan_component(folder: Path, config: QuantizeConfig, reporter: Reporter) -> tuple[nn.Module, list[LayerPlan]]:

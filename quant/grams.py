@@ -44,19 +44,30 @@ class Grams:
     def _gather(self, name: str) -> Any:
         def gather(layer: nn.Module, args: tuple[Any, ...]) -> None:
             count = self._counts.get(name, 0)
-            rows = _some(input_rows(layer, args[0]), self._rows_per_call, seed=count).float()
+            rows = _some_rows(layer, args[0], self._rows_per_call, seed=count).float()
             self._sums[name] = self._sums.get(name, 0) + rows.T @ rows
             self._counts[name] = count + len(rows)
 
         return gather
 
 
-def _some(rows: Tensor, count: int, *, seed: int) -> Tensor:
-    """At most `count` rows, drawn: every n-th one would fall in step with the columns of an image."""
-    if len(rows) <= count:
-        return rows
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
-    return rows[drawn.to(rows.device)]
+def _some_rows(layer: nn.Module, x: Tensor, count: int, *, seed: int) -> Tensor:
+    """At most `count` input rows, drawn: every n-th one would fall in step with the columns of an image.
+
+    The patches of a convolution are many times as large as its input: they are made image by image.
+    """
+    images = x.split(1) if isinstance(layer, nn.Conv2d) else [x]
+    first = input_rows(layer, images[0])
+    size, total = len(first), len(first) * len(images)
+    chosen = torch.arange(total)
+    if total > count:
+        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
+    found = first.new_empty(len(chosen), first.shape[1])
+    for number, image in enumerate(images):
+        mine = chosen // size == number
+        rows = first if number == 0 else input_rows(layer, image)
+        found[mine.to(found.device)] = rows[(chosen[mine] % size).to(rows.device)]
+    return found
 
 
 def has_grams(layer: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..calibrate.api import calibrate_pipeline, prepare
@@ -26,21 +27,29 @@ def calibration_of(
         ModelError: it was made with another model.
         BundleError: it is damaged.
     """
-    if given is None:
-        config = CalibrateConfig(component=tuple(weights), seed=seed, budget_gb=ON_THE_FLY_GB)
-        request = prepare(source, config, "float32", reporter).request
-        given = cache_folder() / "calibration" / f"{source.name}-{request[:16]}"
-        if not existing_set(given, request):
-            reporter.say(f"no --calib given: making a calibration set in {given}")
-            overwrite = given.is_dir()  # it is damaged
-            calibrate_pipeline(source, config, output=given, overwrite=overwrite, device=device, reporter=reporter)
-    found = open_calibration(given, weights=weights, reporter=reporter)
+    folder = given or _made_on_the_fly(source, weights, seed, device, reporter)
+    found = open_calibration(folder, weights=weights, reporter=reporter)
+    if given is None:  # the manifest is to be the same whether the set was made now or in an earlier run
+        for notice in found.record.notices:
+            reporter.notice(notice)
     if missing := [name for name in weights if name not in found.record.branches]:
         raise ModelError(
-            f"{given} holds no calls of {missing[0]}; it was made with {found.record.source.name}.",
+            f"{folder} holds no calls of {missing[0]}; it was made with {found.record.source.name}.",
             mend="Make a set of this pipeline with dacc calibrate.",
         )
     return found
+
+
+def _made_on_the_fly(source: Source, weights: Iterable[str], seed: int, device: str, reporter: Reporter) -> Path:
+    """The set in the cache, made first where it is not there."""
+    config = CalibrateConfig(component=tuple(weights), seed=seed, budget_gb=ON_THE_FLY_GB)
+    request = prepare(source, config, "float32", reporter).request
+    folder = cache_folder() / "calibration" / f"{source.name}-{request[:16]}"
+    if not existing_set(folder, request):
+        reporter.say(f"no --calib given: making a calibration set in {folder}")
+        overwrite = folder.is_dir()  # it is damaged
+        calibrate_pipeline(source, config, output=folder, overwrite=overwrite, device=device, reporter=reporter)
+    return folder
 
 
 def cache_folder() -> Path:

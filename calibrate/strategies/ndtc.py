@@ -24,7 +24,7 @@ class NDTCConfig(Config):
 
     form: Literal["code", "paper"] = "code"  # paper: much narrower for long runs
     mu_fraction: float = Field(0.4, ge=0, le=1)  # mean of the draws; smaller: cleaner inputs
-    sd_fraction: float = Field(0.4, gt=0)  # spread of the draws, form code alone; larger: nearer to uniform
+    sd_fraction: float = Field(0.4, gt=0, le=100)  # spread of the draws, form code alone; larger: nearer to uniform
 
 
 CONFIG = NDTCConfig

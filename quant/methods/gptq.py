@@ -27,7 +27,7 @@ DAMPING_GROWTH = 10.0  # when H is so singular that the factorization fails
 class GPTQConfig(Config):
     """Fields of `--set`."""
 
-    damping: float = Field(0.01, gt=0)  # share of the mean of H's diagonal that is added to it; more: closer to rtn
+    damping: float = Field(0.01, gt=0, le=1e9)  # share of H's mean diagonal that is added to it; more: closer to rtn
     act_order: bool = True  # columns with the largest inputs first
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from dacc import CalibrateConfig, calibrate_pipeline, open_calibration
 from dacc.calibrate import collect
-from dacc.core.errors import ConfigError, ModelError, UnsupportedError
+from dacc.core.errors import BundleError, ConfigError, ModelError, UnsupportedError
 from dacc.core.reporter import silent
 from dacc.core.source import resolve_source
 
@@ -147,6 +147,15 @@ def test_a_set_means_the_pipeline_that_it_was_made_from(unet_folder, calibrated,
     weights = source / "unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ModelError, match="unet has other weights now"):
+        resolve_source(str(folder), reporter=silent())
+
+
+def test_a_set_whose_record_was_changed_means_no_pipeline(unet_folder, made_set, tmp_path) -> None:
+    folder = Path(shutil.copytree(made_set, tmp_path / "changed"))
+    facts = json.loads((folder / "dacc_calibration.json").read_text())
+    facts["source"]["weights"] = {}
+    (folder / "dacc_calibration.json").write_text(json.dumps(facts))
+    with pytest.raises(BundleError, match="not what it was"):
         resolve_source(str(folder), reporter=silent())
 
 

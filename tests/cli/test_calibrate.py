@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dacc import open_calibration
+from dacc.cli.calibrate import read_inputs
 
 from .conftest import command, environment, snapshot
 
@@ -85,6 +86,7 @@ def test_prompts_come_from_a_file(dacc, sd_folder):
         (["--strategy", "every-step", "--timesteps", "4"], 2, "or use --strategy uniform"),
         (["--set", "form=code"], 2, "Fields: timesteps"),
         (["--strategy", "ndtc", "--set", "form=poster"], 2, "'code' or 'paper'"),
+        (["--strategy", "ndtc", "--set", "sd_fraction=inf"], 2, "less than or equal to 100"),
         (["--timesteps", "0"], 2, "dacc calibrate --help"),
         (["--samples", "none"], 2, "dacc calibrate --help"),
         (["--budget-gb", "0"], 2, "greater than 0"),
@@ -119,6 +121,11 @@ def test_lines_that_are_no_inputs_are_refused(dacc, pipeline, text):
     ran = dacc("calibrate", pipeline, "--inputs", "inputs.jsonl")
     assert ran.code == 2
     assert '{"class": 3}' in ran.error
+
+
+def test_a_prompt_may_hold_what_else_ends_a_line():
+    Path("inputs.jsonl").write_text('{"prompt": "a red\u2028circle"}\r\n{"prompt": "a\x85square"}\n', encoding="utf-8")
+    assert read_inputs(Path("inputs.jsonl"))["prompts"] == ("a red\u2028circle", "a\x85square")
 
 
 @pytest.mark.slow

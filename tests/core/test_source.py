@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from dacc.core.errors import BundleError, DaccError, ModelError
 from dacc.core.reporter import Reporter, silent
-from dacc.core.source import Source, component_entries, resolve_source
+from dacc.core.source import Source, component_entries, resolve_source, zoo_entry_of
 from dacc.core.zoo import copy_zoo, list_zoo, zoo_entry
 
 COMMIT = "c" * 40
@@ -225,6 +226,13 @@ def test_the_zoo_is_listed_with_what_its_index_says(zoo):
     assert zoo_entry("digits-unet").path == zoo / "digits-unet"
     assert zoo_entry("zoo:digits-dit").judge == "judge"
     assert zoo_entry("digits-dit").num_inference_steps == 4
+
+
+def test_a_bundle_from_a_zoo_that_is_not_known_here_is_a_pipeline_like_any_other(make_pipeline, monkeypatch):
+    folder = make_pipeline()
+    made_from = SimpleNamespace(source=SimpleNamespace(name="zoo:somebody-elses"))
+    monkeypatch.setattr("dacc.core.source.read_manifest", lambda path: made_from)
+    assert zoo_entry_of(Source(folder, "small", "small", None, "bundle")) is None
 
 
 def test_a_zoo_pipeline_is_copied_whole_and_not_over_something(zoo, tmp_path):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from dacc import CalibrateConfig, QuantizeConfig, calibrate_pipeline, quantize_pipeline, verify_bundle
 from dacc.core.calibration import read_calibration
-from dacc.core.errors import ModelError
+from dacc.core.errors import ConfigError, ModelError
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import Reporter, silent
 from dacc.core.source import resolve_source
@@ -63,6 +64,44 @@ def test_without_a_set_one_is_made_once_and_kept(unet_folder: Path, tmp_path: Pa
     assert (kept / "dacc_calibration.json").stat().st_mtime_ns == written
     assert files_of(one) == files_of(two)
     assert not [line for line in said if "no --calib given" in line]
+
+
+def test_a_set_made_earlier_brings_its_notices_as_one_made_now(sd_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    small = SMALL.model_copy(update={"height": 32, "width": 32})
+    monkeypatch.setattr("dacc.quant.inputs.CalibrateConfig", lambda **fields: small.model_copy(update=fields))
+    one, two = (quantize_pipeline(sd_folder, GPTQ, output=tmp_path / name) for name in ("one", "two"))
+    manifests = [read_manifest(bundle) for bundle in (one, two)]
+    assert all(manifest is not None for manifest in manifests)
+    first, second = (manifest.passes[-1].notices for manifest in manifests if manifest)
+    assert first == second
+    assert [notice for notice in first if "no prompts were given" in notice]
+
+
+@pytest.mark.parametrize(
+    ("fields", "advice"),
+    [
+        ({"settings": {"dampng": 1}}, "Did you mean damping"),
+        ({"exclude": ("nothing.*",)}, "matches no layer"),
+        ({"group_size": 7}, "does not divide"),
+    ],
+    ids=["field", "glob", "group"],
+)
+def test_what_cannot_be_is_refused_before_a_set_is_made(
+    dit_folder: Path, tmp_path: Path, monkeypatch, fields, advice
+) -> None:
+    monkeypatch.setattr("dacc.quant.inputs.calibrate_pipeline", lambda *_, **__: pytest.fail("it was calibrated"))
+    with pytest.raises(ConfigError, match=advice):
+        quantize_pipeline(dit_folder, GPTQ.model_copy(update=fields), output=tmp_path / "out")
+
+
+def test_on_an_accelerator_it_says_that_the_layers_are_treated_on_the_cpu(
+    dit_folder: Path, calibration: Path, tmp_path: Path, monkeypatch
+) -> None:
+    reporter, said = Reporter(quiet=True), []
+    monkeypatch.setattr(reporter, "say", said.append)
+    monkeypatch.setattr("dacc.quant.driver.pick_device", lambda _: torch.device("cuda"))
+    quantize_pipeline(dit_folder, GPTQ, calib=calibration, output=tmp_path / "out", device="cuda", reporter=reporter)
+    assert [line for line in said if "gptq treats the layers on the CPU, not on cuda" in line]
 
 
 def test_the_set_of_another_model_is_refused_before_anything_is_written(

@@ -92,3 +92,10 @@ def test_frechet_distance_equals_the_matrix_square_root_for_any_covariances() ->
     root = torch.from_numpy(linalg.sqrtm((first.covariance @ second.covariance).numpy()).real)
     expected = (first.mean - second.mean).square().sum() + (first.covariance + second.covariance - 2 * root).trace()
     assert frechet.frechet_distance(first, second) == pytest.approx(float(expected))
+
+
+def test_a_run_is_not_taken_up_with_other_settings(tmp_path: Path) -> None:
+    config = trainer.TrainConfig(name="line", steps=4, batch_size=8, learning_rate=0.1, work=tmp_path)
+    trainer.train(make_line(), fit_line, config, lambda model: None)
+    with pytest.raises(SystemExit, match="delete its folder"):
+        trainer.train(make_line(), fit_line, replace(config, seed=1), lambda model: None)

@@ -135,10 +135,12 @@ def figures(entry: dict[str, Any], measured: dict[str, Any]) -> list[tuple[str, 
     if before := training.get("cpu_seconds_before"):
         minutes += f" + {before / 60:.0f} min for the stages before it,"
     real = "all 1797 real digits" if entry["judge"] == "digits-judge" else "one drawing of each of the 1740 scenes"
+    rows.append((f"FID on judge features, against {real}", f"{measured['fid']:.2f}"))
+    if floor := measured.get("fid_of_held_out_drawings"):
+        rows.append(("The same of 1,740 real drawings of the held-out scenes", f"{floor:.2f}"))
     return [
         *rows,
-        (f"FID on judge features, against {real}", f"{measured['fid']:.2f}"),
-        ("The same between random halves of those", f"{measured['fid_between_halves']:.2f}"),
+        ("The same between random halves of that reference", f"{measured['fid_between_halves']:.2f}"),
         ("Training", f"{training['step']:,} steps of {training['batch_size']}, seed {training['seed']}"),
         ("Processor time of training", f"{minutes} on {MACHINE}"),
     ]

@@ -71,6 +71,7 @@ def measure(judge: Judge, images: Tensor, asked: Asked) -> dict[str, Any]:
         "fid_between_halves": round(judge.facts["fid_between_halves"], 3),
     }
     if asked is not None and isinstance(asked[0], str):
+        measured["fid_of_held_out_drawings"] = round(judge.facts["fid_of_held_out_drawings"], 3)
         scenes = torch.stack([scene_of(caption) for caption in asked])
         right = score(read_answers(logits), scenes)
         return measured | {name: round(float(share.float().mean()), 4) for name, share in right.items()}

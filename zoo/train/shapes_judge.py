@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from frechet import distance_between_halves, fit_gaussian
+from frechet import distance_between_halves, fit_gaussian, frechet_distance
 from safetensors.torch import save_file
 from shapes import (
     HEADS,
@@ -70,13 +70,22 @@ def held_out_accuracy(judge: ResNetForImageClassification) -> dict[str, float]:
     return {name: round(float(right.float().mean()), 4) for name, right in score(answers, scenes).items()}
 
 
+def _held_out_features(judge: ResNetForImageClassification) -> Tensor:
+    scenes = split_scenes().held_out.repeat(HELD_OUT_COPIES, 1)
+    return look(judge, draw(scenes, torch.Generator().manual_seed(HELD_OUT_SEED)))[0]
+
+
 def make_facts(judge: ResNetForImageClassification, features: Tensor) -> dict[str, Any]:
+    """What a reader of judgements needs. Samples are of the held-out scenes, the reference is of all: even perfect
+    drawings are `fid_of_held_out_drawings` away from it."""
+    real = fit_gaussian(features)
     return {
         "count": len(features),
         "held_out_count": HELD_OUT_COPIES * len(split_scenes().held_out),
         "held_out_accuracy": held_out_accuracy(judge),
         "fid_between_halves": round(distance_between_halves(features, splits=HALF_SPLITS, seed=0), 4),
         "halves_splits": HALF_SPLITS,
+        "fid_of_held_out_drawings": round(frechet_distance(fit_gaussian(_held_out_features(judge)), real), 4),
         "feature": "pooler_output",
         "feature_dim": features.shape[1],
         "input_size": [3, IMAGE_SIZE, IMAGE_SIZE],

@@ -142,6 +142,11 @@ def _update_average_(average: nn.Module, model: nn.Module, decay: float) -> None
         kept.copy_(current)
 
 
+def _settings(config: TrainConfig) -> dict[str, float]:
+    """What a run must not change on its way; its length may change while the rate is still flat."""
+    return {"seed": config.seed, "batch_size": config.batch_size, "learning_rate": config.learning_rate}
+
+
 def _save(
     model: nn.Module,
     average: nn.Module,
@@ -158,6 +163,7 @@ def _save(
         "generator": generator.get_state(),
         "global_rng": torch.get_rng_state(),
         "progress": progress,
+        "settings": _settings(config),
     }
     unfinished = config.folder / "checkpoint.pt.new"
     torch.save(state, unfinished)
@@ -177,6 +183,8 @@ def _resume(
     if not path.exists():
         return {"step": 0, "loss": 0.0, "seconds": 0.0, "cpu_seconds": 0.0}
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if (stored := state.get("settings", _settings(config))) != _settings(config):
+        raise SystemExit(f"{path} was trained with {stored}, not {_settings(config)}; delete its folder to begin anew")
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optimizer"])

@@ -266,7 +266,7 @@ def test_one_feature_has_nothing_to_spread():
     torch.testing.assert_close(found.dequantize(), weight)
 
 
-@pytest.mark.parametrize("damping", [0, -1])
-def test_damping_below_zero_is_refused(damping):
+@pytest.mark.parametrize("damping", [0, -1, "inf", "nan"])
+def test_damping_that_is_not_a_positive_share_is_refused(damping):
     with pytest.raises(ConfigError, match="damping"):
         build_config(CONFIG, damping=damping)
