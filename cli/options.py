@@ -159,6 +159,10 @@ def start(*, quiet: bool = False, verbose: bool = False, strict: bool = False, t
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # threads that wait for one whose core another program holds spin for a whole time slice, at every small
+        # operation; waiting a while and then sleeping costs nothing on a quiet machine
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # torch reads it when it is imported, which is later
     return Reporter(quiet=quiet, verbose=verbose, strict=strict)

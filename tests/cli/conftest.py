@@ -59,8 +59,9 @@ def dacc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     from dacc.cli.main import run
 
     # a command may set these for what it imports later; here they are put back
-    for name in ("OMP_NUM_THREADS", "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, os.environ.get(name, "1" if name == "OMP_NUM_THREADS" else ""))
+    kept = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}
+    for name in (*kept, "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, os.environ.get(name, kept.get(name, "")))
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments: object) -> Ran:

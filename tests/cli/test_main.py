@@ -143,3 +143,18 @@ def test_a_broken_zoo_completes_nothing_and_says_nothing(tmp_path):
     environment_ = environment(**asked, DACC_ZOO=os.devnull)
     done = subprocess.run(command(), env=environment_, cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout.split(), done.stderr) == ([], "")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_waiting_threads_sleep_after_a_while_unless_the_user_decides(monkeypatch, given, expected):
+    from dacc.cli.options import start
+
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    start(quiet=True)
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
