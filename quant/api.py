@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..calibrate.api import prepare as prepare_calibration
 from ..core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
 from ..core.calibration import read_calibration
 from ..core.card import model_card
@@ -25,7 +26,7 @@ from ..core.reporter import Reporter, silent
 from ..core.requirements import Requirements, parse_requirements
 from ..core.safe_read import read_json, weight_hash
 from ..core.source import Source, component_entries, resolve_source
-from .config import QuantizeConfig
+from .config import DATA_FREE, QuantizeConfig, on_the_fly
 
 METHODS = Registry("quantization method", f"{__package__}.methods", Path(__file__).parent / "methods")
 REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}
@@ -144,8 +145,10 @@ def prepare(
     hashes = {name: weight_hash(found.path / name) for name in components}
     calibration = Path(calib) if calib else found.calibration
     identity = {"source": hashes, "config": config.model_dump(mode="json"), "dacc": REQUIRES["dacc"]}
-    if calibration:  # one that is made on the fly follows from the rest
-        identity["calibration"] = _calibration_id(calibration)
+    if config.method not in DATA_FREE:
+        made = on_the_fly(components, config.seed)
+        request = None if calibration else prepare_calibration(found, made, "float32", reporter).request
+        identity["calibration"] = _calibration_id(calibration) if calibration else request
     run_key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return Job(found, config, components, hashes, calibration, run_key)
 

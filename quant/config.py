@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ..calibrate.config import CalibrateConfig
 from ..core.config import Config
+
+DATA_FREE = ("rtn",)  # methods without NEEDS, told here so that knowing it imports nothing heavy
+ON_THE_FLY_GB = 1.0
 
 
 class QuantizeConfig(Config):
@@ -52,3 +57,8 @@ class QuantizeConfig(Config):
                 "with quantized activations, weights of more than 4 bits are per channel; drop --group-size"
             )
         return self
+
+
+def on_the_fly(components: Iterable[str], seed: int) -> CalibrateConfig:
+    """The calibration set that is made when a method needs one and none is given."""
+    return CalibrateConfig(component=tuple(components), seed=seed, budget_gb=ON_THE_FLY_GB)

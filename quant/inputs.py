@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from ..calibrate.api import calibrate_pipeline, prepare
-from ..calibrate.config import CalibrateConfig
 from ..calibrate.store import CalibrationSet, open_calibration
 from ..core.calibration import existing_set
-from ..core.errors import ModelError
+from ..core.errors import BundleError, ModelError
 from ..core.reporter import Reporter
 from ..core.source import Source
+from .config import on_the_fly
 
 CACHE_VARIABLE = "DACC_CACHE"
-ON_THE_FLY_GB = 1.0
 
 
 def calibration_of(
@@ -27,29 +25,36 @@ def calibration_of(
         ModelError: it was made with another model.
         BundleError: it is damaged.
     """
-    folder = given or _made_on_the_fly(source, weights, seed, device, reporter)
-    found = open_calibration(folder, weights=weights, reporter=reporter)
-    if given is None:  # the manifest is to be the same whether the set was made now or in an earlier run
-        for notice in found.record.notices:
-            reporter.notice(notice)
+    if given is None:
+        return _on_the_fly(source, weights, seed, device, reporter)
+    found = open_calibration(given, weights=weights, reporter=reporter)
     if missing := [name for name in weights if name not in found.record.branches]:
         raise ModelError(
-            f"{folder} holds no calls of {missing[0]}; it was made with {found.record.source.name}.",
+            f"{given} holds no calls of {missing[0]}; it was made with {found.record.source.name}.",
             mend="Make a set of this pipeline with dacc calibrate.",
         )
     return found
 
 
-def _made_on_the_fly(source: Source, weights: Iterable[str], seed: int, device: str, reporter: Reporter) -> Path:
+def _on_the_fly(source: Source, weights: dict[str, str], seed: int, device: str, reporter: Reporter) -> CalibrationSet:
     """The set in the cache, made first where it is not there."""
-    config = CalibrateConfig(component=tuple(weights), seed=seed, budget_gb=ON_THE_FLY_GB)
+    config = on_the_fly(weights, seed)
     request = prepare(source, config, "float32", reporter).request
     folder = cache_folder() / "calibration" / f"{source.name}-{request[:16]}"
-    if not existing_set(folder, request):
+
+    def make() -> CalibrationSet:
         reporter.say(f"no --calib given: making a calibration set in {folder}")
         overwrite = folder.is_dir()  # it is damaged
         calibrate_pipeline(source, config, output=folder, overwrite=overwrite, device=device, reporter=reporter)
-    return folder
+        return open_calibration(folder, weights=weights, reporter=reporter)
+
+    try:
+        found = open_calibration(folder, weights=weights) if existing_set(folder, request) else make()
+    except BundleError:  # in a way that sizes do not show
+        found = make()
+    for notice in found.record.notices:  # the same whether the set was made now or in an earlier run
+        reporter.notice(notice)
+    return found
 
 
 def cache_folder() -> Path:

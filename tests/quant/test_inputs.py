@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from dacc.core.errors import ConfigError, ModelError
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import Reporter, silent
 from dacc.core.source import resolve_source
+from dacc.quant.api import METHODS, prepare
+from dacc.quant.config import DATA_FREE
 
 SMALL = CalibrateConfig(samples=2, steps=2, timesteps=2, batch_size=2)
 GPTQ = QuantizeConfig(bits=4, method="gptq", measure="never")
@@ -27,6 +30,10 @@ def files_of(bundle: Path) -> dict[str, bytes]:
     manifest = read_manifest(bundle)
     assert manifest is not None
     return {name: (bundle / name).read_bytes() for name in manifest.files}
+
+
+def use_small_sets(monkeypatch: pytest.MonkeyPatch, small: CalibrateConfig) -> None:
+    monkeypatch.setattr("dacc.quant.config.CalibrateConfig", lambda **fields: small.model_copy(update=fields))
 
 
 def test_a_given_set_is_used_and_named_in_the_manifest(dit_folder: Path, calibration: Path, tmp_path: Path) -> None:
@@ -53,7 +60,7 @@ def test_a_set_given_as_source_means_its_pipeline_and_itself(
 
 
 def test_without_a_set_one_is_made_once_and_kept(unet_folder: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("dacc.quant.inputs.CalibrateConfig", lambda **fields: SMALL.model_copy(update=fields))
+    use_small_sets(monkeypatch, SMALL)
     first, second = Reporter(quiet=True), Reporter(quiet=True)
     said: list[str] = []
     monkeypatch.setattr(second, "say", said.append)
@@ -66,9 +73,35 @@ def test_without_a_set_one_is_made_once_and_kept(unet_folder: Path, tmp_path: Pa
     assert not [line for line in said if "no --calib given" in line]
 
 
+def test_a_damaged_set_in_the_cache_is_made_anew(unet_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    use_small_sets(monkeypatch, SMALL)
+    one = quantize_pipeline(unet_folder, GPTQ, output=tmp_path / "one")
+    (shard,) = (tmp_path / "cache" / "calibration").rglob("calls-*.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert files_of(quantize_pipeline(unet_folder, GPTQ, output=tmp_path / "two")) == files_of(one)
+    assert shard.read_bytes() == whole
+
+
+def test_what_needs_no_set_is_known_without_importing_it() -> None:
+    assert {name for name in METHODS.names() if not METHODS.load(name).NEEDS} == set(DATA_FREE)
+
+
+def test_another_scheduler_means_another_set_and_another_result(unet_folder: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(unet_folder, changed)
+    config = changed / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"clip_sample": false', '"clip_sample": true'))
+    assert config.read_text() != (unet_folder / "scheduler" / "scheduler_config.json").read_text()
+    keys = {prepare(folder, GPTQ, silent()).run_key for folder in (unet_folder, changed)}
+    assert len(keys) == 2
+    plain = GPTQ.model_copy(update={"method": "rtn"})
+    assert len({prepare(folder, plain, silent()).run_key for folder in (unet_folder, changed)}) == 1
+
+
 def test_a_set_made_earlier_brings_its_notices_as_one_made_now(sd_folder: Path, tmp_path: Path, monkeypatch) -> None:
     small = SMALL.model_copy(update={"height": 32, "width": 32})
-    monkeypatch.setattr("dacc.quant.inputs.CalibrateConfig", lambda **fields: small.model_copy(update=fields))
+    use_small_sets(monkeypatch, small)
     one, two = (quantize_pipeline(sd_folder, GPTQ, output=tmp_path / name) for name in ("one", "two"))
     manifests = [read_manifest(bundle) for bundle in (one, two)]
     assert all(manifest is not None for manifest in manifests)
