@@ -11,6 +11,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..calibrate.api import prepare as prepare_calibration
 from ..core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
@@ -144,7 +145,7 @@ def prepare(
     _refuse_quantized(found, components)
     hashes = {name: weight_hash(found.path / name) for name in components}
     calibration = Path(calib) if calib else found.calibration
-    identity = {"source": hashes, "config": config.model_dump(mode="json"), "dacc": REQUIRES["dacc"]}
+    identity: dict[str, Any] = {"source": hashes, "config": config.model_dump(mode="json"), "dacc": REQUIRES["dacc"]}
     if config.method not in DATA_FREE:
         made = on_the_fly(components, config.seed)
         request = None if calibration else prepare_calibration(found, made, "float32", reporter).request
