@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,6 +52,11 @@ def environment(**more: str) -> dict[str, str]:
     """Of a real process: one thread, no network, plain text."""
     plain = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", "COLUMNS": "200", "TERM": "xterm"}
     return {**os.environ, **plain, **more}
+
+
+def heed_ctrl_c() -> None:
+    """A test run in the background inherits that Ctrl-C is ignored; the command is to be started as from a terminal."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture

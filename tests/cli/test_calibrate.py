@@ -13,7 +13,7 @@ import pytest
 from dacc import open_calibration
 from dacc.cli.calibrate import read_inputs
 
-from .conftest import command, environment, snapshot
+from .conftest import command, environment, heed_ctrl_c, snapshot
 
 SMALL = ("--samples", 3, "--batch-size", 2, "--steps", 4, "--timesteps", 2, "--device", "cpu")
 
@@ -145,7 +145,12 @@ def test_an_interrupted_command_goes_on_where_it_stopped(dacc, tmp_path, pipelin
         "set",
     ]
     running = subprocess.Popen(
-        [*command(), *words], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+        [*command(), *words],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=heed_ctrl_c,
     )
     units = tmp_path / ".set.partial/units"
     deadline = time.monotonic() + 100

@@ -15,7 +15,7 @@ import pytest
 
 from dacc.core.manifest import read_manifest
 
-from .conftest import command, environment, snapshot
+from .conftest import command, environment, heed_ctrl_c, snapshot
 
 
 def test_one_line_on_standard_output_names_the_folder(dacc, pipeline, tmp_path):
@@ -154,11 +154,6 @@ def test_evaluate_writes_a_report_and_prints_a_table(dacc, pipeline, tmp_path):
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["evaluation.json", "samples.png"]
     again = dacc("evaluate", "small", "--reference", pipeline, *quick, "--overwrite", "--json")
     assert json.loads(again.out) == json.loads((tmp_path / "report/evaluation.json").read_text())
-
-
-def heed_ctrl_c() -> None:
-    """A test run in the background inherits that Ctrl-C is ignored; the command is to be started as from a terminal."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def start(folder: Path, *arguments: str, **options: object) -> subprocess.Popen[str]:
