@@ -39,7 +39,7 @@ def quantize(
     act_bits: Annotated[
         str,
         typer.Option(
-            metavar="16|8|4",
+            metavar="16|4-8",
             help="Activation bits; 8 runs on integer products and is faster, 16 leaves activations float.",
             autocompletion=options.words("16", "8", "4"),
         ),
@@ -47,9 +47,10 @@ def quantize(
     act_mode: Annotated[
         str,
         typer.Option(
-            metavar="auto|dynamic",
-            help="Where activation scales come from; dynamic: from each input as it comes.",
-            autocompletion=options.words("auto", "dynamic"),
+            metavar="auto|dynamic|static|per-step",
+            help="Where activation scales come from: each input as it comes, or a calibration set; one for all steps or "
+            "one for each. auto: what the method is made for.",
+            autocompletion=options.words("auto", "dynamic", "static", "per-step"),
         ),
     ] = "auto",
     method: Annotated[

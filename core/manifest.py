@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 
 from .config import Config, ConfigT
 from .errors import BundleError
+from .schedule_id import ScheduleId, StepRule
 from .scheme import Scheme
 
 MANIFEST_NAME = "dacc_manifest.json"
@@ -72,12 +73,21 @@ class ModuleRecord(Config):
     output_error: float | None = None  # ||(W - W^) x|| / ||W x|| over the inputs x of a calibration set
 
 
+class StepRecord(Config):
+    """The grid that per-step tables were made on, and what they do on another one."""
+
+    schedule: ScheduleId
+    rule: StepRule = "nearest"
+
+
 class QuantizationRecord(Config):
     """Schemes listed once, layers pointing at them."""
 
     method: str
     schemes: dict[str, Scheme]
     modules: dict[str, ModuleRecord]
+    steps: StepRecord | None = None  # for schemes whose act_mode is per-step
+    chosen: dict[str, int | float | str] = Field(default_factory=dict)  # what the method decided, e.g. iterations
 
 
 class ComponentRecord(Config):

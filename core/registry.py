@@ -3,9 +3,11 @@ Listing a folder imports nothing; asking for one method imports that file alone.
 
 from __future__ import annotations
 
+import ast
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from .config import nearest
 from .errors import ConfigError
@@ -39,8 +41,23 @@ class Registry:
         if name not in self.names():
             raise ConfigError(f"there is no {self.kind} {name!r}.", mend=nearest(name, self.names()))
 
+    def fact(self, name: str, constant: str, default: Any = None) -> Any:
+        """What the file of a method says of it in a constant at its top level, read without importing the file.
+
+        Raises:
+            ConfigError: as `check`.
+        """
+        self.check(name)
+        for node in ast.parse(self._file(name).read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            if any(isinstance(target, ast.Name) and target.id == constant for target in targets):
+                return ast.literal_eval(node.value)
+        return default
+
     def load(self, name: str) -> ModuleType:
         """Import the file of one method; raises like `check`."""
         self.check(name)
-        stem = name.replace("-", "_") if self.dashed else name
-        return importlib.import_module(f"{self.package}.{stem}")
+        return importlib.import_module(f"{self.package}.{self._file(name).stem}")
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name.replace('-', '_') if self.dashed else name}.py"

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from .config import Config
 
+StepRule = Literal["exact", "nearest"]  # what a table does on another grid: refuse, or take the nearest noise level
 DIGITS = 6  # significant digits that count: the last bits of a float32 grid differ between machines
 
 
@@ -36,6 +38,14 @@ class ScheduleId(Config):
     def short(self) -> str:
         """First 12 digits, for messages and file names."""
         return self.sha256[:12]
+
+
+@dataclass(frozen=True)
+class NoiseGrid:
+    """The noise levels of a grid, whoever made it."""
+
+    timesteps: tuple[float, ...]  # (C,)
+    sigmas: tuple[float, ...] | None = None  # (C,)
 
 
 def schedule_id(scheduler: Any) -> ScheduleId:
@@ -67,7 +77,14 @@ def read_grid(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...] | No
     return timesteps, tuple(math.sqrt((1 - alpha) / alpha) for alpha in kept)
 
 
-def nearest_calls(fitted: ScheduleId, running: ScheduleId) -> list[int]:
+def same_levels(first: ScheduleId | NoiseGrid, second: ScheduleId | NoiseGrid) -> bool:
+    """Whether two grids visit the same noise levels; schedulers of several classes may."""
+    if _texts(first.timesteps) != _texts(second.timesteps):
+        return False
+    return first.sigmas is None or second.sigmas is None or _texts(first.sigmas) == _texts(second.sigmas)
+
+
+def nearest_calls(fitted: ScheduleId | NoiseGrid, running: ScheduleId | NoiseGrid) -> list[int]:
     """For every call of `running` (C',) the call of `fitted` (C,) whose noise level is nearest.
 
     Compared by log sigma, which is log-SNR up to a factor, or by timestep when one grid has no sigmas. Among equals

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .config import Config
+
+ActMode = Literal["none", "dynamic", "static", "per-step"]
 
 
 class Scheme(Config):
@@ -22,28 +24,50 @@ class Scheme(Config):
     symmetric: bool = True
     group_size: int | None = Field(None, ge=1)  # input features per scale; None: one scale per output channel
     two_level: bool = False
-    act_bits: Literal[16, 8, 4] = 16  # 16: activations stay floating point
-    act_mode: Literal["none", "dynamic"] = "none"  # dynamic: one scale per token (linear) or per sample (convolution)
+    act_bits: int = 16  # 4 to 8; 16: activations stay floating point
+    # dynamic: one scale per token (linear) or per sample (convolution), found at each call; static: one fixed scale and
+    # zero point for the whole tensor; per-step: the same, another one for each denoiser call of a sampling run
+    act_mode: ActMode = "none"
+    act_steps: int | None = Field(None, ge=1)  # per-step: denoiser calls of the grid that the table was made on
+    split: int | None = Field(None, ge=1)  # input channels of the first of two parts
+
+    @field_validator("act_bits")
+    @classmethod
+    def _check_act_bits(cls, act_bits: int) -> int:
+        if act_bits != 16 and not 4 <= act_bits <= 8:
+            raise ValueError("activations have 4 to 8 bits, or 16, which leaves them floating point")
+        return act_bits
 
     @model_validator(mode="after")
     def _check(self) -> Scheme:
         if (self.act_bits == 16) != (self.act_mode == "none"):
             raise ValueError("act_mode is 'none' exactly when act_bits is 16")
+        if (self.act_mode == "per-step") != (self.act_steps is not None):
+            raise ValueError("act_steps is given exactly when act_mode is 'per-step'")
         if self.act_bits < 16 and not self.symmetric:
             raise ValueError("quantized activations need symmetric weights")
         if self.two_level and (self.bits > 4 or self.group_size is None or not self.symmetric):
             raise ValueError("two-level scales need symmetric groups of at most 4 bits")
         if self.act_bits < 16 and self.group_size is not None and not self.two_level:
             raise ValueError("a float scale per group cannot ride an integer product; use two_level or per channel")
+        if self.split and self.group_size and self.split % self.group_size:
+            raise ValueError(f"group_size {self.group_size} does not divide the first {self.split} channels of a split")
         return self
 
     @property
+    def parts(self) -> int:
+        """Parts of input channels with scales of their own."""
+        return 1 if self.split is None else 2
+
+    @property
     def name(self) -> str:
-        """Short name used in files: `w4-g64-asym`, `w8a8`, `w4a8-g64-two-level`."""
+        """Short name used in files: `w4-g64-asym`, `w8a8`, `w4a8-g64-two-level`, `w8a6-per-step50-split128`."""
         acts = f"a{self.act_bits}" if self.act_bits < 16 else ""
         group = f"-g{self.group_size}" if self.group_size else ""
         kind = "-two-level" if self.two_level else "" if self.symmetric else "-asym"
-        return f"w{self.bits}{acts}{group}{kind}"
+        mode = {"static": "-static", "per-step": f"-per-step{self.act_steps}"}.get(self.act_mode, "")
+        split = f"-split{self.split}" if self.split else ""
+        return f"w{self.bits}{acts}{group}{kind}{mode}{split}"
 
     @property
     def code_range(self) -> tuple[int, int]:

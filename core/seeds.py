@@ -23,3 +23,8 @@ def seed_stream(kind: SeedKind, seed: int, count: int) -> tuple[int, ...]:
     kinds = get_args(SeedKind)
     start = int.from_bytes(hashlib.sha256(f"{kind}/{seed}".encode()).digest()[:8], "big")
     return tuple((kinds.index(kind) << COUNTER_BITS) | ((start + index) % 2**COUNTER_BITS) for index in range(count))
+
+
+def named_seed(seed: int, name: str) -> int:
+    """Seed of one unit of work: resumed and distributed runs agree with plain ones."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")

@@ -22,14 +22,12 @@ from ..core.machine import describe_machine
 from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
 from ..core.output import check_output
 from ..core.pipeline import denoiser_names, pipeline_class, select_components
-from ..core.registry import Registry
 from ..core.reporter import Reporter, silent
 from ..core.requirements import Requirements, parse_requirements
 from ..core.safe_read import read_json, weight_hash
 from ..core.source import Source, component_entries, resolve_source
-from .config import DATA_FREE, QuantizeConfig, on_the_fly
+from .config import METHODS, QuantizeConfig, on_the_fly
 
-METHODS = Registry("quantization method", f"{__package__}.methods", Path(__file__).parent / "methods")
 REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}
 
 
@@ -38,7 +36,7 @@ class Job:
     """Everything that is decided before the first weight is read."""
 
     source: Source
-    config: QuantizeConfig  # with the method's real name in place of "auto"
+    config: QuantizeConfig  # resolved
     components: list[str]
     hashes: dict[str, str]  # component -> weight hash
     calibration: Path | None  # set that was given
@@ -91,10 +89,10 @@ def quantize_pipeline(
     from .inputs import calibration_of
 
     method, calibration = METHODS.load(job.config.method), None
-    if method.NEEDS:
+    if job.config.needs_calibration:
         check_plans(job, method, reporter)  # before the minutes that a calibration set takes
         calibration = calibration_of(
-            job.source, job.hashes, job.calibration, seed=config.seed, device=device, reporter=reporter
+            job.source, job.hashes, job.config, job.calibration, device=device, reporter=reporter
         )
     elif job.calibration:
         reporter.notice(f"{job.config.method} needs no calibration set: {job.calibration.name} is not used.")
@@ -136,9 +134,8 @@ def prepare(
         DaccError: unknown method or component, no pipeline, or a component that is already quantized.
     """
     if config.method == "auto":
-        config = config.model_copy(update={"method": "rtn"})
         reporter.detail("method auto: rtn, the method that needs no calibration set")
-    METHODS.check(config.method)
+    config = config.resolved()
     found = source if isinstance(source, Source) else resolve_source(_text(source), reporter=reporter)
     components = select_components(found.path, list(config.component))
     _refuse_other_libraries(found, components)
@@ -146,8 +143,8 @@ def prepare(
     hashes = {name: weight_hash(found.path / name) for name in components}
     calibration = Path(calib) if calib else found.calibration
     identity: dict[str, Any] = {"source": hashes, "config": config.model_dump(mode="json"), "dacc": REQUIRES["dacc"]}
-    if config.method not in DATA_FREE:
-        made = on_the_fly(components, config.seed)
+    if config.needs_calibration:
+        made = on_the_fly(config, components)
         request = None if calibration else prepare_calibration(found, made, "float32", reporter).request
         identity["calibration"] = _calibration_id(calibration) if calibration else request
     run_key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -1,12 +1,15 @@
 """Quantize a component with a method that looks at what enters its layers.
 
 Units are treated in the order in which they run; each sees the inputs that the treated units before it give, so that a
-later unit can make up for earlier ones. The float network is in memory as a whole, in float32.
+later unit can make up for earlier ones. The float network is in memory as a whole, in float32; methods that compare
+blocks have a second one, which stays as it is and tells what every unit should give.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,21 +20,20 @@ from torch import Tensor, nn
 
 from ..core.bundle import BundleWriter
 from ..core.config import Config
-from ..core.errors import CalibrationError
 from ..core.families import Family
 from ..core.manifest import ModuleRecord
 from ..core.reporter import Reporter
+from ..core.seeds import named_seed
+from ..runtime.activation import ActivationScale
 from ..runtime.trajectory import DenoiserCall
-from ..runtime.weight import QuantizedWeight, to_rows
-from .grams import Grams, has_grams
-from .methods import rtn
+from ..runtime.weight import QuantizedWeight
+from .block import Block, Sighting, Treated, outputs_of
+from .layerwise import treat_layers, weight_error_of
 from .plan import LayerPlan
-from .simulate import RoundedInputs, put_weight_
+from .ranges import dynamic_roundings, with_scales
+from .simulate import RoundedInputs, put_weight_, rounding_of
 from .units import Unit, find_units
-from .walk import UnitInput, Walk
-
-ROWS = 32768  # rows of x that one layer's statistics are taken from; more: steadier, slower
-BASELINE = rtn.RTNConfig(search="mse")
+from .walk import Walk
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,16 @@ class Treatment:
     method: ModuleType
     config: Config  # the method's own
     writer: BundleWriter
+    seed: int = 0
 
     def key(self, plan: LayerPlan) -> str:
         """Name of a layer in the journal."""
         return f"{self.component}/{plan.name}"
 
-    def is_finished(self, unit: Unit) -> bool:
-        return {self.key(plan) for plan in unit.plans} <= self.writer.finished_units()
+    def is_finished(self, plans: Sequence[LayerPlan]) -> bool:
+        return {self.key(plan) for plan in plans} <= self.writer.finished_units()
 
 
-@torch.no_grad()
 def quantize_units(
     treatment: Treatment,
     model: nn.Module,
@@ -59,25 +61,123 @@ def quantize_units(
     family: Family,
     calls: Sequence[DenoiserCall],
     reporter: Reporter,
-) -> None:
+) -> dict[str, int | float | str]:
     """Quantize every planned layer of `model` into the writer.
 
     Args:
         model: the float network; its weights and hooks are changed.
         calls: what enters it, from a calibration set.
+
+    Returns:
+        What the method decided by itself, for the manifest.
     """
-    rounded = RoundedInputs(model, {plan.name: plan.scheme for plan in plans if plan.scheme})
-    units = find_units(model, plans, family, calls[0])
-    with Walk(model, calls, [unit.name for unit in units]) as walk:
-        for unit in reporter.progress(units, f"quantize {treatment.component}"):
-            for plan in unit.plans:
-                rounded.switch_on(plan.name)
-            if not treatment.is_finished(unit):
-                _quantize_unit(treatment, model, unit, walk.advance(unit.name), len(calls))
-            for plan in unit.plans:
-                put_weight_(model.get_submodule(plan.name), _stored(treatment, plan))
+    method, planned = treatment.method, [plan for plan in plans if plan.scheme]
+    rounding = RoundedInputs(model, {plan.name: plan.scheme for plan in planned if plan.scheme})
+    chosen: dict[str, int | float | str] = {}
+    if method.UNIT == "block":
+        chosen = _decided(treatment, lambda: method.decide(model, planned, calls, treatment.config, reporter))
+    if hasattr(method, "temporal_block"):
+        if block := method.temporal_block(model, planned, family, calls, rounding, treatment.seed):
+            _finish_unit(treatment, block, chosen)
+            planned = [plan for plan in planned if plan not in block.plans]
+        else:
+            reporter.notice(f"{family.name}: no layers that depend on the time alone were found; none is treated apart")
+    units = find_units(model, planned, family, calls[0])
+    for block in reporter.progress(
+        _blocks(treatment, model, units, calls, rounding), f"quantize {treatment.component}", len(units)
+    ):
+        _finish_unit(treatment, block, chosen)
     multiplying = [plan for plan in plans if not isinstance(model.get_submodule(plan.name), nn.Embedding)]
     _tell_of_baselines(treatment, multiplying, reporter)
+    return chosen
+
+
+def _blocks(
+    treatment: Treatment, model: nn.Module, units: list[Unit], calls: Sequence[DenoiserCall], rounding: RoundedInputs
+) -> Iterator[Block]:
+    """The units, one after the other, each with what enters it when all before it are quantized."""
+    names = [unit.name for unit in units]
+    with ExitStack() as stack:
+        walk = stack.enter_context(Walk(model, calls, names))
+        reference = copy.deepcopy(model) if treatment.method.UNIT == "block" else None
+        float_walk = stack.enter_context(Walk(reference, calls, names)) if reference else None
+        for unit in units:
+            finished = treatment.is_finished(unit.plans)
+            sightings = [] if finished else _sightings(unit, calls, walk, reference, float_walk)
+            seed = named_seed(treatment.seed, unit.name)
+            intact = reference.get_submodule(unit.name) if reference else None
+            yield Block(unit.name, model.get_submodule(unit.name), unit.plans, sightings, rounding, seed, intact)
+
+
+@torch.no_grad()
+def _sightings(
+    unit: Unit, calls: Sequence[DenoiserCall], walk: Walk, reference: nn.Module | None, float_walk: Walk | None
+) -> list[Sighting]:
+    """What enters the unit in every call in which it runs, and what it gives in the float network."""
+    wanted = float_walk.advance(unit.name) if float_walk else [None] * len(calls)
+    found = []
+    for call, entering, intact in zip(calls, walk.advance(unit.name), wanted, strict=True):
+        if entering is None:
+            continue
+        target = None
+        if reference is not None and intact is not None:
+            target = outputs_of(reference.get_submodule(unit.name)(*intact.args, **intact.kwargs))
+        found.append(Sighting(call.state, entering, target, intact))
+    return found
+
+
+def _finish_unit(treatment: Treatment, block: Block, chosen: dict[str, Any]) -> None:
+    """Treat the unit unless an earlier run did, store it, and let the network compute with it."""
+    if not treatment.is_finished(block.plans):
+        treated = _treat(treatment, block, chosen)
+        for plan in block.plans:
+            _store(treatment, plan, block.layers[plan.name], treated[plan.name])
+    for plan in block.plans:
+        weight, acts = _stored(treatment, plan)
+        layer = block.layers[plan.name]
+        put_weight_(layer, weight)
+        block.rounding.put(plan.name, rounding_of(weight.scheme, layer, acts))
+
+
+def _treat(treatment: Treatment, block: Block, chosen: dict[str, Any]) -> dict[str, Treated]:
+    method, config = treatment.method, treatment.config
+    if method.UNIT == "block":
+        found: dict[str, Treated] = method.treat(block, config, chosen)
+        return found
+    with block.rounding.instead(dynamic_roundings(block)):
+        treated = treat_layers(block, method, config)
+    return with_scales(block, treated, method.act_search(config))
+
+
+def _decided(treatment: Treatment, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the method decides for the whole model, the same again when an interrupted run goes on."""
+    key = f"{treatment.component}/"
+    if key not in treatment.writer.finished_units():
+        treatment.writer.save_unit(key, {}, decide())
+    return dict(treatment.writer.unit_record(key))
+
+
+def _store(treatment: Treatment, plan: LayerPlan, layer: nn.Module, treated: Treated) -> None:
+    own: Tensor = layer.weight  # type: ignore[assignment]
+    record = ModuleRecord(
+        scheme=treated.weight.scheme.name,
+        shape=plan.shape,
+        error=six_digits(weight_error_of(own, treated.weight)),
+        method=treated.method,
+        output_error=None if treated.output_error is None else six_digits(treated.output_error),
+    )
+    tensors = treated.weight.tensors() | (treated.acts.tensors() if treated.acts else {})
+    named = {f"{plan.name}.{key}": value for key, value in tensors.items()}
+    treatment.writer.save_unit(treatment.key(plan), named, record.model_dump())
+
+
+def _stored(treatment: Treatment, plan: LayerPlan) -> tuple[QuantizedWeight, ActivationScale | None]:
+    """A layer as the journal holds it."""
+    key = treatment.key(plan)
+    found = {name.rpartition(".")[2]: kept.load() for name, kept in treatment.writer.unit_tensors(key).items()}
+    acts = ActivationScale(found.pop("act_scale"), found.pop("act_zero_point")) if "act_scale" in found else None
+    scheme = plan.scheme_called(treatment.writer.unit_record(key)["scheme"])
+    return QuantizedWeight(scheme, plan.shape, **found), acts
 
 
 def _tell_of_baselines(treatment: Treatment, plans: list[LayerPlan], reporter: Reporter) -> None:
@@ -94,79 +194,9 @@ def _tell_of_baselines(treatment: Treatment, plans: list[LayerPlan], reporter: R
         reporter.notice(f"{method} was no better than rounding to nearest, which was kept, on {_list(lost)}.")
 
 
-def _quantize_unit(
-    treatment: Treatment, model: nn.Module, unit: Unit, inputs: list[UnitInput | None], calls: int
-) -> None:
-    """Gather what enters the layers of one unit, then quantize and store them."""
-    layers = {plan.name: model.get_submodule(plan.name) for plan in unit.plans}
-    module = model.get_submodule(unit.name)
-    seeing = {name: layer for name, layer in layers.items() if has_grams(layer)}
-    with Grams(seeing, rows_per_call=max(1, ROWS // calls)) as grams:
-        for entering in inputs:
-            if entering is not None:
-                module(*entering.args, **entering.kwargs)
-    for plan in unit.plans:
-        weight: Tensor = layers[plan.name].weight  # type: ignore[assignment]
-        _quantize_layer(treatment, plan, weight, grams.mean(plan.name))
-
-
-def _quantize_layer(treatment: Treatment, plan: LayerPlan, weight: Tensor, gram: Tensor | None) -> None:
-    """By the method, or to nearest where the method sees nothing or is no better on the inputs that it saw."""
-    assert plan.scheme is not None
-    method: str | None = "rtn"
-    chosen, output_error = rtn.quantize(weight, plan.scheme, BASELINE), None
-    if gram is not None:
-        _check_finite(plan.name, gram)
-        output_error = output_error_of(weight, chosen, gram)
-        found = treatment.method.quantize(weight, plan.scheme, treatment.config, gram)
-        if (error := output_error_of(weight, found, gram)) < output_error:
-            chosen, method, output_error = found, None, error
-    record = ModuleRecord(
-        scheme=plan.scheme.name,
-        shape=plan.shape,
-        error=six_digits(weight_error_of(weight, chosen)),
-        method=method,
-        output_error=None if output_error is None else six_digits(output_error),
-    )
-    tensors = {f"{plan.name}.{key}": value for key, value in chosen.tensors().items()}
-    treatment.writer.save_unit(treatment.key(plan), tensors, record.model_dump())
-
-
-def _check_finite(name: str, gram: Tensor) -> None:
-    if not bool(gram.isfinite().all()):
-        raise CalibrationError(
-            f"what enters {name} holds NaN or infinity.",
-            "The float network overflows on this calibration set.",
-            "See whether the float pipeline makes images from the same inputs; calibrate with others.",
-        )
-
-
-def output_error_of(weight: Tensor, quantized: QuantizedWeight, gram: Tensor) -> float:
-    """||(W - W^) x|| / ||W x|| over the inputs x behind a gram matrix (K, K)."""
-    rows, difference = to_rows(weight).float(), to_rows(quantized.dequantize() - weight.float())
-    power = ((rows @ gram) * rows).sum()
-    return float((((difference @ gram) * difference).sum() / power.clamp(min=1e-30)).clamp(min=0).sqrt())
-
-
-def weight_error_of(weight: Tensor, quantized: QuantizedWeight) -> float:
-    """||W - W^|| / ||W||: the relative output error for white-noise inputs."""
-    norm = float(weight.float().norm())
-    return float((quantized.dequantize() - weight.float()).norm()) / norm if norm > 0 else 0.0
-
-
 def six_digits(value: float) -> float:
     """So that reports of two machines agree."""
     return float(f"{value:.6g}")
-
-
-def _stored(treatment: Treatment, plan: LayerPlan) -> QuantizedWeight:
-    """A layer as the journal holds it."""
-    assert plan.scheme is not None
-    tensors = {
-        key.rpartition(".")[2]: tensor.load()
-        for key, tensor in treatment.writer.unit_tensors(treatment.key(plan)).items()
-    }
-    return QuantizedWeight(plan.scheme, plan.shape, **tensors)
 
 
 def _list(names: list[str]) -> str:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ..calibrate.config import CalibrateConfig
 from ..core.config import Config
+from ..core.errors import ConfigError
+from ..core.registry import Registry
 
-DATA_FREE = ("rtn",)  # methods without NEEDS, told here so that knowing it imports nothing heavy
+METHODS = Registry("quantization method", f"{__package__}.methods", Path(__file__).parent / "methods")
+FIXED_MODES = ("static", "per-step")  # activation scales that are found on a calibration set
 ON_THE_FLY_GB = 1.0
+DEFAULT_METHOD = "rtn"  # the one that needs no calibration set
 
 
 class QuantizeConfig(Config):
     """The whole request; equal configs on equal sources give equal bytes."""
 
     bits: int = Field(4, ge=2, le=8)  # weight bits; fewer: smaller file, worse image
-    act_bits: Literal[16, 8, 4] = 16  # activation bits; 8 runs on integer products and is faster
-    act_mode: Literal["auto", "dynamic"] = "auto"  # auto: what the method is made for
+    act_bits: int = 16  # activation bits, 4 to 8, or 16: float; 8 runs on integer products and is faster
+    act_mode: Literal["auto", "dynamic", "static", "per-step"] = "auto"  # auto: what the method is made for
     method: str = "auto"  # a file of quant/methods
     group_size: int | Literal["auto", "channel"] = (
         "auto"  # input features per scale; smaller: better image, larger file
@@ -40,6 +45,13 @@ class QuantizeConfig(Config):
             raise ValueError("a group holds at least one value")
         return value
 
+    @field_validator("act_bits")
+    @classmethod
+    def _check_act_bits(cls, value: int) -> int:
+        if value != 16 and not 4 <= value <= 8:
+            raise ValueError(f"activations of {value} bits: 4 to 8, or 16 to leave them float")
+        return value
+
     @field_validator("layer_bits")
     @classmethod
     def _check_layer_bits(cls, value: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
@@ -58,7 +70,31 @@ class QuantizeConfig(Config):
             )
         return self
 
+    def resolved(self) -> QuantizeConfig:
+        """The same with the method's name and its way to activation scales in place of "auto".
 
-def on_the_fly(components: Iterable[str], seed: int) -> CalibrateConfig:
-    """The calibration set that is made when a method needs one and none is given."""
-    return CalibrateConfig(component=tuple(components), seed=seed, budget_gb=ON_THE_FLY_GB)
+        Raises:
+            ConfigError: no such method, or a mode of activations that are not quantized.
+        """
+        method = DEFAULT_METHOD if self.method == "auto" else self.method
+        METHODS.check(method)
+        if self.act_bits == 16 and self.act_mode != "auto":
+            raise ConfigError(
+                f"--act-mode {self.act_mode} is about quantized activations; these are float.",
+                mend="Add --act-bits 8, or leave --act-mode out.",
+            )
+        mode = METHODS.fact(method, "ACT_MODE") if self.act_mode == "auto" and self.act_bits < 16 else self.act_mode
+        return self.model_copy(update={"method": method, "act_mode": mode})
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether anything about the inputs of the layers has to be known; of a resolved config."""
+        return bool(METHODS.fact(self.method, "NEEDS", ())) or self.act_mode in FIXED_MODES
+
+
+def on_the_fly(config: QuantizeConfig, components: Iterable[str]) -> CalibrateConfig:
+    """The calibration set that is made when a resolved config needs one and none is given."""
+    strategy = METHODS.fact(config.method, "CALIBRATION", "uniform")
+    if config.act_mode == "per-step":
+        strategy = "every-step"
+    return CalibrateConfig(strategy=strategy, component=tuple(components), seed=config.seed, budget_gb=ON_THE_FLY_GB)

@@ -19,17 +19,19 @@ from ..core.bundle import BundleWriter
 from ..core.config import Config, build_config
 from ..core.errors import ModelError
 from ..core.families import find_family
-from ..core.manifest import FORMAT, ComponentRecord, ModuleRecord, QuantizationRecord
+from ..core.manifest import FORMAT, ComponentRecord, ModuleRecord, QuantizationRecord, StepRecord
 from ..core.reporter import Reporter
 from ..core.safe_read import resolve_shards
+from ..core.scheme import Scheme
 from ..core.tensor_file import StoredTensor, stored_tensors
 from ..runtime.load import pick_device
 from ..runtime.skeleton import build_skeleton
 from ..runtime.weight import QuantizedWeight
 from .api import Job
-from .calibrated import Treatment, load_float, quantize_units, six_digits, weight_error_of
+from .calibrated import Treatment, load_float, quantize_units, six_digits
 from .config import QuantizeConfig
-from .plan import LayerPlan, plan_layers
+from .layerwise import weight_error_of
+from .plan import LayerPlan, Traits, plan_layers
 
 WIDE = ("F32", "F64")
 FLOATS = ("F16", "BF16", *WIDE)
@@ -52,19 +54,20 @@ def quantize_component(
     folder = job.source.path / name
     method_config = build_config(method.CONFIG, **job.config.settings)
     target = pick_device(device)
-    skeleton, plans = plan_component(folder, job.config, reporter)
+    traits = traits_of(method, method_config, len(calibration.schedule.timesteps) if calibration else 1)
+    skeleton, plans = plan_component(folder, job.config, reporter, traits)
     stored = stored_tensors(folder)
     skeleton._fix_state_dict_keys_on_load(stored)  # type: ignore[operator]  # names of old attention blocks
     _check_kept(stored, skeleton, plans)
-    if method.NEEDS:
+    chosen: dict[str, int | float | str] = {}
+    if calibration:
         _check_treated(stored, plans)
         family, _ = find_family(type(skeleton).__name__)
-        treatment = Treatment(name, method, method_config, writer)
+        treatment = Treatment(name, method, method_config, writer, job.config.seed)
         if target.type != "cpu":
             reporter.say(f"{job.config.method} treats the layers on the CPU, not on {target}")
-        assert calibration is not None
         calls = [call for call in calibration if call.component == name]
-        quantize_units(treatment, load_float(folder, skeleton), plans, family, calls, reporter)
+        chosen = quantize_units(treatment, load_float(folder, skeleton), plans, family, calls, reporter)
     modules: dict[str, ModuleRecord] = {}
     for plan in reporter.progress(plans, f"quantize {name}"):
         if plan.scheme is None:
@@ -74,10 +77,12 @@ def quantize_component(
         if unit not in writer.finished_units():
             _quantize_layer(method, method_config, plan, stored, writer, unit, target)
         modules[plan.name] = ModuleRecord(**writer.unit_record(unit))
-    schemes = {plan.scheme.name: plan.scheme for plan in plans if plan.scheme}
+    used = [plan.scheme_called(found) for plan in plans if (found := modules[plan.name].scheme)]
+    schemes = {scheme.name: scheme for scheme in used}
+    steps = _steps(calibration, used)
     writer.write_component(
         name,
-        _component_config(folder, schemes, modules),
+        _component_config(folder, schemes, modules, steps),
         _untouched(stored, skeleton, modules),
         info=f"quantized by {job.config.method}; schemes {', '.join(sorted(schemes))}",
     )
@@ -90,24 +95,45 @@ def quantize_component(
         bytes_fp32=4 * parameters,
         bytes_before=sum(file.stat().st_size for file in resolve_shards(folder).values()),
         bytes_after=0,
-        quantization=QuantizationRecord(method=job.config.method, schemes=schemes, modules=modules),
+        quantization=QuantizationRecord(
+            method=job.config.method, schemes=schemes, modules=modules, steps=steps, chosen=chosen
+        ),
     )
+
+
+def _steps(calibration: CalibrationSet | None, schemes: list[Scheme]) -> StepRecord | None:
+    """The grid that tables of activation scales belong to."""
+    if calibration is None or all(scheme.act_mode != "per-step" for scheme in schemes):
+        return None
+    return StepRecord(schedule=calibration.schedule, rule="nearest")
 
 
 def check_plans(job: Job, method: ModuleType, reporter: Reporter) -> None:
     """Raise what `quantize_component` would say of the method's fields, layer names and group sizes."""
-    build_config(method.CONFIG, **job.config.settings)
+    traits = traits_of(method, build_config(method.CONFIG, **job.config.settings))
     for name in job.components:
-        plan_component(job.source.path / name, job.config, reporter)
+        plan_component(job.source.path / name, job.config, reporter, traits)
 
 
-def plan_component(folder: Path, config: QuantizeConfig, reporter: Reporter) -> tuple[nn.Module, list[LayerPlan]]:
+def traits_of(method: ModuleType, config: Config, calls: int = 1) -> Traits:
+    """What the file of a method says of it."""
+    return Traits(
+        temporal=getattr(method, "TEMPORAL", False),
+        temporal_acts=hasattr(method, "temporal_acts") and method.temporal_acts(config),
+        split=getattr(method, "SPLIT", False),
+        calls=calls,
+    )
+
+
+def plan_component(
+    folder: Path, config: QuantizeConfig, reporter: Reporter, traits: Traits | None = None
+) -> tuple[nn.Module, list[LayerPlan]]:
     """The network of a component on the meta device, and what will happen to each of its layers."""
     skeleton = build_skeleton(folder)
     family, known = find_family(type(skeleton).__name__)
     if not known:
         reporter.notice(f"{type(skeleton).__name__} is not a known family; roles of its layers are guessed from names")
-    return skeleton, plan_layers(skeleton, family, config)
+    return skeleton, plan_layers(skeleton, family, config, traits)
 
 
 def _quantize_layer(
@@ -185,7 +211,9 @@ def _narrow(tensor: StoredTensor) -> StoredTensor:
     return tensor.to("F16" if fits else "BF16")
 
 
-def _component_config(folder: Path, schemes: dict[str, Any], modules: dict[str, ModuleRecord]) -> dict[str, Any]:
+def _component_config(
+    folder: Path, schemes: dict[str, Scheme], modules: dict[str, ModuleRecord], steps: StepRecord | None
+) -> dict[str, Any]:
     """The model's own config.json with the `quantization_config` that the loader reads."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {
@@ -193,5 +221,5 @@ def _component_config(folder: Path, schemes: dict[str, Any], modules: dict[str, 
         "format": FORMAT,
         "schemes": {name: scheme.model_dump(mode="json") for name, scheme in sorted(schemes.items())},
         "modules": {name: record.scheme for name, record in sorted(modules.items()) if record.scheme},
-    }
+    } | ({"steps": steps.model_dump(mode="json")} if steps else {})
     return config

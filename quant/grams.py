@@ -44,14 +44,14 @@ class Grams:
     def _gather(self, name: str) -> Any:
         def gather(layer: nn.Module, args: tuple[Any, ...]) -> None:
             count = self._counts.get(name, 0)
-            rows = _some_rows(layer, args[0], self._rows_per_call, seed=count).float()
+            rows = some_rows(layer, args[0], self._rows_per_call, seed=count).float()
             self._sums[name] = self._sums.get(name, 0) + rows.T @ rows
             self._counts[name] = count + len(rows)
 
         return gather
 
 
-def _some_rows(layer: nn.Module, x: Tensor, count: int, *, seed: int) -> Tensor:
+def some_rows(layer: nn.Module, x: Tensor, count: int, *, seed: int) -> Tensor:
     """At most `count` input rows, drawn: every n-th one would fall in step with the columns of an image.
 
     The patches of a convolution are many times as large as its input: they are made image by image.

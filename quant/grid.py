@@ -6,6 +6,7 @@ precision first, so that codes are optimal for the scale that the file really ho
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,32 +23,30 @@ ROWS_VALUES = 1 << 19  # values treated at once: small enough to stay in cache t
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that a weight may take: scales in their stored precision, and zero points."""
+    """The values that a weight may take: scales in their stored precision, and zero points.
+
+    P: 2 for a scheme with a split (one scale for each part of the input channels), else 1.
+    """
 
     scheme: Scheme
-    scale: Tensor  # (O, G); (O, 1) for per-channel and two-level schemes
+    scale: Tensor  # (O, G); (O, P) for per-channel and two-level schemes
     zero_point: Tensor  # (O, G) float32, zeros when symmetric
-    group_scale: Tensor  # (O, G) float32 multipliers of two-level schemes, else (O, 1) ones
+    group_scale: Tensor  # (O, G) float32 multipliers of two-level schemes, else (O, P) ones
 
     def columns(self, features: int) -> tuple[Tensor, Tensor]:
         """Scale and zero point of every value, (O, K) float32 each."""
-        effective = self.scale.float() * self.group_scale
-        repeats = features // self.zero_point.shape[1]
-        scale = effective.expand_as(self.zero_point).repeat_interleave(repeats, dim=1)
-        return scale, self.zero_point.repeat_interleave(repeats, dim=1)
+        split = self.scheme.split
+        scale = spread(self.scale.float(), features, split) * spread(self.group_scale, features, split)
+        return scale, spread(self.zero_point, features, split)
 
     def nearest(self, rows: Tensor) -> Tensor:
         """Nearest codes (O, K) int16 of rows (O, K)."""
-        effective, step = self.scale.float() * self.group_scale, max(1, ROWS_VALUES // rows.shape[1])
-        size, limits = self.scheme.group_size, self.scheme.code_range
-        return torch.cat(
-            [
-                round_codes(split_groups(chunk, size), scale, zero, limits).flatten(1).to(torch.int16)
-                for chunk, scale, zero in zip(
-                    rows.split(step), effective.split(step), self.zero_point.split(step), strict=True
-                )
-            ]
-        )
+        return torch.cat([part._nearest(chunk) for part, chunk in self._chunks(rows)])
+
+    def round(self, rows: Tensor) -> Tensor:
+        """The nearest values of the grid, (O, K) float32."""
+        scale, zero = self.columns(rows.shape[1])
+        return (self.nearest(rows) - zero) * scale
 
     def pack(self, codes: Tensor, shape: tuple[int, ...]) -> QuantizedWeight:
         """Codes (O, K) with their scales; `shape` is that of the float weight."""
@@ -60,6 +59,24 @@ class Grid:
             group_scale=self.group_scale if self.scheme.two_level else None,
         )
 
+    def _nearest(self, rows: Tensor) -> Tensor:
+        scale, zero = self.columns(rows.shape[1])
+        return (rows.float() / scale).round_().add_(zero).clamp_(*self.scheme.code_range).to(torch.int16)
+
+    def _chunks(self, rows: Tensor) -> Iterator[tuple[Grid, Tensor]]:
+        step = max(1, ROWS_VALUES // rows.shape[1])
+        for start in range(0, len(rows), step):
+            some = slice(start, start + step)
+            yield Grid(self.scheme, self.scale[some], self.zero_point[some], self.group_scale[some]), rows[some]
+
+
+def spread(values: Tensor, features: int, split: int | None) -> Tensor:
+    """Values per group or per part (O, G) for every feature of a row, (O, K)."""
+    groups = values.shape[1]
+    if split and groups == 2:
+        return values.repeat_interleave(torch.tensor([split, features - split], device=values.device), dim=1)
+    return values.repeat_interleave(features // groups, dim=1)
+
 
 def find_grid(rows: Tensor, scheme: Scheme, *, search: bool) -> Grid:
     """The grid of a weight.
@@ -68,10 +85,24 @@ def find_grid(rows: Tensor, scheme: Scheme, *, search: bool) -> Grid:
         rows: (O, K), any float dtype.
         search: for the range with least squared error; otherwise minimum and maximum.
     """
+    if scheme.split and (scheme.two_level or scheme.group_size is None):
+        return _grid_of_parts(rows, scheme, search=search)
     step = max(1, ROWS_VALUES // rows.shape[1])
     parts = [_grid_of_rows(chunk, scheme, search=search) for chunk in rows.split(step)]
     scale, zero_point, group_scale = (torch.cat(column) for column in zip(*parts, strict=True))
     return Grid(scheme, stored_scale(scale), zero_point, group_scale)
+
+
+def _grid_of_parts(rows: Tensor, scheme: Scheme, *, search: bool) -> Grid:
+    """Each part of the input channels by itself."""
+    assert scheme.split is not None
+    whole = scheme.model_copy(update={"split": None})
+    sizes = [scheme.split, rows.shape[1] - scheme.split]
+    grids = [find_grid(part, whole, search=search) for part in rows.split(sizes, dim=1)]
+    scale, zero_point, group_scale = (
+        torch.cat([getattr(grid, name) for grid in grids], dim=1) for name in ("scale", "zero_point", "group_scale")
+    )
+    return Grid(scheme, scale, zero_point, group_scale)
 
 
 def _grid_of_rows(rows: Tensor, scheme: Scheme, *, search: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,18 +6,25 @@ import os
 from pathlib import Path
 
 from ..calibrate.api import calibrate_pipeline, prepare
+from ..calibrate.config import CalibrateConfig
 from ..calibrate.store import CalibrationSet, open_calibration
 from ..core.calibration import existing_set
 from ..core.errors import BundleError, ModelError
 from ..core.reporter import Reporter
 from ..core.source import Source
-from .config import on_the_fly
+from .config import QuantizeConfig, on_the_fly
 
 CACHE_VARIABLE = "DACC_CACHE"
 
 
 def calibration_of(
-    source: Source, weights: dict[str, str], given: Path | None, *, seed: int, device: str, reporter: Reporter
+    source: Source,
+    weights: dict[str, str],
+    config: QuantizeConfig,
+    given: Path | None,
+    *,
+    device: str,
+    reporter: Reporter,
 ) -> CalibrationSet:
     """Open a set that fits the components in `weights` (name -> weight hash); make one when none is given.
 
@@ -26,7 +33,7 @@ def calibration_of(
         BundleError: it is damaged.
     """
     if given is None:
-        return _on_the_fly(source, weights, seed, device, reporter)
+        return _on_the_fly(source, weights, on_the_fly(config, weights), device, reporter)
     found = open_calibration(given, weights=weights, reporter=reporter)
     if missing := [name for name in weights if name not in found.record.branches]:
         raise ModelError(
@@ -36,9 +43,10 @@ def calibration_of(
     return found
 
 
-def _on_the_fly(source: Source, weights: dict[str, str], seed: int, device: str, reporter: Reporter) -> CalibrationSet:
+def _on_the_fly(
+    source: Source, weights: dict[str, str], config: CalibrateConfig, device: str, reporter: Reporter
+) -> CalibrationSet:
     """The set in the cache, made first where it is not there."""
-    config = on_the_fly(weights, seed)
     request = prepare(source, config, "float32", reporter).request
     folder = cache_folder() / "calibration" / f"{source.name}-{request[:16]}"
 

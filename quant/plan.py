@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import prod
-from typing import Literal
+from math import gcd, prod
 
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from ..core.pipeline import walk_layers
 from ..core.scheme import Scheme
 from ..runtime.layers import LAYER_CLASSES
 from .config import QuantizeConfig
+from .splits import find_splits
 
 AUTO_GROUP = 64  # input features per scale for narrow weights; halved until it divides a layer's features
 SMALLEST_GROUP = 16
@@ -34,8 +34,25 @@ class LayerPlan:
     scheme: Scheme | None
     reason: str | None = None
 
+    def scheme_called(self, name: str) -> Scheme:
+        """The planned scheme, or the same without its split: methods drop a split that does not help."""
+        assert self.scheme is not None
+        return self.scheme if self.scheme.name == name else self.scheme.model_copy(update={"split": None})
 
-def plan_layers(model: nn.Module, family: Family, config: QuantizeConfig) -> list[LayerPlan]:
+
+@dataclass(frozen=True)
+class Traits:
+    """What a method is made for, beyond the weights of the body."""
+
+    temporal: bool = False  # embedders and modulation take the asked bits as well
+    temporal_acts: bool = False  # and their activations are quantized
+    split: bool = False  # layers that read two joined tensors have scales for each
+    calls: int = 1  # length of the grid, for scales of every step
+
+
+def plan_layers(
+    model: nn.Module, family: Family, config: QuantizeConfig, traits: Traits | None = None
+) -> list[LayerPlan]:
     """The plan for every linear, convolution and embedding of a denoiser (which may live on the meta device).
 
     Raises:
@@ -46,11 +63,13 @@ def plan_layers(model: nn.Module, family: Family, config: QuantizeConfig) -> lis
     _check_globs([name for name, _ in layers], config)
     uses = Counter(id(layer.weight) for _, layer in layers)
     kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    traits = traits or Traits()
+    splits = find_splits(model) if traits.split else {}
     plans = []
     for name, layer in layers:
         shape = _shape(layer)
         reason = _reason_to_skip(name, layer, family, config, kept, shared=uses[id(layer.weight)] > 1)
-        scheme = None if reason else _scheme(name, layer, family, config)
+        scheme = None if reason else _scheme(name, layer, family, config, traits, splits.get(name))
         plans.append(LayerPlan(name, shape, scheme, reason))
     if all(plan.scheme is None for plan in plans):
         raise UnsupportedError(
@@ -96,38 +115,57 @@ def _asked_bits(name: str, config: QuantizeConfig) -> int | None:
     return next((bits for glob, bits in reversed(config.layer_bits) if fnmatchcase(name, glob)), None)
 
 
-def _scheme(name: str, layer: nn.Module, family: Family, config: QuantizeConfig) -> Scheme:
+def _scheme(
+    name: str, layer: nn.Module, family: Family, config: QuantizeConfig, traits: Traits, split: int | None
+) -> Scheme:
     """Roles decide how far down a layer may go and whether its activations are quantized."""
     role, asked = family.role(name), _asked_bits(name, config)
     if isinstance(layer, nn.Embedding):
         return Scheme(bits=asked or 8)
-    floor = {"temporal": TEMPORAL_BITS, "modulation": MODULATION_BITS}.get(role, 0)
+    floor = 0 if traits.temporal else {"temporal": TEMPORAL_BITS, "modulation": MODULATION_BITS}.get(role, 0)
     bits = asked or max(config.bits, floor)
-    act_bits = config.act_bits if role == "body" and isinstance(layer, nn.Linear | nn.Conv2d) else 16
+    rounded = role == "body" or traits.temporal_acts
+    act_bits = config.act_bits if rounded and isinstance(layer, nn.Linear | nn.Conv2d) else 16
     lifted = asked is None and bits > config.bits
-    group_size = _group_size(name, _shape(layer), bits, act_bits, config, lifted=lifted)
+    group_size = _group_size(name, _shape(layer), bits, act_bits, config, lifted=lifted, split=split)
     if act_bits < 16:
+        temporal_only = traits.temporal_acts and role == "body"
+        mode = "dynamic" if config.act_mode == "auto" else "static" if temporal_only else config.act_mode
         return Scheme(
-            bits=bits, group_size=group_size, two_level=group_size is not None, act_bits=act_bits, act_mode="dynamic"
+            bits=bits,
+            group_size=group_size,
+            two_level=group_size is not None,
+            act_bits=act_bits,
+            act_mode=mode,
+            act_steps=traits.calls if mode == "per-step" else None,
+            split=split,
         )
     symmetric = group_size is None if config.symmetric == "auto" else config.symmetric
-    return Scheme(bits=bits, symmetric=symmetric, group_size=group_size)
+    return Scheme(bits=bits, symmetric=symmetric, group_size=group_size, split=split if group_size is None else None)
 
 
 def _group_size(
-    name: str, shape: tuple[int, ...], bits: int, act_bits: Literal[16, 8, 4], config: QuantizeConfig, *, lifted: bool
+    name: str,
+    shape: tuple[int, ...],
+    bits: int,
+    act_bits: int,
+    config: QuantizeConfig,
+    *,
+    lifted: bool,
+    split: int | None,
 ) -> int | None:
     """Values per scale, None for one scale per channel."""
     features, wanted = prod(shape[1:]), config.group_size
+    whole = gcd(features, split) if split else features  # groups must not reach over the split
     if wanted == "channel" or (act_bits < 16 and bits > 4):
         return None
     if wanted == "auto":
         if bits > GROUPED_BITS:
             return None
         size = AUTO_GROUP
-        while features % size and size > SMALLEST_GROUP:
+        while whole % size and size > SMALLEST_GROUP:
             size //= 2
-        return size if features % size == 0 and features > size else None
+        return size if whole % size == 0 and features > size else None
     if lifted:  # a layer that has more bits for its role does not follow the asked groups
         return None
     if features % wanted:
@@ -136,4 +174,4 @@ def _group_size(
             "Groups must be equal.",
             f"Use --group-size auto, or --exclude '{name}'.",
         )
-    return None if wanted == features else wanted
+    return None if wanted == features or whole % wanted else wanted

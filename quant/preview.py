@@ -6,14 +6,15 @@ from collections import Counter
 from math import prod
 from pathlib import Path
 
-from ..core.config import Config, Document
+from ..calibrate.config import DEFAULT_STEPS
+from ..core.config import Config, Document, build_config
 from ..core.reporter import Reporter
 from ..core.source import Source
 from ..core.tensor_file import StoredTensor, stored_tensors
 from ..runtime.weight import state_shapes
-from .api import prepare
-from .config import QuantizeConfig
-from .driver import plan_component
+from .api import Job, prepare
+from .config import METHODS, QuantizeConfig
+from .driver import plan_component, traits_of
 from .plan import LayerPlan
 
 FLOAT16_BYTES = 2
@@ -45,12 +46,14 @@ def preview_quantization(source: str | Path | Source | None, config: QuantizeCon
         DaccError: as `quantize_pipeline` would, before any weight is read.
     """
     job = prepare(source, config, reporter)
-    components = {name: _preview_component(job.source.path / name, config, reporter) for name in job.components}
+    components = {name: _preview_component(job, name, reporter) for name in job.components}
     return Preview(source=job.source.identity, method=job.config.method, components=components)
 
 
-def _preview_component(folder: Path, config: QuantizeConfig, reporter: Reporter) -> ComponentPreview:
-    skeleton, plans = plan_component(folder, config, reporter)
+def _preview_component(job: Job, name: str, reporter: Reporter) -> ComponentPreview:
+    folder, method = job.source.path / name, METHODS.load(job.config.method)
+    traits = traits_of(method, build_config(method.CONFIG, **job.config.settings), DEFAULT_STEPS)
+    skeleton, plans = plan_component(folder, job.config, reporter, traits)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     quantized = {f"{plan.name}.weight" for plan in plans if plan.scheme}
     kept = sum(_float_bytes(tensor) for name, tensor in stored_tensors(folder).items() if name not in quantized)

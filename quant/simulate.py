@@ -3,44 +3,111 @@ activations are rounded on their way into a layer exactly as the integer kernels
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.scheme import Scheme
+from ..runtime.activation import ActivationScale, round_static
+from ..runtime.clock import current_run
 from ..runtime.kernels_int8 import quantize_rows
 from ..runtime.weight import QuantizedWeight
 
+Rounding = Callable[[Tensor], Tensor]
+
 
 class RoundedInputs:
-    """Rounds what enters the layers of one model, for those that are switched on."""
+    """Rounds what enters the layers of one model, each in the way that was set for it last; at first not at all."""
 
     def __init__(self, model: nn.Module, schemes: dict[str, Scheme]) -> None:
-        self._on: set[str] = set()
+        self._ways: dict[str, Rounding] = {}
         for name, scheme in schemes.items():
             if scheme.act_bits < 16:  # hooked now: a call that stands still in front of a layer sees no later hook
-                model.get_submodule(name).register_forward_pre_hook(self._round(name, scheme))
+                model.get_submodule(name).register_forward_pre_hook(self._round(name))
 
-    def switch_on(self, name: str) -> None:
-        self._on.add(name)
+    def put(self, name: str, rounding: Rounding | None) -> None:
+        """Round what enters a layer from now on; None: leave it float."""
+        if rounding is None:
+            self._ways.pop(name, None)
+        else:
+            self._ways[name] = rounding
 
-    def _round(self, name: str, scheme: Scheme) -> Any:
-        qmax = 2 ** (scheme.act_bits - 1) - 1
+    @contextmanager
+    def instead(self, roundings: dict[str, Rounding | None]) -> Iterator[None]:
+        """Other ways for some layers, for a while."""
+        before = dict(self._ways)
+        for name, rounding in roundings.items():
+            self.put(name, rounding)
+        try:
+            yield
+        finally:
+            self._ways = before
 
+    def _round(self, name: str) -> Any:
         def round_input(layer: nn.Module, args: tuple[Any, ...]) -> Any:
-            if name not in self._on:
-                return None
-            return (round_dynamic(args[0], qmax, per_sample=isinstance(layer, nn.Conv2d)), *args[1:])
+            rounding = self._ways.get(name)
+            return None if rounding is None else (rounding(args[0]), *args[1:])
 
         return round_input
+
+
+def rounding_of(scheme: Scheme, layer: nn.Module, acts: ActivationScale | None) -> Rounding | None:
+    """How the kernels round what enters a layer of this scheme; None where activations stay float."""
+    if scheme.act_bits == 16:
+        return None
+    axis = channel_axis(layer)
+    if scheme.act_mode == "dynamic":
+        return lambda x: _straight(x, _by_parts(x, axis, scheme.split, _dynamic_part(scheme, layer)))
+    if acts is None:
+        raise ValueError(f"scheme {scheme.name} needs activation scales")
+    return lambda x: _straight(x, _by_parts(x, axis, scheme.split, _fixed_part(scheme, acts)))
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """Where the input channels of a layer lie: last for linears, first after the batch for convolutions."""
+    return 1 if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else -1
+
+
+def row_now(rows: int) -> int:
+    """Row of a step table for the call that is being evaluated; the last row is for all calls."""
+    state = current_run()
+    return min(state.call, rows - 1) if state else rows - 1
 
 
 def round_dynamic(x: Tensor, qmax: int, *, per_sample: bool) -> Tensor:
     """x through its integers: one scale per token (..., K), or per sample (N, C, H, W)."""
     rows = x.flatten(1) if per_sample else x.flatten(0, -2)
-    integers, scale = quantize_rows(rows, qmax)
+    integers, scale = quantize_rows(rows.detach(), qmax)
     return (integers.float() * scale).view(x.shape).to(x.dtype)
+
+
+def _dynamic_part(scheme: Scheme, layer: nn.Module) -> Callable[[Tensor, int], Tensor]:
+    qmax = 2 ** (scheme.act_bits - 1) - 1
+    return lambda part, _: round_dynamic(part, qmax, per_sample=isinstance(layer, nn.Conv2d))
+
+
+def _fixed_part(scheme: Scheme, acts: ActivationScale) -> Callable[[Tensor, int], Tensor]:
+    def fixed(part: Tensor, number: int) -> Tensor:
+        row = row_now(len(acts.scale))
+        return round_static(part.detach(), acts.scale[row, number], acts.zero_point[row, number], scheme.act_bits)
+
+    return fixed
+
+
+def _by_parts(x: Tensor, axis: int, split: int | None, rounding: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Each part of the channels by itself."""
+    if split is None:
+        return rounding(x, 0)
+    parts = x.split([split, x.shape[axis] - split], dim=axis)
+    return torch.cat([rounding(part.contiguous(), number) for number, part in enumerate(parts)], dim=axis)
+
+
+def _straight(x: Tensor, rounded: Tensor) -> Tensor:
+    """The rounded values, with the gradient of the values themselves (straight-through estimator)."""
+    return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from ..core.pipeline import denoisers
-from ..core.schedule_id import read_grid
+from ..core.schedule_id import NoiseGrid, read_grid
 
 Branch = Literal["cond", "uncond", "both"]
 _RUN_IDS = itertools.count(1)
@@ -74,6 +74,12 @@ def current_run() -> RunState | None:
     """
     run = _RUN.get()
     return _FIXED.get() or (run.state if run else None)
+
+
+def current_grid() -> NoiseGrid | None:
+    """The whole grid of the run in this thread, the same for all its calls; None outside runs and in a fixed one."""
+    run = _RUN.get()
+    return NoiseGrid(run.timesteps, run.sigmas) if run and _FIXED.get() is None else None
 
 
 def running_scheduler(pipe: Any) -> Any | None:

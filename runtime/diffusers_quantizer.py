@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from ..core.config import build_config
 from ..core.errors import BundleError, ConfigError
-from ..core.manifest import FORMAT
+from ..core.manifest import FORMAT, StepRecord
 from ..core.scheme import Scheme
-from .layers import LAYER_CLASSES, QuantizedLayer, swap_layers_
-from .weight import STATE_NAMES
+from .layers import LAYER_CLASSES, swap_layers_
+from .quantized_layer import STORED_NAMES, QuantizedLayer
+from .step_table import StepTable, unhook_step_tables_
 
 DAMAGED_OR_NEWER = "Copy the bundle again, or upgrade: pip install -U dacc-diffusion."
 
@@ -40,6 +41,7 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
         schemes: scheme name -> fields of `Scheme`.
         modules: layer name -> scheme name; layers not named here are ordinary ones.
         format: format number of the bundle.
+        steps: fields of `StepRecord`, for schemes with per-step scales.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
         schemes: dict[str, dict[str, Any]] | None = None,
         modules: dict[str, str] | None = None,
         format: int = FORMAT,
+        steps: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         if format > FORMAT or unknown:
@@ -57,7 +60,7 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
                 "Upgrade: pip install -U dacc-diffusion.",
             )
         self.quant_method = DaccMethod.DACC  # type: ignore[assignment]  # the enum of diffusers is closed
-        self.schemes, self.modules, self.format = schemes or {}, modules or {}, format
+        self.schemes, self.modules, self.format, self.steps = schemes or {}, modules or {}, format, steps
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -70,6 +73,7 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
             "format": self.format,
             "schemes": self.schemes,
             "modules": self.modules,
+            **({} if self.steps is None else {"steps": self.steps}),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -89,6 +93,29 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
             raise BundleError(f"a scheme of this model cannot be read: {error.what}", mend=DAMAGED_OR_NEWER) from None
         except KeyError as error:
             raise BundleError(f"the config of this model lists no scheme {error}.", mend=DAMAGED_OR_NEWER) from None
+
+    def step_table(self) -> StepTable | None:
+        """The table that chooses among per-step scales; None when no layer has them.
+
+        Raises:
+            BundleError: the grid is missing, unreadable, or not as long as the tables.
+        """
+        lengths = {scheme.act_steps for scheme in self.layer_schemes().values() if scheme.act_steps}
+        if not lengths:
+            return None
+        try:
+            record = build_config(StepRecord, **(self.steps or {}))
+        except ConfigError as error:
+            raise BundleError(
+                f"the grid of the per-step scales of this model cannot be read: {error.what}", mend=DAMAGED_OR_NEWER
+            ) from None
+        if lengths != {len(record.schedule.timesteps)}:
+            raise BundleError(
+                f"this model has per-step scales for {sorted(lengths)} calls and a grid of "
+                f"{len(record.schedule.timesteps)}.",
+                mend=DAMAGED_OR_NEWER,
+            )
+        return StepTable(record.schedule, record.rule)
 
 
 class DaccQuantizer(DiffusersQuantizer):
@@ -123,7 +150,10 @@ class DaccQuantizer(DiffusersQuantizer):
                 f"the config quantizes layers that {type(model).__name__} does not have: {_some(strange)}.",
                 mend=DAMAGED_OR_NEWER,
             )
-        swap_layers_(model, schemes)
+        try:
+            swap_layers_(model, schemes, steps=self.quantization_config.step_table())
+        except ConfigError as error:
+            raise BundleError(f"a scheme of this model does not fit: {error.what}", mend=DAMAGED_OR_NEWER) from None
         model.register_to_config(quantization_config=self.quantization_config)  # type: ignore[operator]
         expected = set(model.state_dict())
         missing, extra = sorted(expected - self._loaded), sorted(self._loaded - expected)
@@ -138,7 +168,7 @@ class DaccQuantizer(DiffusersQuantizer):
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         parent, _, leaf = param_name.rpartition(".")
-        return leaf in STATE_NAMES and isinstance(model.get_submodule(parent), QuantizedLayer)
+        return leaf in STORED_NAMES and isinstance(model.get_submodule(parent), QuantizedLayer)
 
     def check_quantized_param_shape(self, param_name: str, current_param: Any, loaded_param: Any) -> bool:
         expected, found = tuple(getattr(current_param, "shape", current_param)), tuple(loaded_param.shape)
@@ -168,6 +198,9 @@ class DaccQuantizer(DiffusersQuantizer):
             layer.compute_dtype = kwargs["dtype"]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLayer) and layer.act_scale is not None:
+                layer.row_sums()  # now, so that compiled code finds them
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
@@ -175,6 +208,7 @@ class DaccQuantizer(DiffusersQuantizer):
             layer = model.get_submodule(name)
             assert isinstance(layer, QuantizedLayer)
             model.set_submodule(name, _float_layer(layer))
+        unhook_step_tables_(model)
         config: Any = model.config
         vars(model)["_internal_dict"] = FrozenDict(  # so that it is saved as the plain model that it is now
             {key: value for key, value in config.items() if key != "quantization_config"}

@@ -5,6 +5,7 @@ In bfloat16 a byte with two 4-bit codes becomes two values by bit arithmetic alo
 Letters: O output channels, K features per row, G groups per row, B bytes per row."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from .kernels_scratch import may_use_scratch, scratch
 from .packing import unpack_codes
-from .weight import QuantizedWeight, from_rows, integer_rows
+from .weight import QuantizedWeight, from_rows, integer_rows, spread
 
 _FEW_ROWS = 16  # up to here the memory-bound int8 product is faster than unpacking
 
@@ -44,16 +45,30 @@ def float_weight(x: Tensor, weight: QuantizedWeight) -> Tensor:
     and is valid until the next call."""
     if not may_use_scratch(x):
         return weight.dequantize(x.dtype)
-    scale = weight.scale if weight.group_scale is None else weight.scale.float() * weight.group_scale  # (O, G)
     work_dtype = torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32
     values, offset = _offset_codes(weight, work_dtype)  # (O, K)
-    grouped = values.unflatten(1, (scale.shape[1], -1))  # (O, G, K/G)
-    if weight.zero_point is not None:
-        grouped.sub_(weight.zero_point.to(work_dtype).add_(offset).unsqueeze(-1))
-    elif offset:
-        grouped.sub_(offset)
-    grouped.mul_(scale.to(work_dtype).unsqueeze(-1))
+    for grouped, scale, zero_point in _equal_groups(values, weight):
+        if zero_point is not None:
+            grouped.sub_(zero_point.to(work_dtype).add_(offset).unsqueeze(-1))
+        elif offset:
+            grouped.sub_(offset)
+        grouped.mul_(scale.to(work_dtype).unsqueeze(-1))
     return from_rows(values.to(x.dtype), weight.shape)
+
+
+def _equal_groups(values: Tensor, weight: QuantizedWeight) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Views (O, G, K/G) of rows with the scale (O, G) and zero point (O, G) of each group: all at once, or those of
+    the two parts of a split row, which may differ in size."""
+    scale, zero_point, split = weight.scale, weight.zero_point, weight.scheme.split
+    if weight.group_scale is not None:
+        groups = weight.group_scale.shape[1]
+        scale = spread(scale.float(), groups, split and split * groups // values.shape[1]) * weight.group_scale
+    if split is None or weight.scheme.group_size is not None:
+        yield values.unflatten(1, (scale.shape[1], -1)), scale, zero_point
+        return
+    for part, columns in enumerate((values[:, :split], values[:, split:])):
+        only = slice(part, part + 1)
+        yield columns.unsqueeze(1), scale[:, only], None if zero_point is None else zero_point[:, only]
 
 
 def int8_rows(x: Tensor, weight: QuantizedWeight) -> Tensor:

@@ -15,7 +15,8 @@ from ..core.source import Source, resolve_source
 from ..core.verify import check_bundle
 from .clock import attach_clock
 from .diffusers_quantizer import register
-from .layers import Prefer, set_prefer_
+from .layers import set_prefer_
+from .quantized_layer import Prefer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

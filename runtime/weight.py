@@ -3,7 +3,7 @@
 Letters: O output channels (rows), K input features per row, G = K / group_size groups per row, B packed bytes per row.
 A convolution weight (O, I / groups, *kernel) becomes rows with the channels innermost, (O, *kernel, I / groups): so lie
 the patches of a channels-last image in memory, and an integer product reads the stored bytes as they are. An embedding
-table (entries, width) has one row per entry.
+table (entries, width) has one row per entry. A split scheme has P = 2 parts of the features of a row, else P = 1.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class QuantizedWeight:
         scheme: number format.
         shape: shape of the float weight.
         qweight: (O, B) uint8 packed codes.
-        scale: (O, G) float16 or float32; (O, 1) for per-channel and two-level schemes.
-        zero_point: (O, G) uint8, asymmetric schemes only.
+        scale: (O, G) float16 or float32; (O, P) for per-channel and two-level schemes.
+        zero_point: (O, G) uint8, asymmetric schemes only; (O, P) when per channel.
         group_scale: (O, G) uint8 in 1..15, two-level schemes only.
     """
 
@@ -81,10 +81,10 @@ def from_rows(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
 def state_shapes(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, int], torch.dtype | None]]:
     """Shapes and dtypes of the stored tensors of a weight; dtype None means float16 or float32, as the file says."""
     rows, features = shape[0], math.prod(shape[1:])
-    groups = features // scheme.group_size if scheme.group_size else 1
+    groups = features // scheme.group_size if scheme.group_size else scheme.parts
     shapes: dict[str, tuple[tuple[int, int], torch.dtype | None]] = {
         "qweight": ((rows, packed_width(features, scheme.bits)), torch.uint8),
-        "scale": ((rows, 1 if scheme.two_level else groups), None),
+        "scale": ((rows, scheme.parts if scheme.two_level else groups), None),
     }
     if not scheme.symmetric:
         shapes["zero_point"] = ((rows, groups), torch.uint8)
@@ -111,13 +111,29 @@ def dequantize_rows(
     features: int,
 ) -> Tensor:
     """(R, K) float32 weights from packed rows; the judge of every kernel."""
-    rows = qweight.shape[0]
     if scheme.symmetric:
         codes = integer_rows(qweight, group_scale, scheme, features).float()
     else:
         codes = unpack_codes(qweight, scheme.bits, features, signed=False).float()
-    groups = scale.shape[1]
-    grouped = codes.view(rows, groups, features // groups)
+    if scheme.split and scale.shape[1] == 2:
+        if zero_point is not None:
+            codes = codes - spread(zero_point.float(), features, scheme.split)
+        return codes * spread(scale.float(), features, scheme.split)
+    grouped = codes.unflatten(1, (scale.shape[1], features // scale.shape[1]))  # (R, G, K/G)
     if zero_point is not None:
         grouped = grouped - zero_point.float().unsqueeze(-1)
-    return (grouped * scale.float().unsqueeze(-1)).view(rows, features)
+    return (grouped * scale.float().unsqueeze(-1)).flatten(1)
+
+
+def spread(values: Tensor, features: int, split: int | None) -> Tensor:
+    """Values per group (R, G), or per part of a split row (R, 2), for every feature of the row: (R, K)."""
+    rows, groups = values.shape
+    if split and groups == 2:  # two groups of equal size are the two parts: a split lies between groups
+        return torch.cat([values[:, :1].expand(rows, split), values[:, 1:].expand(rows, features - split)], 1)
+    return values.unsqueeze(-1).expand(rows, groups, features // groups).reshape(rows, features)
+
+
+def scale_columns(scale: Tensor, group_scale: Tensor | None, scheme: Scheme, features: int) -> Tensor:
+    """What one step of the code of every feature is worth: (O, K) float32."""
+    columns = spread(scale.float(), features, scheme.split)
+    return columns if group_scale is None else columns * spread(group_scale.float(), features, scheme.split)

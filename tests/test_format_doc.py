@@ -9,11 +9,13 @@ import numpy
 import pytest
 import torch
 from jsonschema import Draft202012Validator
+from safetensors.torch import save_file
 
 from dacc.core.manifest import Manifest, read_manifest
 from dacc.core.scheme import Scheme
 from dacc.runtime.layers import QuantizedLayer
 from dacc.runtime.packing import pack_codes
+from dacc.runtime.weight import QuantizedWeight, state_shapes
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TEXT = (DOCS / "format.md").read_text(encoding="utf-8")
@@ -42,6 +44,50 @@ def test_the_program_in_the_docs_reads_every_layer_bit_for_bit(name, request, bu
     for key, layer in layers.items():
         assert found[key].shape == tuple(layer.weight.shape)
         assert torch.equal(torch.from_numpy(found[key]), layer.weight), key
+
+
+SPLIT = {
+    "linear": (Scheme(bits=8, act_bits=8, act_mode="static", split=16), (6, 48)),
+    "shortcut": (Scheme(bits=4, act_bits=6, act_mode="per-step", act_steps=20, split=13), (6, 48, 1, 1)),
+    "groups": (Scheme(bits=4, symmetric=False, group_size=8, split=40), (6, 48)),
+    "halves": (Scheme(bits=3, symmetric=False, group_size=24, split=24), (6, 48)),
+    "zero points": (Scheme(bits=5, symmetric=False, split=47), (6, 48)),
+    "two levels": (
+        Scheme(bits=4, group_size=8, two_level=True, act_bits=8, act_mode="dynamic", split=16),
+        (6, 48, 1, 1),
+    ),
+}
+
+
+def random_weight(scheme, shape):
+    shapes = state_shapes(scheme, shape)
+    low, high = scheme.code_range
+    codes = torch.randint(low, high + 1, (shape[0], shape[1]))
+    zero_point = None if scheme.symmetric else torch.randint(0, high + 1, shapes["zero_point"][0])
+    group_scale = torch.randint(1, 16, shapes["group_scale"][0]) if scheme.two_level else None
+    scale = torch.rand(shapes["scale"][0])
+    return QuantizedWeight.from_codes(codes, scheme, shape, scale=scale, zero_point=zero_point, group_scale=group_scale)
+
+
+def test_the_program_in_the_docs_reads_layers_of_two_parts(tmp_path, run_python):
+    torch.manual_seed(0)
+    weights = {name: random_weight(*made) for name, made in SPLIT.items()}
+    (tmp_path / "unet").mkdir()
+    tensors = {
+        f"{name}.{leaf}": tensor for name, weight in weights.items() for leaf, tensor in weight.tensors().items()
+    }
+    tensors["linear.act_scale"] = torch.ones(1, 2)
+    save_file(tensors, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    record = {
+        "schemes": {scheme.name: scheme.model_dump() for scheme, _ in SPLIT.values()},
+        "modules": {name: {"scheme": scheme.name, "shape": shape} for name, (scheme, shape) in SPLIT.items()},
+    }
+    (tmp_path / "dacc_manifest.json").write_text(json.dumps({"components": {"unet": {"quantization": record}}}))
+    run_python(f"import sys\nsys.modules.update(torch=None, dacc=None)\n{PROGRAM}", tmp_path, "unet", "layers.npz")
+    found = numpy.load("layers.npz")
+    assert set(found) == set(SPLIT)
+    for name, weight in weights.items():
+        assert torch.equal(torch.from_numpy(found[name]), weight.dequantize()), name
 
 
 def test_the_bundles_above_hold_every_kind_of_layer_and_scheme(request, bundle_of):

@@ -24,6 +24,8 @@ class Family:
     Args:
         name: for messages.
         denoisers: class names of the models that belong to it.
+        embedders: names, as globs, of the modules that give the embedding of time and class; those at one place in the
+            network are summed.
         blocks: class names, as globs, of the modules that calibrated methods treat as one unit each.
     """
 
@@ -32,6 +34,7 @@ class Family:
     edge: tuple[str, ...]
     temporal: tuple[str, ...]
     modulation: tuple[str, ...] = ()
+    embedders: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
 
     def role(self, module_name: str) -> Role:

@@ -6,6 +6,7 @@ FAMILY = Family(
     name="dit",
     denoisers=("DiTTransformer2DModel",),
     edge=("pos_embed.proj", "proj_out_1", "proj_out_2"),
+    embedders=("*.norm1.emb",),
     temporal=("*.norm1.emb.*",),
     modulation=("*.norm1.linear",),
     blocks=("BasicTransformerBlock",),

@@ -6,6 +6,7 @@ FAMILY = Family(
     name="pixart",
     denoisers=("PixArtTransformer2DModel",),
     edge=("pos_embed.proj", "proj_out"),
+    embedders=("adaln_single.emb",),
     temporal=("adaln_single.emb.*",),
     modulation=("adaln_single.linear",),
     blocks=("BasicTransformerBlock",),

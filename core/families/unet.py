@@ -12,6 +12,7 @@ FAMILY = Family(
         "UNetSpatioTemporalConditionModel",
     ),
     edge=("conv_in", "conv_out"),
+    embedders=("time_embedding", "add_embedding", "class_embedding"),
     temporal=("time_embedding.*", "add_embedding.*", "class_embedding*", "*.time_emb_proj"),
     blocks=("ResnetBlock2D", "BasicTransformerBlock", "Attention", "TemporalConvLayer"),
 )

@@ -19,6 +19,7 @@ from ...core.config import Config
 from ...core.scheme import Scheme
 from ...runtime.weight import QuantizedWeight, to_rows
 from ..grid import Grid, find_grid
+from ..ranges import Search
 
 BLOCK_COLUMNS = 128  # columns whose updates are applied together to the rest
 DAMPING_GROWTH = 10.0  # when H is so singular that the factorization fails
@@ -33,7 +34,13 @@ class GPTQConfig(Config):
 
 CONFIG = GPTQConfig
 NEEDS = ("grams",)  # E[x x^T] of every layer
-UNIT = "block"
+UNIT = "layer"
+ACT_MODE = "dynamic"
+
+
+def act_search(config: GPTQConfig) -> Search:
+    """How fixed activation ranges are found, where they are asked for."""
+    return "mse"
 
 
 def quantize(weight: Tensor, scheme: Scheme, config: GPTQConfig, gram: Tensor) -> QuantizedWeight:
@@ -45,18 +52,20 @@ def quantize(weight: Tensor, scheme: Scheme, config: GPTQConfig, gram: Tensor) -
     """
     rows = to_rows(weight).float()
     grid = find_grid(rows, scheme, search=True)
-    return grid.pack(round_columns(rows, gram, grid, config), tuple(weight.shape))
+    codes, _ = round_columns(rows, gram, grid, config)
+    return grid.pack(codes, tuple(weight.shape))
 
 
-def round_columns(rows: Tensor, gram: Tensor, grid: Grid, config: GPTQConfig) -> Tensor:
-    """Codes (O, K), float32 holding integers."""
+def round_columns(rows: Tensor, gram: Tensor, grid: Grid, config: GPTQConfig) -> tuple[Tensor, Tensor]:
+    """Codes (O, K), float32 holding integers, and the values (O, K) whose nearest codes they are: the weights with what
+    they make up for."""
     features = rows.shape[1]
     power = gram.diagonal()
     silent = power == 0  # inputs that are always zero: any code will do, the nearest is as good as another
     filled = 1.0 if silent.all() else power[~silent].mean()  # the mean, so that the damping of the others stays
     order = power.argsort(descending=True, stable=True) if config.act_order else torch.arange(features)
     upper = _inverse_factor(gram + torch.diag(silent * filled), config.damping, order)
-    remaining, codes = rows[:, order].clone(), torch.empty_like(rows)
+    remaining, codes, wanted = rows[:, order].clone(), torch.empty_like(rows), torch.empty_like(rows)
     scale, zero_point = grid.columns(features)
     scale, zero_point = scale[:, order], zero_point[:, order]
     for start in range(0, features, BLOCK_COLUMNS):
@@ -68,9 +77,10 @@ def round_columns(rows: Tensor, gram: Tensor, grid: Grid, config: GPTQConfig) ->
             error = (remaining[:, column] - (code - z) * s) / upper[column, column]
             remaining[:, column + 1 : stop] -= error[:, None] * upper[column, column + 1 : stop]
             errors[:, column - start] = error
-            codes[:, column] = code
+            codes[:, column], wanted[:, column] = code, remaining[:, column]
         remaining[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes[:, order.argsort()]
+    back = order.argsort()
+    return codes[:, back], wanted[:, back]
 
 
 def _inverse_factor(gram: Tensor, damping: float, order: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ...core.config import Config
 from ...core.scheme import Scheme
 from ...runtime.weight import QuantizedWeight, to_rows
 from ..grid import find_grid
+from ..ranges import Search
 
 SEARCHED_BITS = 5  # up to here clipping rare extremes pays
 
@@ -30,6 +31,12 @@ class RTNConfig(Config):
 CONFIG = RTNConfig
 NEEDS: tuple[str, ...] = ()  # no calibration statistics
 UNIT = "layer"
+ACT_MODE = "dynamic"
+
+
+def act_search(config: RTNConfig) -> Search:
+    """How fixed activation ranges are found, where they are asked for."""
+    return "minmax" if config.search == "minmax" else "mse"
 
 
 def quantize(weight: Tensor, scheme: Scheme, config: RTNConfig) -> QuantizedWeight:

@@ -14,8 +14,10 @@ from dacc.core.manifest import (
     PassRecord,
     QuantizationRecord,
     SourceRecord,
+    StepRecord,
     read_manifest,
 )
+from dacc.core.schedule_id import ScheduleId
 from dacc.core.scheme import Scheme
 
 
@@ -51,6 +53,21 @@ def test_it_survives_the_disk(manifest, tmp_path):
     write(tmp_path, manifest.to_json())
     assert read_manifest(tmp_path) == manifest
     assert read_manifest(tmp_path).sha256() == manifest.sha256()
+
+
+def test_the_grid_of_per_step_scales_and_what_a_method_decided_survive_the_disk(manifest, tmp_path):
+    schedule = ScheduleId(scheduler="DDIMScheduler", config_sha256="ab", timesteps=(900.0, 100.5), sigmas=(3.0, 0.1))
+    component = manifest.components["unet"]
+    quantization = component.quantization.model_copy(
+        update={"steps": StepRecord(schedule=schedule), "chosen": {"iterations": 3, "damping": 0.5, "order": "noise"}}
+    )
+    component = component.model_copy(update={"quantization": quantization})
+    manifest = manifest.model_copy(update={"components": {"unet": component}})
+    write(tmp_path, manifest.to_json())
+    again = read_manifest(tmp_path)
+    assert again == manifest
+    assert again.components["unet"].quantization.steps.rule == "nearest"
+    assert type(again.components["unet"].quantization.chosen["iterations"]) is int
 
 
 def test_the_text_is_canonical(manifest):

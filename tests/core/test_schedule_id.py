@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from dacc.core.schedule_id import ScheduleId, nearest_calls, schedule_id
+from dacc.core.schedule_id import NoiseGrid, ScheduleId, nearest_calls, same_levels, schedule_id
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy 2 inside diffusers
 
@@ -56,3 +56,12 @@ def test_nearest_calls_map_another_step_count_by_noise_level() -> None:
     fitted, running = (_identify(diffusers.DDIMScheduler(timestep_spacing="trailing"), steps) for steps in (10, 5))
     assert nearest_calls(fitted, fitted) == list(range(10))
     assert nearest_calls(fitted, running) == [0, 2, 4, 6, 8]
+
+
+def test_grids_are_compared_by_their_noise_levels() -> None:
+    fitted = _identify(diffusers.DDIMScheduler(), 10)
+    assert same_levels(fitted, NoiseGrid(fitted.timesteps, fitted.sigmas))
+    assert same_levels(fitted, NoiseGrid(fitted.timesteps))
+    assert same_levels(fitted, fitted.model_copy(update={"scheduler": "Other"}))
+    assert not same_levels(fitted, NoiseGrid(fitted.timesteps, tuple(2 * level for level in fitted.sigmas or ())))
+    assert not same_levels(fitted, _identify(diffusers.DDIMScheduler(), 9))

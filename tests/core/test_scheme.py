@@ -13,6 +13,13 @@ from dacc.core.scheme import Scheme
         ({"bits": 3, "symmetric": False}, "w3-asym"),
         ({"bits": 8, "act_bits": 8, "act_mode": "dynamic"}, "w8a8"),
         ({"bits": 4, "group_size": 64, "two_level": True, "act_bits": 8, "act_mode": "dynamic"}, "w4a8-g64-two-level"),
+        ({"bits": 8, "act_bits": 6, "act_mode": "static"}, "w8a6-static"),
+        ({"bits": 4, "act_bits": 8, "act_mode": "per-step", "act_steps": 50}, "w4a8-per-step50"),
+        ({"bits": 4, "symmetric": False, "split": 128}, "w4-asym-split128"),
+        (
+            {"bits": 4, "group_size": 64, "two_level": True, "act_bits": 8, "act_mode": "static", "split": 128},
+            "w4a8-g64-two-level-static-split128",
+        ),
     ],
 )
 def test_names_are_short_and_tell_everything(fields, name):
@@ -33,7 +40,14 @@ def test_codes_are_twos_complement_or_start_at_zero(bits, signed, unsigned):
         ({"bits": 4, "group_size": 0}, "greater than or equal to 1"),
         ({"bits": 4, "act_bits": 8}, "act_mode is 'none' exactly when act_bits is 16"),
         ({"bits": 4, "act_mode": "dynamic"}, "act_mode is 'none' exactly when act_bits is 16"),
+        *(({"bits": 8, "act_bits": bits, "act_mode": "static"}, "4 to 8 bits, or 16") for bits in (3, 9, 15, 17)),
+        ({"bits": 8, "act_bits": 8, "act_mode": "per-step"}, "act_steps is given exactly when"),
+        ({"bits": 8, "act_bits": 8, "act_mode": "static", "act_steps": 4}, "act_steps is given exactly when"),
+        ({"bits": 8, "act_bits": 8, "act_mode": "per-step", "act_steps": 0}, "greater than or equal to 1"),
+        ({"bits": 8, "split": 0}, "greater than or equal to 1"),
+        ({"bits": 4, "group_size": 16, "split": 40}, "does not divide the first 40 channels"),
         ({"bits": 4, "symmetric": False, "act_bits": 8, "act_mode": "dynamic"}, "need symmetric weights"),
+        ({"bits": 4, "symmetric": False, "act_bits": 8, "act_mode": "static"}, "need symmetric weights"),
         ({"bits": 5, "group_size": 16, "two_level": True}, "at most 4 bits"),
         ({"bits": 4, "two_level": True}, "symmetric groups"),
         ({"bits": 4, "group_size": 16, "two_level": True, "symmetric": False}, "symmetric groups"),
@@ -45,6 +59,12 @@ def test_what_cannot_be_stored_or_multiplied_is_refused(fields, advice):
         build_config(Scheme, **fields)
 
 
-def test_a_scheme_survives_json():
-    scheme = Scheme(bits=4, group_size=32, two_level=True, act_bits=8, act_mode="dynamic")
+def test_a_split_makes_two_parts():
+    assert Scheme(bits=8).parts == 1
+    assert Scheme(bits=8, split=3).parts == 2
+
+
+@pytest.mark.parametrize("mode", [{"act_mode": "dynamic"}, {"act_mode": "per-step", "act_steps": 20, "split": 64}])
+def test_a_scheme_survives_json(mode):
+    scheme = Scheme(bits=4, group_size=32, two_level=True, act_bits=5, **mode)
     assert Scheme.model_validate_json(scheme.model_dump_json()) == scheme

@@ -1,0 +1,124 @@
+"""A unit of the network as calibrated methods see it: its layers, what enters it, and what it should give.
+
+The inputs come from the network that is quantized up to here, the targets from the float network, so a unit can make up
+for what its predecessors lost ("asymmetric" reconstruction: Nagel et al., 2020, arXiv 2004.10568, section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from ..core.scheme import Scheme
+from ..runtime.activation import ActivationScale
+from ..runtime.clock import RunState, fixed_run
+from ..runtime.weight import QuantizedWeight, from_rows
+from .plan import LayerPlan
+from .simulate import RoundedInputs
+from .walk import UnitInput
+
+JUDGED = 24  # calls at most that the error of a unit is taken from
+
+
+@dataclass(frozen=True)
+class Treated:
+    """What a method made of one layer."""
+
+    weight: QuantizedWeight
+    acts: ActivationScale | None = None  # for schemes with fixed activation scales
+    method: str | None = None  # what rounded it, where that is not the method of the pass
+    output_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """One call in which the unit runs."""
+
+    state: RunState | None
+    entering: UnitInput
+    target: tuple[Tensor, ...] | None = None  # what the float network gives here; None where no method asks for it
+    intact: UnitInput | None = None  # what enters the unit in the float network
+
+    @property
+    def call(self) -> int:
+        """Where on the grid."""
+        return self.state.call if self.state else 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """One unit, its weights still float."""
+
+    name: str
+    module: nn.Module
+    plans: tuple[LayerPlan, ...]  # layers to quantize here
+    sightings: Sequence[Sighting]
+    rounding: RoundedInputs  # of the activations, by layer
+    seed: int  # of this unit
+    reference: nn.Module | None = None  # the unit of the float network
+    merged: Sequence[Sighting] = ()  # the same inputs in larger pieces, for learning; empty: the sightings are as good
+
+    def drawn(self, generator: torch.Generator) -> Sighting:
+        """One to learn from."""
+        pieces = self.merged or self.sightings
+        return pieces[int(torch.randint(len(pieces), (1,), generator=generator))]
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The layers to quantize, by their names in the network."""
+        return {plan.name: self.module.get_submodule(self.inside(plan.name)) for plan in self.plans}
+
+    def scheme(self, name: str) -> Scheme:
+        """The planned scheme of a layer."""
+        found = next(plan.scheme for plan in self.plans if plan.name == name)
+        assert found is not None
+        return found
+
+    def run(self, sighting: Sighting, rows: Mapping[str, Tensor] | None = None) -> tuple[Tensor, ...]:
+        """The outputs of the unit in one call.
+
+        Args:
+            rows: weights to use instead of the module's own, (O, K) each, by layer name.
+        """
+        weights = {}
+        for name, values in (rows or {}).items():
+            inside = self.inside(name)
+            layer = self.module.get_submodule(inside)
+            key = f"{inside}.weight" if inside else "weight"
+            weights[key] = from_rows(values, tuple(layer.weight.shape))  # type: ignore[arg-type]
+        with fixed_run(sighting.state):
+            entering = sighting.entering
+            return outputs_of(functional_call(self.module, weights, entering.args, dict(entering.kwargs)))
+
+    def error(self, rows: Mapping[str, Tensor] | None = None) -> float:
+        """||y - y^|| / ||y|| over some sightings, always the same ones, that have a target."""
+        wrong = power = 0.0
+        step = -(-len(self.sightings) // JUDGED)
+        with torch.no_grad():
+            for sighting in self.sightings[::step]:
+                if sighting.target is not None:
+                    for mine, wanted in zip(self.run(sighting, rows), sighting.target, strict=True):
+                        wrong += float((mine - wanted).square().sum(dtype=torch.float64))
+                        power += float(wanted.square().sum(dtype=torch.float64))
+        return (wrong / max(power, 1e-30)) ** 0.5
+
+    def only(self, plans: Sequence[LayerPlan]) -> Block:
+        """The same unit with fewer layers to treat."""
+        return replace(self, plans=tuple(plans))
+
+    def inside(self, name: str) -> str:
+        """Name of a layer as the unit knows it; empty when the unit is that layer."""
+        if not self.name:
+            return name
+        return name[len(self.name) + 1 :] if name != self.name else ""
+
+
+def outputs_of(output: Any) -> tuple[Tensor, ...]:
+    """The tensors that a module gives: one, or several for blocks of two streams."""
+    return tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
