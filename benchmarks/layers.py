@@ -21,13 +21,22 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from dacc.core.machine import describe_machine
+from dacc.core.schedule_id import ScheduleId
 from dacc.core.scheme import Scheme
-from dacc.runtime.layers import QuantizedLayer, set_prefer_, swap_layers_
+from dacc.quant.ranges import grid_of
+from dacc.runtime.activation import ActivationScale
+from dacc.runtime.layers import QuantizedLayer, set_prefer_, set_step_table_, swap_layers_
+from dacc.runtime.step_table import StepTable
 from dacc.runtime.weight import QuantizedWeight, to_rows
 
 Variants = dict[str, Callable[[], Tensor]]
 
 W8A8 = Scheme(bits=8, act_bits=8, act_mode="dynamic")
+FIXED = {  # name of a variant -> scheme with fixed activation scales
+    "int8 static": Scheme(bits=8, act_bits=8, act_mode="static"),
+    "int8 per-step": Scheme(bits=8, act_bits=8, act_mode="per-step", act_steps=50),
+    "w4a8 static": Scheme(bits=4, act_bits=8, act_mode="static"),
+}
 W8 = Scheme(bits=8)
 W4 = Scheme(bits=4, group_size=64)
 
@@ -68,8 +77,14 @@ def quantize(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     return QuantizedWeight.from_codes(codes, scheme, tuple(weight.shape), scale=scale.squeeze(-1))
 
 
-def quantized(model: nn.Module, schemes: dict[str, Scheme]) -> nn.Module:
-    """A copy of `model` with the named layers quantized."""
+def quantized(
+    model: nn.Module, schemes: dict[str, Scheme], ranges: dict[str, tuple[Tensor, Tensor]] | None = None
+) -> nn.Module:
+    """A copy of `model` with the named layers quantized.
+
+    Args:
+        ranges: lowest and highest value that enters each layer, for schemes with fixed activation scales.
+    """
     model = copy.deepcopy(model)
     weights = {name: quantize(model.get_submodule(name).weight, scheme) for name, scheme in schemes.items()}
     swap_layers_(model, schemes)
@@ -77,7 +92,29 @@ def quantized(model: nn.Module, schemes: dict[str, Scheme]) -> nn.Module:
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantizedLayer)
         layer.store_weight(weight)
+        if layer.scheme.act_mode in ("static", "per-step"):
+            assert ranges is not None
+            scale, zero_point = grid_of(*ranges[name], layer.scheme.act_bits)
+            rows = (layer.scheme.act_steps or 0) + 1
+            layer.store_activation(ActivationScale(scale.expand(rows, 1), zero_point.expand(rows, 1)))
+    set_step_table_(model, StepTable(ScheduleId(scheduler="", config_sha256="", timesteps=tuple(range(50, 0, -1)))))
     return model
+
+
+def observed(model: nn.Module, names: list[str], *inputs: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The range of what enters the named layers of a float model."""
+    ranges: dict[str, tuple[Tensor, Tensor]] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: ranges.update({name: args[0].aminmax()})
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return ranges
 
 
 def dit_variants(compiled: bool) -> Iterator[tuple[str, Variants]]:
@@ -85,9 +122,12 @@ def dit_variants(compiled: bool) -> Iterator[tuple[str, Variants]]:
     model, x = Blocks().eval(), torch.randn(2, 256, 1152)
     modulation = {f"blocks.{i}.norm1.linear": W8 for i in range(8)}
     products = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
-    schemes = {f"blocks.{i}.{name}": W8A8 for i in range(8) for name in products}
+    names = [f"blocks.{i}.{name}" for i in range(8) for name in products]
+    ranges = observed(model, names, x)
     bf16 = copy.deepcopy(model).bfloat16()
-    models = {"fp32": model, "bf16": bf16, "int8": quantized(bf16, schemes | modulation)}
+    models = {"fp32": model, "bf16": bf16, "int8": quantized(bf16, dict.fromkeys(names, W8A8) | modulation)}
+    for variant, scheme in FIXED.items():
+        models[variant] = quantized(bf16, dict.fromkeys(names, scheme) | modulation, ranges)
     yield "8 DiT blocks, 2 x 256 tokens", variants_of(models, x, compiled)
 
 
@@ -98,6 +138,9 @@ def resnet_variants(compiled: bool) -> Iterator[tuple[str, Variants]]:
     bf16 = copy.deepcopy(model).bfloat16()
     int8 = quantized(bf16, {"conv1": W8A8, "conv2": W8A8, "time_emb_proj": W8})
     models = {"fp32": model, "bf16": bf16, "int8": int8}
+    ranges = observed(model, ["conv1", "conv2"], x, time_embedding)
+    for variant, scheme in FIXED.items():
+        models[variant] = quantized(bf16, {"conv1": scheme, "conv2": scheme, "time_emb_proj": W8}, ranges)
     last = {"bf16 channels_last": copy.deepcopy(bf16).to(memory_format=torch.channels_last), "int8 channels_last": int8}
     variants = variants_of(models, x, compiled, time_embedding)
     variants |= variants_of(last, x.to(memory_format=torch.channels_last), compiled, time_embedding)

@@ -1,203 +1,211 @@
-"""Quantization of the trained zoo pipelines, every method at every width: quality, bytes, as one table.
+"""Quantization of the trained zoo pipelines, every method at every width, with other libraries beside ours.
 
-    python benchmarks/ptq_study.py                     # everything; goes on where it stopped
-    python benchmarks/ptq_study.py --num 100 --zoo digits-dit --row W4
+    python benchmarks/ptq_study.py --fid-samples 0            # the cheap part of every cell; goes on where it stopped
+    python benchmarks/ptq_study.py                            # adds FID on the digits
+    python benchmarks/ptq_study.py --pipeline digits-dit --setting W4A8 --row gptq --again
+    python benchmarks/ptq_study.py --table-only               # docs/results.md from the JSON; runs nothing
 
-Every row is `dacc quantize` with the options in `ROWS`, sampled from the same noise as the full-precision pipeline.
-Samples are kept in --work, so an interrupted study goes on with the next row. The tables are written into
-docs/results.md between the marks of each pipeline. Text pipelines are asked for the zoo's evaluation prompts.
+A cell is a pipeline, a setting and a row: options of `dacc quantize` (`ptq_rows.py`) or a peer (`peers.py`, which says
+how they are installed). Each is quantized in a process of its own, sampled from the same noise as the float pipeline,
+and written to `ptq_study.json` once it is measured. Bundles and judged images stay in --work, so that FID can be added.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
-from math import prod
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
+from dacc.benchmarks.peers import PEERS
+from dacc.benchmarks.ptq_bench import Bench, treat
+from dacc.benchmarks.ptq_cells import (
+    FLOAT_ROW,
+    FLOAT_SETTING,
+    Cell,
+    fingerprint,
+    is_finished,
+    read_study,
+    write_study,
+)
+from dacc.benchmarks.ptq_child import PEERS_FOLDER, ChildFailed
+from dacc.benchmarks.ptq_measure import Seen, measure, read_seen
+from dacc.benchmarks.ptq_rows import DRAWN, PIPELINES, ROWS, SETTINGS, WITH_FID, row_options
+from dacc.benchmarks.ptq_table import write_tables
 from dacc.core.config import build_config
+from dacc.core.errors import DaccError
 from dacc.core.machine import describe_machine
-from dacc.core.manifest import read_manifest
-from dacc.core.pipeline import denoiser_names
 from dacc.core.reporter import Reporter
-from dacc.core.seeds import seed_stream
-from dacc.core.source import resolve_source
-from dacc.core.tensor_file import stored_tensors, tensor_bytes
 from dacc.core.zoo import zoo_entry
 from dacc.evaluate.grid import write_grid
 from dacc.evaluate.judge import load_judge
-from dacc.evaluate.quality import measure_quality
-from dacc.evaluate.result import Metric
-from dacc.quant.api import quantize_pipeline
+from dacc.quant.api import METHODS
 from dacc.quant.config import QuantizeConfig
-from dacc.runtime.compare import Samples
-from dacc.runtime.load import load_source
-from dacc.runtime.trajectory import RunRequest, sample
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results.md"
-PICTURES = RESULTS.parent / "images"
-DRAWN = ("full precision", "W4", "W4 gptq", "W2", "W2 gptq")  # rows of the picture
-COLUMNS = 10
-PIPELINES = ("digits-unet", "digits-dit", "shapes-sd", "shapes-mmdit")
-COLUMN_ORDER = (
-    "class_accuracy",
-    "class_agreement",
-    "caption_accuracy",
-    "shape_accuracy",
-    "relation_accuracy",
-    "relative_l2",
-    "psnr",
-    "ssim",
-    "fid",
-)
-ROWS: dict[str, dict[str, Any]] = {  # name -> options of `dacc quantize`; rtn where no method is named
-    "W8": {"bits": 8},
-    "W8A8": {"bits": 8, "act_bits": 8},
-    "W8A8 gptq": {"bits": 8, "act_bits": 8, "method": "gptq"},
-    "W6": {"bits": 6},
-    "W4": {"bits": 4},
-    "W4 gptq": {"bits": 4, "method": "gptq"},
-    "W4A8": {"bits": 4, "act_bits": 8},
-    "W4A8 gptq": {"bits": 4, "act_bits": 8, "method": "gptq"},
-    "W3": {"bits": 3},
-    "W3 gptq": {"bits": 3, "method": "gptq"},
-    "W2": {"bits": 2},
-    "W2 gptq": {"bits": 2, "method": "gptq"},
-}
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results.md"
+RECORD = Path(__file__).with_suffix(".json")
+COLUMNS = 10  # images in the picture
 
 
 def main() -> None:
-    """Sample what is missing, then write the tables."""
+    """Measure what is missing, then write the tables."""
     options = _parse()
     torch.set_num_threads(options.threads)
     reporter = Reporter()
-    for name in options.zoo or PIPELINES:
-        rows = {row: ROWS[row] for row in options.row or ROWS}
-        entry = zoo_entry(name)
-        request = RunRequest(
-            seeds=seed_stream("evaluation", 0, options.num),
-            num_inference_steps=options.steps or entry.num_inference_steps,
-            batch_size=options.batch_size,
-        ).with_zoo_defaults(entry)
-        work = options.work / name / _fingerprint(name, request)
-        sets = [_samples(f"zoo:{name}", work / "float", request, reporter)]
-        sizes = [_float_share(name)]
-        for row, settings in rows.items():
-            bundle = quantize_pipeline(
-                f"zoo:{name}",
-                build_config(QuantizeConfig, measure="never", **settings),
-                output=work / row.replace(" ", "-"),
-                reporter=reporter,
-            )
-            sets.append(_samples(str(bundle), work / f"{row.replace(' ', '-')}-samples", request, reporter))
-            sizes.append(_share(bundle))
-        judge = load_judge(entry)
-        results = measure_quality(sets, request, judge)
-        table = _table(["full precision", *rows], sizes, results)
-        _write(name, request, table, judge.facts if judge else {})
-        _draw(name, dict(zip(["full precision", *rows], sets, strict=True)), results)
-        print(table)
+    if not options.table_only:
+        for name in options.pipeline or PIPELINES:
+            bench = Bench(name, options, reporter)
+            for setting, row in _wanted(options):
+                _fill(bench, setting, row)
+            _draw(bench)
+    study = read_study(options.json)
+    written = write_tables(options.results, study, PIPELINES, {name: _facts(name) for name in PIPELINES})
+    reporter.say(f"{options.results.name}: tables of {', '.join(written) or 'no pipeline'}")
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num", type=int, default=500, help="images per row")
+    rows = [FLOAT_ROW, *ROWS, *PEERS]
+    parser.add_argument("--pipeline", action="append", choices=PIPELINES, help="repeatable; default: all")
+    parser.add_argument("--setting", action="append", choices=list(SETTINGS), help="repeatable; default: all")
+    parser.add_argument("--row", action="append", choices=rows, help="repeatable; default: all, peers too")
+    parser.add_argument("--seeds", type=int, default=256, help="images compared with the float pipeline's")
+    parser.add_argument("--fid-samples", type=int, default=2000, help="images for FID, on the digits; 0: no FID")
+    parser.add_argument("--only-missing", action="store_true", help="leave every cell alone that is on record")
+    parser.add_argument("--again", action="store_true", help="measure these cells again from the start")
+    parser.add_argument("--table-only", action="store_true", help="write the tables from the JSON, run nothing")
     parser.add_argument("--steps", type=int, help="solver steps; default: the zoo's own")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--zoo", action="append", choices=PIPELINES, help="repeatable; default: all")
-    parser.add_argument("--row", action="append", choices=list(ROWS), help="repeatable; default: all")
     parser.add_argument("--work", type=Path, default=Path(".work/study"))
+    parser.add_argument("--peers", type=Path, default=PEERS_FOLDER, help="folder that the peers are installed in")
+    parser.add_argument("--json", type=Path, default=RECORD)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
-def _fingerprint(name: str, request: RunRequest) -> str:
-    """Samples are kept per weights and request."""
-    source = resolve_source(f"zoo:{name}", reporter=Reporter(quiet=True))
-    weights = [file.stat().st_size for file in sorted(source.path.rglob("*.safetensors"))]
-    digest = hashlib.sha256(f"{weights}{request.model_dump_json()}".encode())
-    for file in sorted(source.path.rglob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
+def _wanted(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Settings and rows in order, the float pipeline first."""
+    named = options.row or [FLOAT_ROW, *ROWS, *PEERS]
+    if FLOAT_ROW in named:
+        yield FLOAT_SETTING, FLOAT_ROW
+    for setting in options.setting or SETTINGS:
+        yield from ((setting, row) for row in named if row in ROWS and setting in ROWS[row].settings)
+        yield from ((setting, row) for row in named if row in PEERS and setting in PEERS[row].formats)
 
 
-def _samples(source: str, cache: Path, request: RunRequest, reporter: Reporter) -> Samples:
-    """Sampled once, then read from disk."""
-    file = cache.with_suffix(".safetensors")
-    if not file.is_file():
-        reporter.say(f"sampling {source}")
-        pipe = load_source(resolve_source(source, reporter=reporter), device="cpu", reporter=reporter)
-        found = sample(pipe, request, reporter=reporter)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": found.latents, "images": found.images}, file.with_suffix(".partial"))
-        file.with_suffix(".partial").rename(file)
-    return Samples(**load_file(file))
-
-
-def _share(bundle: Path) -> float:
-    """Bytes of the denoiser against float32."""
-    manifest = read_manifest(bundle)
-    assert manifest is not None
-    (record,) = manifest.components.values()
-    return record.bytes_after / record.bytes_fp32
-
-
-def _float_share(name: str) -> float:
-    """The same for the float source."""
-    folder = zoo_entry(name).path
-    (component,) = denoiser_names(folder)
-    stored = stored_tensors(folder / component).values()
-    return sum(map(tensor_bytes, stored)) / (4 * sum(prod(tensor.shape) for tensor in stored))
-
-
-def _table(names: list[str], sizes: list[float], results: list[dict[str, Metric]]) -> str:
-    columns = [key for key in COLUMN_ORDER if key in results[1]]
-    lines = ["| | bytes / float32 | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for name, size, result in zip(names, sizes, results, strict=True):
-        cells = [_cell(result.get(column)) for column in columns]
-        lines.append(f"| {name} | {size:.3f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _draw(name: str, sets: dict[str, Samples], results: list[dict[str, Metric]]) -> None:
-    """The first images of some rows, one above the other, from the same noise."""
-    rows = [
-        (row, f"PSNR {result['psnr'].value:.1f} dB" if "psnr" in result else "", samples.images[:COLUMNS])
-        for (row, samples), result in zip(sets.items(), results, strict=True)
-        if row in DRAWN
-    ]
-    PICTURES.mkdir(exist_ok=True)
-    write_grid(rows, PICTURES / f"{name}.png")
-
-
-def _cell(metric: Metric | None) -> str:
-    if metric is None:
-        return "-"
-    interval = f" [{metric.low:.4g}, {metric.high:.4g}]" if metric.low is not None else ""
-    return f"{metric.value:.4g}{interval}"
-
-
-def _write(name: str, request: RunRequest, table: str, facts: dict[str, Any]) -> None:
-    """Put the table between the marks of this pipeline in docs/results.md."""
-    begin, end = f"<!-- ptq:{name} -->", f"<!-- /ptq:{name} -->"
-    half = facts.get("fid_between_halves")
-    machine = describe_machine()
-    note = (
-        f"{len(request.seeds)} images, {request.num_inference_steps} steps, "
-        f"guidance {request.guidance_scale or 'none'}, float32 arithmetic; "
-        f"{machine['processor']} ({machine['instruction_sets']}), torch {machine['torch']}, "
-        f"{datetime.date.today().isoformat()}. Brackets: 95 % intervals."
-        + (f" FID between two halves of the real images: {half:.3g}." if half else "")
+def _fill(bench: Bench, setting: str, row: str) -> None:
+    """Measure one cell unless it is finished; what cannot be measured yet is said and passed over."""
+    place = f"{bench.name} {setting} {row}"
+    try:
+        options = _options(bench, setting, row)
+    except DaccError as error:
+        return bench.reporter.say(f"{place}: not measured yet: {error}")
+    found = read_study(bench.options.json).find(bench.name, setting, row)
+    wanted = fingerprint(asked=bench.asked, options=options)
+    again, only_missing = bench.options.again, bench.options.only_missing
+    if not again and is_finished(found, wanted, bench.fid_samples, only_missing=only_missing):
+        return None
+    bench.reporter.say(place)
+    folder = bench.folder(setting, row, wanted)
+    if again and setting != FLOAT_SETTING:
+        shutil.rmtree(folder, ignore_errors=True)
+    base = Cell(
+        pipeline=bench.name,
+        setting=setting,
+        row=row,
+        peer=row in PEERS,
+        fingerprint=wanted,
+        options=options,
+        steps=bench.request.num_inference_steps,
+        machine=describe_machine(),
+        date=datetime.date.today().isoformat(),
+        commit=_commit(),
     )
-    text = RESULTS.read_text(encoding="utf-8")
-    head, rest = text.split(begin)
-    tail = rest.split(end)[1]
-    RESULTS.write_text(f"{head}{begin}\n{note}\n\n{table}\n{end}{tail}", encoding="utf-8")
+    try:
+        facts, seen = treat(bench, setting, row, options, folder)
+        cell = base.model_copy(update={**facts, **_measured(bench, seen, is_float=row == FLOAT_ROW)})
+    except Exception as error:  # whatever breaks in one cell, the others are measured; the record says what it was
+        said = str(error) if isinstance(error, DaccError | ChildFailed | FloatingPointError) else repr(error)
+        cell = base.model_copy(update={"status": f"{'cannot run' if base.peer else 'failed'}: {said}"})
+        bench.reporter.say(f"{place}: {cell.status}")
+        if found and found.measured and found.fingerprint == wanted and not again:
+            return None  # only what was to be added failed
+    write_study(bench.options.json, read_study(bench.options.json).with_cell(cell))
+
+
+def _options(bench: Bench, setting: str, row: str) -> dict[str, Any]:
+    """What a cell is made from.
+
+    Raises:
+        DaccError: there is no such method or option yet, or the peer is not installed.
+    """
+    if row == FLOAT_ROW:
+        return {}
+    if row in PEERS:
+        package = PEERS[row].package
+        places = [str(bench.options.peers), *sys.path]
+        if not (found := next(iter(distributions(name=package, path=places)), None)):
+            raise DaccError(f"{package} is not installed.", mend="See benchmarks/peers.py.")
+        return {"format": PEERS[row].formats[setting], "package": f"{package} {found.version}"}
+    method = METHODS.load(ROWS[row].options["method"])
+    options = row_options(bench.name, setting, row, temporal_by_itself=getattr(method, "TEMPORAL", False))
+    build_config(QuantizeConfig, measure="never", **options)
+    return options
+
+
+def _measured(bench: Bench, seen: Seen, *, is_float: bool) -> dict[str, Any]:
+    """Metrics of a row and from how many images.
+
+    Raises:
+        FloatingPointError: its images are not numbers.
+    """
+    if not torch.isfinite(seen.paired.latents).all() or not torch.isfinite(seen.paired.images).all():
+        raise FloatingPointError("it gives NaN or infinity")
+    reference = None if is_float else bench.reference
+    count = bench.fid_samples if bench.judge else 0
+    metrics = measure(seen, reference, bench.request, bench.judge, fid_samples=count)
+    return {"metrics": metrics, "seeds": len(seen.paired), "fid_samples": count}
+
+
+def _draw(bench: Bench) -> None:
+    """The first images of some rows, one above the other, from the same noise; only when all of them are there."""
+    study, rows = read_study(bench.options.json), []
+    for setting, row in DRAWN:
+        cell = study.find(bench.name, setting, row)
+        if not cell or not cell.measured:
+            return
+        if not (seen := read_seen(bench.folder(setting, row, cell.fingerprint) / "seen.safetensors")):
+            return
+        label = f"{setting.removesuffix('A16')} {row.removesuffix(' (defaults)')}"
+        rows.append((label, f"PSNR {cell.metrics['psnr'].value:.1f} dB", seen.paired.images[:COLUMNS]))
+    pictures = bench.options.results.parent / "images"
+    pictures.mkdir(exist_ok=True)
+    write_grid([(FLOAT_ROW, "", bench.reference.paired.images[:COLUMNS]), *rows], pictures / f"{bench.name}.png")
+
+
+def _facts(name: str) -> str:
+    """What to say of a pipeline's request above its table."""
+    entry = zoo_entry(name)
+    judge = load_judge(entry)
+    half = judge.facts.get("fid_between_halves") if judge and name in WITH_FID else None
+    text = f"guidance {entry.guidance_scale or 'none'}, float32 arithmetic"
+    return text + (f"; FID between two halves of the real images: {half:.3g}" if half else "")
+
+
+def _commit() -> str:
+    """The commit that measured, marked when files differ from it."""
+    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

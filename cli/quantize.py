@@ -48,8 +48,8 @@ def quantize(
         str,
         typer.Option(
             metavar="auto|dynamic|static|per-step",
-            help="Where activation scales come from: each input as it comes, or a calibration set; one for all steps or "
-            "one for each. auto: what the method is made for.",
+            help="Where activation scales come from: each input as it comes (dynamic), or a calibration set, one for "
+            "all steps (static) or one for each (per-step). auto: what the method is made for.",
             autocompletion=options.words("auto", "dynamic", "static", "per-step"),
         ),
     ] = "auto",
@@ -93,6 +93,10 @@ def quantize(
     ] = None,
     component: options.ComponentOption = None,
     setting: options.SetOption = None,
+    cache_gb: Annotated[
+        str,
+        typer.Option(metavar="GB", help="Memory for what calibration calls hold between blocks; less: fewer calls."),
+    ] = "4",
     measure: Annotated[
         str,
         typer.Option(
@@ -141,6 +145,7 @@ def quantize(
         layer_bits=[_layer_bits(text) for text in layer_bits or []],
         component=component or (),
         settings=parse_settings(setting or []),
+        cache_gb=cache_gb,
         measure=measure,
         seed=seed,
     )

@@ -88,8 +88,12 @@ class BundleWriter(OutputWriter):
         self._linked = False
 
     def save_unit(self, name: str, tensors: Mapping[str, StoredTensor | Tensor], record: Any) -> None:
-        """Keep one finished unit, named `component/unit`; tensors by their full names within the component."""
-        assert name.partition("/")[0] in self.replace, f"{name!r} does not begin with a replaced component"
+        """Keep one finished unit, named `component/unit`; tensors by their full names within the component.
+
+        What only a resumed run needs is named `purpose:component`, and not written to the component.
+        """
+        component = name.partition("/")[0].rpartition(":")[2]
+        assert component in self.replace, f"{name!r} does not begin with a replaced component"
         super().save_unit(name, tensors, record)
 
     # files

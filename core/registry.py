@@ -49,9 +49,10 @@ class Registry:
         """
         self.check(name)
         for node in ast.parse(self._file(name).read_text(encoding="utf-8")).body:
-            targets = node.targets if isinstance(node, ast.Assign) else []
-            if any(isinstance(target, ast.Name) and target.id == constant for target in targets):
-                return ast.literal_eval(node.value)
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                if any(isinstance(target, ast.Name) and target.id == constant for target in targets):
+                    return ast.literal_eval(node.value)
         return default
 
     def load(self, name: str) -> ModuleType:

@@ -28,12 +28,13 @@ from ..runtime.activation import ActivationScale
 from ..runtime.trajectory import DenoiserCall
 from ..runtime.weight import QuantizedWeight
 from .block import Block, Sighting, Treated, outputs_of
+from .held import calls_within
 from .layerwise import treat_layers, weight_error_of
 from .plan import LayerPlan
 from .ranges import dynamic_roundings, with_scales
 from .simulate import RoundedInputs, put_weight_, rounding_of
 from .units import Unit, find_units
-from .walk import Walk
+from .walk import UnitInput, Walk
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Treatment:
     method: ModuleType
     config: Config  # the method's own
     writer: BundleWriter
+    folder: Path  # of the float component
     seed: int = 0
+    cache_gb: float = 4.0
 
     def key(self, plan: LayerPlan) -> str:
         """Name of a layer in the journal."""
@@ -75,7 +78,12 @@ def quantize_units(
     rounding = RoundedInputs(model, {plan.name: plan.scheme for plan in planned if plan.scheme})
     chosen: dict[str, int | float | str] = {}
     if method.UNIT == "block":
-        chosen = _decided(treatment, lambda: method.decide(model, planned, calls, treatment.config, reporter))
+        chosen = _decided(
+            treatment,
+            lambda: method.decide(
+                model, find_units(model, planned, family, calls[0]), calls, treatment.config, reporter
+            ),
+        )
     if hasattr(method, "temporal_block"):
         if block := method.temporal_block(model, planned, family, calls, rounding, treatment.seed):
             _finish_unit(treatment, block, chosen)
@@ -83,10 +91,21 @@ def quantize_units(
         else:
             reporter.notice(f"{family.name}: no layers that depend on the time alone were found; none is treated apart")
     units = find_units(model, planned, family, calls[0])
+    walking = calls_within(
+        treatment.cache_gb,
+        model,
+        calls,
+        [unit.name for unit in units],
+        walks=2 if method.UNIT == "block" else 1,
+        seed=treatment.seed,
+        reporter=reporter,
+    )
     for block in reporter.progress(
-        _blocks(treatment, model, units, calls, rounding), f"quantize {treatment.component}", len(units)
+        _blocks(treatment, model, units, walking, rounding), f"quantize {treatment.component}", len(units)
     ):
         _finish_unit(treatment, block, chosen)
+    if hasattr(method, "finish"):
+        _finish_model(treatment, model, [plan for plan in plans if plan.scheme], calls, rounding, chosen, reporter)
     multiplying = [plan for plan in plans if not isinstance(model.get_submodule(plan.name), nn.Embedding)]
     _tell_of_baselines(treatment, multiplying, reporter)
     return chosen
@@ -133,10 +152,7 @@ def _finish_unit(treatment: Treatment, block: Block, chosen: dict[str, Any]) -> 
         for plan in block.plans:
             _store(treatment, plan, block.layers[plan.name], treated[plan.name])
     for plan in block.plans:
-        weight, acts = _stored(treatment, plan)
-        layer = block.layers[plan.name]
-        put_weight_(layer, weight)
-        block.rounding.put(plan.name, rounding_of(weight.scheme, layer, acts))
+        _put_stored(treatment, plan, block.layers[plan.name], block.rounding)
 
 
 def _treat(treatment: Treatment, block: Block, chosen: dict[str, Any]) -> dict[str, Treated]:
@@ -149,6 +165,79 @@ def _treat(treatment: Treatment, block: Block, chosen: dict[str, Any]) -> dict[s
     return with_scales(block, treated, method.act_search(config))
 
 
+def _finish_model(
+    treatment: Treatment,
+    model: nn.Module,
+    plans: list[LayerPlan],
+    calls: Sequence[DenoiserCall],
+    rounding: RoundedInputs,
+    chosen: dict[str, Any],
+    reporter: Reporter,
+) -> None:
+    """Let a method that trains the whole network go on from what it made of the units."""
+    done = f"trained:{treatment.component}"
+    reference = load_float(treatment.folder, model)
+    if done not in treatment.writer.finished_units():
+        trained = _train_model(treatment, model, reference, plans, calls, rounding, chosen, reporter)
+        entries = {plan.name: _entry(plan, reference.get_submodule(plan.name), trained[plan.name]) for plan in plans}
+        tensors = {key: value for named, _ in entries.values() for key, value in named.items()}
+        treatment.writer.save_unit(done, tensors, {name: record for name, (_, record) in entries.items()})
+    # all together first: a run that stops between two of these would else train on from a mixture
+    records = treatment.writer.unit_record(done)
+    stored = treatment.writer.unit_tensors(done)
+    for plan in plans:
+        named = {key: kept.load() for key, kept in stored.items() if key.rpartition(".")[0] == plan.name}
+        treatment.writer.save_unit(treatment.key(plan), named, records[plan.name])
+        _put_stored(treatment, plan, model.get_submodule(plan.name), rounding)
+
+
+def _train_model(
+    treatment: Treatment,
+    model: nn.Module,
+    reference: nn.Module,
+    plans: list[LayerPlan],
+    calls: Sequence[DenoiserCall],
+    rounding: RoundedInputs,
+    chosen: dict[str, Any],
+    reporter: Reporter,
+) -> dict[str, Treated]:
+    """What the method makes of the network as a whole; the units that it starts from are in the journal."""
+    targets = _targets(reference, calls, reporter)
+    sightings = [
+        Sighting(call.state, UnitInput(call.args, call.kwargs), target)
+        for call, target in zip(calls, targets, strict=True)
+    ]
+    block = Block("", model, tuple(plans), sightings, rounding, named_seed(treatment.seed, "model"), reference)
+    starts = {plan.name: _treated(treatment, plan) for plan in plans}
+    checkpoint = Checkpoint(treatment.writer, f"training:{treatment.component}")
+    found: dict[str, Treated] = treatment.method.finish(block, starts, treatment.config, chosen, checkpoint, reporter)
+    return found
+
+
+def _targets(reference: nn.Module, calls: Sequence[DenoiserCall], reporter: Reporter) -> list[tuple[Tensor, ...]]:
+    """What the float network gives in every call."""
+    return [outputs_of(call.replay(reference)) for call in reporter.progress(calls, "float outputs")]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a training keeps its state, so that an interrupted one goes on."""
+
+    writer: BundleWriter
+    name: str
+
+    def save(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Replace what was kept before."""
+        self.writer.save_unit(self.name, tensors, record)
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was kept last; None at the start."""
+        if self.name not in self.writer.finished_units():
+            return None
+        tensors = {name: kept.load() for name, kept in self.writer.unit_tensors(self.name).items()}
+        return tensors, dict(self.writer.unit_record(self.name))
+
+
 def _decided(treatment: Treatment, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What the method decides for the whole model, the same again when an interrupted run goes on."""
     key = f"{treatment.component}/"
@@ -158,6 +247,15 @@ def _decided(treatment: Treatment, decide: Callable[[], dict[str, Any]]) -> dict
 
 
 def _store(treatment: Treatment, plan: LayerPlan, layer: nn.Module, treated: Treated) -> None:
+    treatment.writer.save_unit(treatment.key(plan), *_entry(plan, layer, treated))
+
+
+def _entry(plan: LayerPlan, layer: nn.Module, treated: Treated) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and record of a layer in the journal.
+
+    Args:
+        layer: the float one.
+    """
     own: Tensor = layer.weight  # type: ignore[assignment]
     record = ModuleRecord(
         scheme=treated.weight.scheme.name,
@@ -167,8 +265,7 @@ def _store(treatment: Treatment, plan: LayerPlan, layer: nn.Module, treated: Tre
         output_error=None if treated.output_error is None else six_digits(treated.output_error),
     )
     tensors = treated.weight.tensors() | (treated.acts.tensors() if treated.acts else {})
-    named = {f"{plan.name}.{key}": value for key, value in tensors.items()}
-    treatment.writer.save_unit(treatment.key(plan), named, record.model_dump())
+    return {f"{plan.name}.{key}": value for key, value in tensors.items()}, record.model_dump()
 
 
 def _stored(treatment: Treatment, plan: LayerPlan) -> tuple[QuantizedWeight, ActivationScale | None]:
@@ -178,6 +275,19 @@ def _stored(treatment: Treatment, plan: LayerPlan) -> tuple[QuantizedWeight, Act
     acts = ActivationScale(found.pop("act_scale"), found.pop("act_zero_point")) if "act_scale" in found else None
     scheme = plan.scheme_called(treatment.writer.unit_record(key)["scheme"])
     return QuantizedWeight(scheme, plan.shape, **found), acts
+
+
+def _put_stored(treatment: Treatment, plan: LayerPlan, layer: nn.Module, rounding: RoundedInputs) -> None:
+    """Let the network compute with a layer as the journal holds it."""
+    weight, acts = _stored(treatment, plan)
+    put_weight_(layer, weight)
+    rounding.put(plan.name, rounding_of(weight.scheme, layer, acts))
+
+
+def _treated(treatment: Treatment, plan: LayerPlan) -> Treated:
+    """The same with what the journal says of it."""
+    record = treatment.writer.unit_record(treatment.key(plan))
+    return Treated(*_stored(treatment, plan), method=record["method"], output_error=record["output_error"])
 
 
 def _tell_of_baselines(treatment: Treatment, plans: list[LayerPlan], reporter: Reporter) -> None:

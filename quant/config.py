@@ -35,6 +35,9 @@ class QuantizeConfig(Config):
     layer_bits: tuple[tuple[str, int], ...] = ()  # (glob, bits); 16 leaves the layer float; the last match wins
     component: tuple[str, ...] = ()  # empty: all denoisers
     settings: dict[str, Any] = Field(default_factory=dict)  # the method's own fields
+    cache_gb: float = Field(
+        4.0, gt=0
+    )  # what the calls of a calibration set may hold between the units; less: fewer calls
     measure: Literal["auto", "never"] = "auto"  # compare with the float pipeline at the end
     seed: int = 0
 
@@ -97,4 +100,10 @@ def on_the_fly(config: QuantizeConfig, components: Iterable[str]) -> CalibrateCo
     strategy = METHODS.fact(config.method, "CALIBRATION", "uniform")
     if config.act_mode == "per-step":
         strategy = "every-step"
-    return CalibrateConfig(strategy=strategy, component=tuple(components), seed=config.seed, budget_gb=ON_THE_FLY_GB)
+    return CalibrateConfig(
+        strategy=strategy,
+        samples=METHODS.fact(config.method, "SAMPLES", 32),
+        component=tuple(components),
+        seed=config.seed,
+        budget_gb=ON_THE_FLY_GB,
+    )

@@ -63,7 +63,7 @@ def quantize_component(
     if calibration:
         _check_treated(stored, plans)
         family, _ = find_family(type(skeleton).__name__)
-        treatment = Treatment(name, method, method_config, writer, job.config.seed)
+        treatment = Treatment(name, method, method_config, writer, folder, job.config.seed, job.config.cache_gb)
         if target.type != "cpu":
             reporter.say(f"{job.config.method} treats the layers on the CPU, not on {target}")
         calls = [call for call in calibration if call.component == name]

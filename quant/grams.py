@@ -45,7 +45,9 @@ class Grams:
         def gather(layer: nn.Module, args: tuple[Any, ...]) -> None:
             count = self._counts.get(name, 0)
             rows = some_rows(layer, args[0], self._rows_per_call, seed=count).float()
-            self._sums[name] = self._sums.get(name, 0) + rows.T @ rows
+            if name not in self._sums:
+                self._sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            self._sums[name].addmm_(rows.T, rows)
             self._counts[name] = count + len(rows)
 
         return gather

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.scheme import Scheme
-from ..runtime.weight import QuantizedWeight
+from ..runtime.weight import QuantizedWeight, spread
 
 FLOAT16_SAFE = (2.0**-14, 65504.0)  # normal range: smaller scales would lose mantissa bits
 SHRINK_STEPS = 20  # candidates of the range search: 1.0, 0.98, ... of the full range
@@ -68,14 +68,6 @@ class Grid:
         for start in range(0, len(rows), step):
             some = slice(start, start + step)
             yield Grid(self.scheme, self.scale[some], self.zero_point[some], self.group_scale[some]), rows[some]
-
-
-def spread(values: Tensor, features: int, split: int | None) -> Tensor:
-    """Values per group or per part (O, G) for every feature of a row, (O, K)."""
-    groups = values.shape[1]
-    if split and groups == 2:
-        return values.repeat_interleave(torch.tensor([split, features - split], device=values.device), dim=1)
-    return values.repeat_interleave(features // groups, dim=1)
 
 
 def find_grid(rows: Tensor, scheme: Scheme, *, search: bool) -> Grid:

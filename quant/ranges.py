@@ -211,10 +211,3 @@ def dynamic_roundings(block: Block) -> dict[str, Rounding | None]:
         for name, layer in block.layers.items()
         if block.scheme(name).act_mode == "dynamic"
     }
-
-
-def spread_parts(values: Tensor, features: int, split: int | None) -> Tensor:
-    """One value for each part (P,) to one for each input feature (K,)."""
-    if split is None or len(values) == 1:
-        return values[:1].expand(features)
-    return torch.cat([values[:1].expand(split), values[1:].expand(features - split)])

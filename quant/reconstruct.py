@@ -12,7 +12,6 @@ Letters: O rows, K input features per row.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,18 +20,18 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..core.config import Config
 from ..core.reporter import Reporter
-from ..runtime.clock import fixed_run
 from ..runtime.trajectory import DenoiserCall
-from ..runtime.weight import from_rows, to_rows
-from .block import Block, Treated, outputs_of
+from ..runtime.weight import to_rows
+from .block import Block, Sighting, Treated, outputs_of
 from .grid import Grid, find_grid
-from .plan import LayerPlan
 from .ranges import Finder, Search, roundings_of
 from .sequential import Rounded, round_in_turn
+from .simulate import RoundedInputs
+from .units import Unit
+from .walk import Walk
 
 STRETCH, SHIFT = 1.2, 0.1  # of the sigmoid, so that h reaches 0 and 1
 LADDER = (20000, 10000, 5000, 2000, 1000, 500, 200, 100, 50)  # round numbers: the choice seldom changes between runs
@@ -45,7 +44,7 @@ class ReconstructionConfig(Config):
 
     start: Literal["gptq", "nearest"] = "gptq"  # rounding that learning starts from; nearest: as in the papers
     iterations: int = Field(0, ge=0)  # per unit; more: better, longer; 0: as many as fit into `minutes`
-    minutes: float = Field(8.0, gt=0)  # for the whole model, when the iterations are chosen
+    minutes: float = Field(4.0, gt=0)  # for the whole model, when the iterations are chosen
     learning_rate: float = Field(3e-3, gt=0)  # of Adam on the rounding variables
     regularization: float = Field(0.3, ge=0)  # lambda, against the error that nearest rounding has
     warm_up: float = Field(0.2, ge=0, lt=1)  # share of the iterations without regularization
@@ -108,6 +107,43 @@ def beta_at(progress: float, warm_up: float) -> float | None:
     return 20.0 - 18.0 * (progress - warm_up) / (1 - warm_up)
 
 
+class _Learner:
+    """The rounding variables of one unit and their optimizer."""
+
+    def __init__(self, block: Block, starts: dict[str, Start], config: ReconstructionConfig) -> None:
+        self.block, self.config = block, config
+        self.soft = {name: SoftRounding(start.rows, start.grid) for name, start in starts.items()}
+        self.least = self.error()
+        self._strength = config.regularization * self.least**2
+        self._optimizer = torch.optim.Adam([rounding.alpha for rounding in self.soft.values()], lr=config.learning_rate)
+        self._generator = torch.Generator().manual_seed(block.seed)
+
+    def error(self) -> float:
+        """Of the unit with the codes that the variables stand for now."""
+        return self.block.error({name: rounding.hard() for name, rounding in self.soft.items()})
+
+    def codes(self) -> dict[str, Tensor]:
+        return {name: rounding.codes() for name, rounding in self.soft.items()}
+
+    def update(self, progress: float) -> None:
+        """One step on one call.
+
+        Args:
+            progress: share of the updates that are done.
+        """
+        sighting = self.block.drawn(self._generator)
+        assert sighting.target is not None
+        self._optimizer.zero_grad()
+        with torch.enable_grad():
+            outputs = self.block.run(sighting, {name: rounding() for name, rounding in self.soft.items()})
+            loss = relative_error(outputs, sighting.target)
+            if (beta := beta_at(progress, self.config.warm_up)) is not None:
+                undecided = torch.stack([rounding.penalty(beta) for rounding in self.soft.values()]).mean()
+                loss = loss + self._strength * undecided
+            loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+
+
 def reconstruct(
     block: Block, starts: dict[str, Start], config: ReconstructionConfig, iterations: int
 ) -> dict[str, Tensor]:
@@ -119,29 +155,15 @@ def reconstruct(
         starts: layer name -> grid and values to start from.
         iterations: updates; each looks at one call.
     """
-    soft = {name: SoftRounding(start.rows, start.grid) for name, start in starts.items()}
-    best = {name: rounding.codes() for name, rounding in soft.items()}
-    least = block.error({name: rounding.hard() for name, rounding in soft.items()})
-    if iterations == 0 or least == 0:
+    learner = _Learner(block, starts, config)
+    best, least = learner.codes(), learner.least
+    if least == 0:
         return best
-    optimizer = torch.optim.Adam([rounding.alpha for rounding in soft.values()], lr=config.learning_rate)
-    generator = torch.Generator().manual_seed(block.seed)
-    strength = config.regularization * least**2
     checks = {iterations * (number + 1) // CHECKS for number in range(CHECKS // 2, CHECKS)}
     for iteration in range(iterations):
-        sighting = block.drawn(generator)
-        assert sighting.target is not None
-        optimizer.zero_grad()
-        outputs = block.run(sighting, {name: rounding() for name, rounding in soft.items()})
-        loss = relative_error(outputs, sighting.target)
-        if (beta := beta_at(iteration / iterations, config.warm_up)) is not None:
-            loss = loss + strength * torch.stack([rounding.penalty(beta) for rounding in soft.values()]).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        if iteration + 1 in checks:
-            found = block.error({name: rounding.hard() for name, rounding in soft.items()})
-            if found < least:
-                least, best = found, copy.deepcopy({name: rounding.codes() for name, rounding in soft.items()})
+        learner.update(iteration / iterations)
+        if iteration + 1 in checks and (found := learner.error()) < least:
+            least, best = found, learner.codes()
     return best
 
 
@@ -193,39 +215,53 @@ def _to_nearest(block: Block, name: str, found: Rounded) -> Rounded:
 
 def choose_iterations(
     model: nn.Module,
-    plans: Sequence[LayerPlan],
+    units: Sequence[Unit],
     calls: Sequence[DenoiserCall],
     config: ReconstructionConfig,
     reporter: Reporter,
 ) -> int:
-    """Updates for each unit: as asked, or as many as fit into the time, told by one update of all units together."""
+    """Updates for each unit: as asked, or as many as fit into the time, told by one update of every unit."""
     if config.iterations:
         return config.iterations
-    seconds = _seconds_of_update(model, [plan for plan in plans if plan.scheme], calls[0])
+    seconds = _seconds_of_update(model, units, calls[0])
     fitting = 60 * config.minutes / (OVERHEAD * seconds)
     chosen = next((count for count in LADDER if count <= fitting), LADDER[-1])
-    reporter.say(f"an update of all units takes {seconds:.2f} s here: {chosen} updates each")
+    reporter.say(f"one update of all units takes {seconds:.2f} s here: {chosen} updates each")
     return chosen
 
 
-def _seconds_of_update(model: nn.Module, plans: Sequence[LayerPlan], call: DenoiserCall) -> float:
-    """The second time, when memory is warm."""
-    soft = {}
-    for plan in plans:
-        layer = model.get_submodule(plan.name)
-        if plan.scheme and not isinstance(layer, nn.Embedding):
-            rows = to_rows(layer.weight.detach()).float()  # type: ignore[operator]
-            soft[plan] = SoftRounding(rows, find_grid(rows, plan.scheme, search=False))
-    optimizer = torch.optim.Adam([rounding.alpha for rounding in soft.values()])
-    for _ in range(2):
-        started = time.perf_counter()
-        weights = {f"{plan.name}.weight": from_rows(rounding(), plan.shape) for plan, rounding in soft.items()}
-        with fixed_run(call.state), torch.enable_grad():
-            outputs = outputs_of(functional_call(model, weights, call.args, dict(call.kwargs)))
-            loss = torch.stack([output.square().mean() for output in outputs]).sum()
-            (loss + sum(rounding.penalty(2.0) for rounding in soft.values())).backward()
-        optimizer.step()
-    return time.perf_counter() - started
+def _seconds_of_update(model: nn.Module, units: Sequence[Unit], call: DenoiserCall) -> float:
+    """Unit by unit, so that no more memory is needed than later; the second of two updates, when memory is warm."""
+    total = 0.0
+    with Walk(model, [call], [unit.name for unit in units]) as walk:
+        for unit in units:
+            (entering,) = walk.advance(unit.name)
+            if entering is None:
+                continue
+            module = model.get_submodule(unit.name)
+            with torch.no_grad():
+                target = outputs_of(module(*entering.args, **entering.kwargs))
+            sighting = Sighting(call.state, entering, target)
+            block = Block(unit.name, module, unit.plans, [sighting], RoundedInputs(model, {}), seed=0)
+            starts = {name: _nearest_start(block, name) for name in block.layers if _is_learned(block, name)}
+            if not starts:
+                continue
+            learner = _Learner(block, starts, ReconstructionConfig())
+            for _ in range(2):
+                started = time.perf_counter()
+                learner.update(1.0)
+            total += time.perf_counter() - started
+    return max(total, 1e-3)
+
+
+def _is_learned(block: Block, name: str) -> bool:
+    return not isinstance(block.layers[name], nn.Embedding)
+
+
+def _nearest_start(block: Block, name: str) -> Start:
+    weight: Tensor = block.layers[name].weight  # type: ignore[assignment]
+    rows = to_rows(weight.detach()).float()
+    return Start(find_grid(rows, block.scheme(name), search=False), rows)
 
 
 def _values(codes: Tensor, grid: Grid) -> Tensor:

@@ -14,7 +14,7 @@ Letters: O rows, K input features per row, N rows of x, P parts of the channels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from ..core.scheme import Scheme
 from ..runtime.activation import ActivationScale
-from ..runtime.weight import to_rows
+from ..runtime.weight import spread, to_rows
 from .block import Block, Sighting, Treated
 from .grams import has_grams, some_rows
 from .grid import Grid, find_grid
 from .layerwise import BASELINE, check_finite
 from .methods import gptq, rtn
-from .ranges import Finder, Record, Search, observed, scale_of, spread_parts
+from .ranges import Finder, Record, Search, find_scales, observed, scale_of
 from .simulate import put_weight_, rounding_of
 
 CALLS = 80  # that statistics are taken from; more: steadier, slower
@@ -84,7 +84,7 @@ def _round_layer(block: Block, name: str, moments: Moments | None, search: Searc
         return Rounded(Treated(rtn.quantize(weight, scheme, BASELINE), method="rtn"), None, None)
     rows = to_rows(weight).float()
     if moments is None:
-        acts = scale_of(scheme, [[] for _ in range(scheme.parts)], search) if _is_fixed(scheme) else None
+        acts = find_scales(block.only([plan for plan in block.plans if plan.name == name]), search).get(name)
         grid = find_grid(rows, scheme, search=True)
         return Rounded(Treated(grid.pack(grid.nearest(rows), tuple(weight.shape)), acts), grid, rows)
     options = [_round_rows(rows, layer, option, moments, search) for option in _options(scheme)]
@@ -136,7 +136,7 @@ def noise_of(scheme: Scheme, acts: ActivationScale | None, gram: Tensor) -> Tens
     features = len(gram)
     if acts is not None:
         variance = acts.scale[:-1] if len(acts.scale) > 1 else acts.scale
-        return spread_parts((variance.square() / 12).mean(0), features, scheme.split)
+        return spread((variance.square() / 12).mean(0, keepdim=True), features, scheme.split).view(-1)
     if scheme.act_bits == 16:
         return torch.zeros(features)
     peak = 16 * gram.diagonal().mean()  # of a token, at about four standard deviations
@@ -180,7 +180,7 @@ def _levels(block: Block) -> list[list[str]]:
     return [*levels.values(), *([name] for name in block.layers if name not in ran)]
 
 
-class _Seen(Exception):  # noqa: N818  # no error: the rest of the unit need not run
+class _Seen(Exception):  # no error: the rest of the unit need not run
     """The input of a layer is known."""
 
 
@@ -190,23 +190,26 @@ def _moments(block: Block, level: Sequence[str]) -> Moments | None:
     layer = block.layers[name]
     if not has_grams(layer):
         return None
-    sightings = some_sightings(block.sightings)
-    count = max(1, ROWS // max(1, len(sightings)))
-    gram = lag = torch.zeros(0)
+    weighty = {id(sighting) for sighting in some_sightings(block.sightings)}
+    count = max(1, ROWS // max(1, len(weighty)))
+    features = to_rows(layer.weight).shape[1]  # type: ignore[arg-type]
+    gram, lag = torch.zeros(features, features), torch.zeros(features, features)
     records: list[list[Record]] = [[] for _ in range(block.scheme(name).parts)]
     total = 0
-    for number, sighting in enumerate(sightings):
-        entering = _entering(block, name, sighting)
-        if entering is None:
+    for number, sighting in enumerate(block.sightings):
+        if id(sighting) not in weighty and not _is_fixed(block.scheme(name)):
             continue
-        x, intact = entering
-        for part, seen in zip(records, observed(name, block.scheme(name), layer, x, block.seed + number), strict=True):
-            part.append((sighting.call, seen))
-        rows = some_rows(layer, x, count, seed=number).float()
-        wanted = some_rows(layer, intact, count, seed=number).float()
-        gram = rows.T @ rows + (gram if total else 0)
-        lag = (wanted - rows).T @ rows + (lag if total else 0)
-        total += len(rows)
+        if (x := _entering(block, name, sighting)) is None:
+            continue
+        seen = observed(name, block.scheme(name), layer, x, block.seed + number)
+        for part, values in zip(records, seen, strict=True):
+            part.append((sighting.call, values))
+        if id(sighting) in weighty:
+            rows = some_rows(layer, x, count, seed=number).float()
+            intact = some_rows(layer, _entering_float(block, name, sighting, x), count, seed=number).float()
+            gram.addmm_(rows.T, rows)
+            lag.addmm_((intact - rows).T, rows)
+            total += len(rows)
     if not total:
         return None
     check_finite(name, gram)
@@ -214,31 +217,32 @@ def _moments(block: Block, level: Sequence[str]) -> Moments | None:
 
 
 def some_sightings(sightings: Sequence[Sighting]) -> Sequence[Sighting]:
-    """At most `CALLS`, spread evenly and in another order in every round over the grid."""
+    """At most `CALLS`, drawn at random."""
     if len(sightings) <= CALLS:
         return sightings
     chosen = torch.randperm(len(sightings), generator=torch.Generator().manual_seed(0))[:CALLS].sort().values
     return [sightings[index] for index in chosen.tolist()]
 
 
-def _entering(block: Block, name: str, sighting: Sighting) -> tuple[Tensor, Tensor] | None:
-    """What enters a layer here and in the float network."""
-    with _caught(block.layers[name]) as here:
+def _entering(block: Block, name: str, sighting: Sighting) -> Tensor | None:
+    """What enters a layer in one call; None where it does not run."""
+    with _caught(block.module.get_submodule(block.inside(name))) as found:
         _run_until_seen(block, sighting)
-    if not here:
-        return None
+    return found[0] if found else None
+
+
+def _entering_float(block: Block, name: str, sighting: Sighting, here: Tensor) -> Tensor:
+    """What enters it in the float network; the same as here where no one asked for that network."""
     if sighting.intact is None or block.reference is None:
-        return here[0], here[0]
-    with _caught(block.reference.get_submodule(block.inside(name))) as there:
-        _run_until_seen(replace(block, module=block.reference), replace(sighting, entering=sighting.intact))
-    return here[0], there[0]
+        return here
+    intact = _entering(replace(block, module=block.reference), name, replace(sighting, entering=sighting.intact))
+    assert intact is not None
+    return intact
 
 
 def _run_until_seen(block: Block, sighting: Sighting) -> None:
-    try:
+    with suppress(_Seen):
         block.run(sighting)
-    except _Seen:
-        pass
 
 
 @contextmanager

@@ -4,13 +4,15 @@ al., 2024, arXiv 2311.16503, section 4.1).
     h = embedder(t),   g_i = linear_i(SiLU(h))   for every block i
 
 In UNets h is the time embedding (with class and size embeddings where there are some) and g_i the projection of
-residual block i; in transformers g_i is the adaLN modulation. What enters them is a finite set, as long as no text is pooled in.
+residual block i; in transformers g_i is the adaLN modulation. What enters them is a finite set, as long as no text is
+pooled in.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -31,6 +33,10 @@ ROWS_AT_ONCE = 32  # of h, in one update of the rounding
 TOLERANCE = 1e-4  # by which what enters a projection may differ from SiLU(h)
 
 Entering = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]  # embedder -> what enters it in one call
+
+
+class _Seen(Exception):
+    """All that was looked for; the rest of the network need not run."""
 
 
 class TemporalNetwork(nn.Module):
@@ -133,7 +139,7 @@ def _graft_(root: nn.Module, name: str, module: nn.Module) -> None:
 def _watch_call(
     model: nn.Module, call: DenoiserCall, embedders: Sequence[str], projections: Sequence[str]
 ) -> tuple[Entering, dict[str, Tensor]]:
-    """Evaluate one call; what entered the embedders and the projections."""
+    """Evaluate one call as far as needed; what entered the embedders and the projections."""
     entering: Entering = {}
     inputs: dict[str, Tensor] = {}
 
@@ -143,6 +149,8 @@ def _watch_call(
                 entering.setdefault(name, (args, kwargs))
             else:
                 inputs.setdefault(name, args[0])
+            if len(entering) == len(embedders) and len(inputs) == len(projections):
+                raise _Seen
 
         return keep
 
@@ -151,7 +159,8 @@ def _watch_call(
         for name in (*embedders, *projections)
     ]
     try:
-        call.replay(model)
+        with suppress(_Seen):
+            call.replay(model)
     finally:
         for hook in hooks:
             hook.remove()

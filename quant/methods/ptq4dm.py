@@ -1,6 +1,6 @@
 """PTQ4DM: post-training quantization on inputs whose time steps lie nearer to the clean end (Shang et al., 2023, arXiv
-2211.15736). Its law of time steps is the calibration strategy `ndtc`; what runs on these inputs is nearest rounding with
-a search for the range:
+2211.15736). Its law of time steps is the calibration strategy `ndtc`; what runs on these inputs is nearest rounding
+with a search for the range:
 
     th = argmin over {i max|x| / 100 : i = 1..100} of mean |x - x^|^2.4,   range [-th, th]
 
@@ -74,7 +74,8 @@ def mixed_range(records: list[Observed], bits: int) -> Range:
         found = _threshold(seen, bits)
         low = found[0] if low is None else MOMENTUM * low + (1 - MOMENTUM) * found[0]
         high = found[1] if high is None else MOMENTUM * high + (1 - MOMENTUM) * found[1]
-    assert low is not None and high is not None
+    assert low is not None
+    assert high is not None
     return low, high
 
 

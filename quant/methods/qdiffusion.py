@@ -2,8 +2,8 @@
 al., 2023, arXiv 2302.04304).
 
 1. Weights: learned rounding of each block against the float block (AdaRound, see `quant/reconstruct.py`).
-2. Split shortcut: the skip convolution of an up block reads [X1; X2] with very different ranges; weights and activations
-   of each half have scales of their own, where that lowers the error:
+2. Split shortcut: the skip convolution of an up block reads [X1; X2] with very different ranges; weights and
+   activations of each half have scales of their own, where that lowers the error:
 
        y = s_x1 s_w1 (Q(X1) . Q(W1)) + s_x2 s_w2 (Q(X2) . Q(W2))
 
@@ -24,9 +24,9 @@ from ...core.reporter import Reporter
 from ...runtime.trajectory import DenoiserCall
 from ..block import Block, Treated
 from ..learn_scales import learn_scales
-from ..plan import LayerPlan
 from ..ranges import quantized_weights
 from ..reconstruct import ReconstructionConfig, choose_iterations, reconstruct_weights
+from ..units import Unit
 
 NEEDS = ("calls",)
 UNIT = "block"
@@ -46,13 +46,13 @@ CONFIG = QDiffusionConfig
 
 def decide(
     model: nn.Module,
-    plans: Sequence[LayerPlan],
+    units: Sequence[Unit],
     calls: Sequence[DenoiserCall],
     config: QDiffusionConfig,
     reporter: Reporter,
 ) -> dict[str, Any]:
     """The number of updates, from the time that one takes here."""
-    return {"iterations": choose_iterations(model, plans, calls, config, reporter)}
+    return {"iterations": choose_iterations(model, units, calls, config, reporter)}
 
 
 def treat(block: Block, config: QDiffusionConfig, chosen: dict[str, Any]) -> dict[str, Treated]:

@@ -26,12 +26,14 @@ from ..block import Block, Treated
 from ..plan import LayerPlan
 from ..reconstruct import ReconstructionConfig, choose_iterations, reconstruct_weights
 from ..simulate import RoundedInputs
+from ..units import Unit
 
 NEEDS = ("calls",)
 UNIT = "block"
 ACT_MODE = "per-step"
 CALIBRATION = "every-step"
 TEMPORAL = True
+SAMPLES = 16  # of each step
 
 
 class TFMQConfig(ReconstructionConfig):
@@ -50,13 +52,13 @@ def temporal_acts(config: TFMQConfig) -> bool:
 
 def decide(
     model: nn.Module,
-    plans: Sequence[LayerPlan],
+    units: Sequence[Unit],
     calls: Sequence[DenoiserCall],
     config: TFMQConfig,
     reporter: Reporter,
 ) -> dict[str, Any]:
     """The number of updates, from the time that one takes here."""
-    return {"iterations": choose_iterations(model, plans, calls, config, reporter)}
+    return {"iterations": choose_iterations(model, units, calls, config, reporter)}
 
 
 def temporal_block(

@@ -142,12 +142,30 @@ ROLES = [
 ]
 
 
+EMBEDDERS = {  # modules whose sum is the embedding of time and class
+    "UNet2DModel": {"time_embedding", "class_embedding"},
+    "UNet2DConditionModel": {"time_embedding", "add_embedding", "class_embedding"},
+    "UNet3DConditionModel": {"time_embedding"},
+    "UNetMotionModel": {"time_embedding"},
+    "UNetSpatioTemporalConditionModel": {"time_embedding", "add_embedding"},
+    "DiTTransformer2DModel": {"transformer_blocks.0.norm1.emb"},
+    "PixArtTransformer2DModel": {"adaln_single.emb"},
+    "SD3Transformer2DModel": {"time_text_embed"},
+    "FluxTransformer2DModel": {"time_text_embed"},
+}
+
+
 @pytest.fixture(scope="module")
-def layers():
-    """Layer names of each class, built tiny on the meta device."""
+def models():
+    """Each class, built tiny on the meta device."""
     with torch.device("meta"):
-        built = {name: getattr(diffusers, name)(**fields) for name, fields in MODELS.items()}
-    return {name: [layer for layer, _ in walk_layers(model)] for name, model in built.items()}
+        return {name: getattr(diffusers, name)(**fields) for name, fields in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def layers(models):
+    """Layer names of each class."""
+    return {name: [layer for layer, _ in walk_layers(model)] for name, model in models.items()}
 
 
 def test_every_class_that_a_family_names_is_tried_here():
@@ -162,6 +180,23 @@ def test_every_pattern_matches_a_real_layer(model, layers):
     for pattern in (*family.edge, *family.temporal, *family.modulation):
         found = any(fnmatchcase(name, pattern) for name in layers[model])
         assert found != (pattern in ABSENT.get(model, ())), pattern
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_embedders_are_the_modules_that_embed_time_and_class(model, models):
+    family, modules = find_family(model)[0], dict(models[model].named_modules())
+    found = {name for name in modules if any(fnmatchcase(name, glob) for glob in family.embedders)}
+    assert found == EMBEDDERS[model]
+    for name in found:
+        inside = [layer for layer, _ in walk_layers(modules[name])]
+        assert inside
+        assert {family.role(f"{name}.{layer}".rstrip(".")) for layer in inside} == {"temporal"}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_blocks_are_classes_that_the_model_is_built_of(model, models):
+    family, classes = find_family(model)[0], {type(module).__name__ for module in models[model].modules()}
+    assert any(fnmatchcase(kind, glob) for kind in classes for glob in family.blocks)
 
 
 @pytest.mark.parametrize(("model", "layer", "role"), ROLES)

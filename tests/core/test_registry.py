@@ -49,3 +49,45 @@ def test_names_may_be_written_with_dashes(registry):
     assert dashed.load("every-step").CONFIG == registry.load("every_step").CONFIG == "every"
     with pytest.raises(ConfigError, match="Did you mean every-step"):
         dashed.check("every_step")
+
+
+FACTS = """\"\"\"A method.\"\"\"
+import a_package_that_nobody_has
+UNIT = "layer"
+NEEDS = ("calls", "grams")
+SPLIT = True
+FIRST = SECOND = 3
+
+def quantize():
+    UNIT = "inside of a function"
+"""
+
+
+def test_a_fact_is_read_from_the_file_without_importing_it(registry):
+    (registry.folder / "facts.py").write_text(FACTS)
+    assert registry.fact("facts", "UNIT") == "layer"
+    assert registry.fact("facts", "NEEDS") == ("calls", "grams")
+    assert registry.fact("facts", "SPLIT") is True
+    assert registry.fact("facts", "SECOND") == 3
+    assert not any(name.startswith("toy_methods") for name in sys.modules)
+
+
+def test_a_fact_that_a_file_does_not_hold_has_a_default(registry):
+    assert registry.fact("plain", "UNIT") is None
+    assert registry.fact("plain", "UNIT", "layer") == "layer"
+    assert registry.fact("plain", "CONFIG", "other") == "plain"
+
+
+def test_facts_of_an_unknown_name_are_refused(registry):
+    with pytest.raises(ConfigError, match="there is no toy method 'plane'"):
+        registry.fact("plane", "UNIT")
+
+
+def test_facts_of_dashed_names_are_those_of_their_files(registry):
+    (registry.folder / "every_step.py").write_text("UNIT = 'call'")
+    assert Registry("toy method", "toy_methods", registry.folder, dashed=True).fact("every-step", "UNIT") == "call"
+
+
+def test_a_fact_with_a_type_beside_it_is_read_too(registry):
+    (registry.folder / "typed.py").write_text("NEEDS: tuple[str, ...] = ('grams',)")
+    assert registry.fact("typed", "NEEDS", ()) == ("grams",)

@@ -14,16 +14,17 @@ from dacc.core.manifest import ModuleRecord
 from dacc.core.pipeline import denoisers
 from dacc.core.reporter import silent
 from dacc.core.scheme import Scheme
-from dacc.quant.calibrated import Treatment, load_float, output_error_of, quantize_units, weight_error_of
+from dacc.quant.calibrated import Treatment, load_float, quantize_units
 from dacc.quant.config import QuantizeConfig
 from dacc.quant.driver import plan_component
 from dacc.quant.grams import Grams
+from dacc.quant.layerwise import weight_error_of
 from dacc.quant.methods import gptq, rtn
 from dacc.quant.simulate import round_dynamic
 from dacc.runtime.layers import swap_layers_
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import capture_calls
-from dacc.runtime.weight import QuantizedWeight, to_rows
+from dacc.runtime.weight import QuantizedWeight
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy 2 inside diffusers
 
@@ -69,10 +70,11 @@ def run(request, calls_of, tmp_path):
         source, calls, reporter = request.getfixturevalue(f"{kind}_folder"), calls or calls_of(kind), silent()
         name = calls[0].component
         skeleton, plans = plan_component(source / name, QuantizeConfig(**fields), reporter)
-        method = SimpleNamespace(__name__="dacc.quant.methods.gptq", quantize=quantize)
+        method = SimpleNamespace(**vars(gptq) | {"quantize": quantize})
         family, _ = find_family(type(skeleton).__name__)
         with BundleWriter(source, tmp_path / output, replace={name}, run_key="key", reporter=reporter) as writer:
-            treatment, model = Treatment(name, method, gptq.GPTQConfig(), writer), load_float(source / name, skeleton)
+            model = load_float(source / name, skeleton)
+            treatment = Treatment(name, method, gptq.GPTQConfig(), writer, source / name)
             quantize_units(treatment, model, plans, family, calls, reporter)
             writer.write_component(name, {}, {})
             records = {
@@ -253,32 +255,3 @@ def test_inputs_that_are_no_numbers_are_refused(run, calls_of):
     with pytest.raises(CalibrationError, match="what enters .* holds NaN or infinity"):
         run("unet", calls=calls)
 
-
-# errors
-
-
-@pytest.mark.parametrize("shape", [(5, 32), (5, 8, 2, 2)])
-def test_output_error_is_that_of_the_products_one_by_one(shape):
-    torch.manual_seed(0)
-    weight, x = torch.randn(shape), torch.randn(50, 32) @ torch.randn(32, 32)
-    quantized = rtn.quantize(weight, Scheme(bits=3, group_size=16, symmetric=False), NEAREST)
-    off = power = 0.0
-    for column in x.double():
-        exact = to_rows(weight).double() @ column
-        off += float((to_rows(quantized.dequantize()).double() @ column - exact).square().sum())
-        power += float(exact.square().sum())
-    assert output_error_of(weight, quantized, x.T @ x / 50) == pytest.approx((off / power) ** 0.5, rel=1e-4)
-
-
-def test_on_white_inputs_the_output_error_is_that_of_the_weight():
-    weight = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    quantized = rtn.quantize(weight, Scheme(bits=3), NEAREST)
-    assert output_error_of(weight, quantized, 7 * torch.eye(32)) == pytest.approx(weight_error_of(weight, quantized))
-
-
-def test_a_layer_without_weights_or_inputs_has_no_error():
-    weight = torch.randn(5, 32)
-    quantized = rtn.quantize(weight, Scheme(bits=3), NEAREST)
-    assert output_error_of(weight, quantized, torch.zeros(32, 32)) == 0
-    nothing = rtn.quantize(0 * weight, Scheme(bits=3), NEAREST)
-    assert output_error_of(0 * weight, nothing, torch.eye(32)) == weight_error_of(0 * weight, nothing) == 0

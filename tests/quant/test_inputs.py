@@ -14,8 +14,7 @@ from dacc.core.errors import ConfigError, ModelError
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import Reporter, silent
 from dacc.core.source import resolve_source
-from dacc.quant.api import METHODS, prepare
-from dacc.quant.config import DATA_FREE
+from dacc.quant.api import prepare
 
 SMALL = CalibrateConfig(samples=2, steps=2, timesteps=2, batch_size=2)
 GPTQ = QuantizeConfig(bits=4, method="gptq", measure="never")
@@ -83,8 +82,15 @@ def test_a_damaged_set_in_the_cache_is_made_anew(unet_folder: Path, tmp_path: Pa
     assert shard.read_bytes() == whole
 
 
-def test_what_needs_no_set_is_known_without_importing_it() -> None:
-    assert {name for name in METHODS.names() if not METHODS.load(name).NEEDS} == set(DATA_FREE)
+def test_what_needs_no_set_is_known_without_importing_it(run_python) -> None:
+    code = """
+import sys
+from dacc.quant.config import QuantizeConfig
+config = QuantizeConfig(method="ptq4dm", act_bits=8).resolved()
+assert config.needs_calibration and config.act_mode == "static"
+assert "torch" not in sys.modules and "dacc.quant.methods.ptq4dm" not in sys.modules
+"""
+    run_python(code)
 
 
 def test_another_scheduler_means_another_set_and_another_result(unet_folder: Path, tmp_path: Path) -> None:

@@ -4,14 +4,19 @@ import pytest
 import torch
 from torch import nn
 
+from dacc.core.schedule_id import ScheduleId
 from dacc.core.scheme import Scheme
 from dacc.quant.grams import Grams
 from dacc.quant.methods.rtn import RTNConfig, quantize
-from dacc.quant.simulate import RoundedInputs, put_weight_, round_dynamic
-from dacc.runtime.layers import swap_layers_
+from dacc.quant.simulate import RoundedInputs, put_weight_, round_dynamic, rounding_of, row_now
+from dacc.runtime.activation import ActivationScale
+from dacc.runtime.clock import RunState, fixed_run
+from dacc.runtime.layers import set_step_table_, swap_layers_
+from dacc.runtime.step_table import StepTable
 
 DYNAMIC = {"act_mode": "dynamic"}
 W8A8 = Scheme(bits=8, act_bits=8, **DYNAMIC)
+DYNAMIC_8 = {"act_bits": 8, **DYNAMIC}
 SCHEMES = [
     W8A8,
     Scheme(bits=4, group_size=16, two_level=True, act_bits=8, **DYNAMIC),
@@ -40,19 +45,23 @@ def make(kind):
     return nn.Sequential(build()).requires_grad_(False), torch.randn(shape) * sizes
 
 
-def rounded(model, scheme):
+def rounded(model, scheme, acts=None):
     """A network whose only layer computes as quantized, in float."""
     model = copy.deepcopy(model)
-    RoundedInputs(model, {"0": scheme}).switch_on("0")
+    RoundedInputs(model, {"0": scheme}).put("0", rounding_of(scheme, model[0], acts))
     put_weight_(model[0], quantize(model[0].weight, scheme, RTNConfig()))
     return model
 
 
-def integer(model, scheme):
+def integer(model, scheme, acts=None):
     """The same with the layer that runs on integers."""
     weight, model = quantize(model[0].weight, scheme, RTNConfig()), copy.deepcopy(model)
     swap_layers_(model, {"0": scheme})
     model[0].store_weight(weight)
+    if acts:
+        model[0].store_activation(acts)
+    if scheme.act_mode == "per-step":
+        set_step_table_(model, StepTable(GRID))
     return model
 
 
@@ -95,24 +104,27 @@ def test_zeros_stay_zeros_and_rounding_twice_is_rounding_once():
 
 
 @EACH
-def test_nothing_happens_before_a_layer_is_switched_on(kind):
+def test_nothing_happens_before_a_way_of_rounding_is_put(kind):
     model, x = make(kind)
     expected, before = model(x), x.clone()
     inputs = RoundedInputs(model, {"0": W8A8})
     assert torch.equal(model(x), expected)
-    inputs.switch_on("0")
+    inputs.put("0", rounding_of(W8A8, model[0], None))
     assert not torch.equal(model(x), expected)
     assert torch.equal(x, before)
+    inputs.put("0", None)
+    assert torch.equal(model(x), expected)
 
 
-def test_layers_are_switched_on_one_by_one_and_weight_only_ones_never():
+def test_layers_are_rounded_one_by_one_and_weight_only_ones_never():
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)).requires_grad_(False)
     inputs = RoundedInputs(model, {"0": W8A8, "1": Scheme(bits=4, group_size=8), "2": W8A8})
     x = torch.randn(5, 16)
-    inputs.switch_on("1")
+    assert rounding_of(Scheme(bits=4, group_size=8), model[1], None) is None
+    inputs.put("1", rounding_of(W8A8, model[1], None))
     expected = model[1](model[0](x))
     assert torch.equal(model(x), model[2](expected))
-    inputs.switch_on("2")
+    inputs.put("2", rounding_of(W8A8, model[2], None))
     torch.testing.assert_close(
         model(x), nn.functional.linear(round_dynamic(expected, 127, per_sample=False), model[2].weight, model[2].bias)
     )
@@ -120,7 +132,7 @@ def test_layers_are_switched_on_one_by_one_and_weight_only_ones_never():
 
 def test_statistics_are_of_the_rounded_inputs():
     model, x = make("linear")
-    RoundedInputs(model, {"0": W8A8}).switch_on("0")
+    RoundedInputs(model, {"0": W8A8}).put("0", rounding_of(W8A8, model[0], None))
     with Grams({"0": model[0]}, rows_per_call=100) as grams:
         model(x)
     rows = round_dynamic(x, 127, per_sample=False).flatten(0, 1)
@@ -134,3 +146,109 @@ def test_a_weight_is_put_in_the_type_of_its_layer():
     put_weight_(layer, weight)
     assert torch.equal(layer.weight, weight.dequantize(torch.bfloat16))
     assert layer.weight.data_ptr() == address
+
+
+# fixed scales and splits
+
+SPLIT = 5
+GRID = ScheduleId(scheduler="DDIMScheduler", config_sha256="", timesteps=(900.0, 899.0, 898.0))
+FIXED = {
+    "static": Scheme(bits=8, act_bits=8, act_mode="static"),
+    "static a6": Scheme(bits=4, act_bits=6, act_mode="static"),
+    "per-step": Scheme(bits=8, act_bits=8, act_mode="per-step", act_steps=3),
+    "split dynamic": Scheme(bits=8, split=SPLIT, **DYNAMIC_8),
+    "split static": Scheme(bits=8, act_bits=8, act_mode="static", split=SPLIT),
+    "split per-step": Scheme(bits=4, act_bits=8, act_mode="per-step", act_steps=3, split=SPLIT),
+}
+
+
+def table(scheme):
+    """Scales that differ from row to row and from part to part."""
+    if scheme.act_mode == "dynamic":
+        return None
+    shape = ((scheme.act_steps or 0) + 1, scheme.parts)
+    sizes = 1 + torch.arange(shape[0] * shape[1]).view(shape) / 3
+    return ActivationScale(0.02 * sizes, (100 - 7 * sizes).to(torch.uint8) >> (8 - scheme.act_bits))
+
+
+def at(call, calls=3):
+    return fixed_run(RunState(run=1, call=call, calls=calls, step=call, steps=calls, timestep=900.0 - call, sigma=None))
+
+
+WHOLE = ["linear", "linear on maps", "1x1", "3x3", "stride", "reflect"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [(kind, scheme) for scheme in FIXED.values() for kind in (WHOLE[:3] if scheme.split else WHOLE)],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+@torch.no_grad()
+def test_fixed_scales_and_splits_give_what_the_integer_layer_gives(kind, scheme):
+    model, x = make(kind)
+    acts = table(scheme)
+    with at(1):
+        found, expected = rounded(model, scheme, acts)(x), integer(model, scheme, acts)(x)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert (found - model(x)).norm() > 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["linear", "3x3"])
+@torch.no_grad()
+def test_each_part_of_the_channels_is_rounded_by_itself(kind):
+    scheme = FIXED["split static"]
+    model, x = make(kind)
+    acts, axis = table(scheme), 1 if kind == "3x3" else -1
+    found = rounding_of(scheme, model[0], acts)(x)
+    low, high = found.split([SPLIT, x.shape[axis] - SPLIT], dim=axis)
+    first, second = x.split([SPLIT, x.shape[axis] - SPLIT], dim=axis)
+    for part, values, number in ((low, first, 0), (high, second, 1)):
+        step, zero = acts.scale[0, number], float(acts.zero_point[0, number])
+        codes = ((values / step).round() + zero).clamp(0, 255)
+        torch.testing.assert_close(part, (codes - zero) * step)
+
+
+def test_a_step_table_is_read_at_the_row_of_the_call():
+    scheme = FIXED["per-step"]
+    model, x = make("linear")
+    acts = table(scheme)
+    rounding = rounding_of(scheme, model[0], acts)
+    rows = [ActivationScale(acts.scale[row : row + 1], acts.zero_point[row : row + 1]) for row in range(4)]
+    expected = [rounding_of(FIXED["static"], model[0], row)(x) for row in rows]
+    for call in range(3):
+        with at(call):
+            assert row_now(4) == call
+            assert torch.equal(rounding(x), expected[call])
+    assert row_now(4) == 3  # outside of runs: the row of all calls
+    assert torch.equal(rounding(x), expected[3])
+    with at(7, calls=9):
+        assert row_now(4) == 3
+
+
+def test_rounding_lets_gradients_through():
+    model, x = make("linear")
+    for scheme in (W8A8, FIXED["static"]):
+        leaf = x.clone().requires_grad_(True)
+        found = rounding_of(scheme, model[0], table(scheme))(leaf)
+        assert torch.equal(found.detach(), rounding_of(scheme, model[0], table(scheme))(x))
+        found.sum().backward()
+        assert torch.equal(leaf.grad, torch.ones_like(x))
+
+
+def test_fixed_schemes_without_scales_are_a_mistake():
+    with pytest.raises(ValueError, match="w8a8-static needs activation scales"):
+        rounding_of(FIXED["static"], nn.Linear(8, 8), None)
+
+
+def test_other_ways_hold_for_a_while_only_even_after_an_error():
+    model, x = make("linear")
+    inputs = RoundedInputs(model, {"0": W8A8})
+    inputs.put("0", rounding_of(W8A8, model[0], None))
+    usual = model(x)
+    with inputs.instead({"0": None}):
+        assert not torch.equal(model(x), usual)
+    assert torch.equal(model(x), usual)
+    with pytest.raises(KeyboardInterrupt), inputs.instead({"0": torch.zeros_like}):
+        assert torch.equal(model(x), model[0].bias.expand_as(usual))
+        raise KeyboardInterrupt
+    assert torch.equal(model(x), usual)

@@ -1,0 +1,143 @@
+"""Sampling and measuring one row of the quantization study.
+
+The first images are compared with the float pipeline's from the same noise. The judge looks at all of them; its
+features and answers are kept. Letters: N images, D feature width, Q questions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dacc.core.reporter import Reporter
+from dacc.evaluate.judge import Judge, Judged
+from dacc.evaluate.metrics import Case, judged_class
+from dacc.evaluate.metrics.frechet import frechet_distance, gaussian
+from dacc.evaluate.quality import measure_quality, metric_names
+from dacc.evaluate.result import Metric
+from dacc.runtime.compare import Samples
+from dacc.runtime.request import RunRequest
+from dacc.runtime.trajectory import sample
+
+RESAMPLES = 200  # of the feature rows
+CHUNK = 250  # images that are in memory at once
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One source's images: those that are paired, and what the judge says of all."""
+
+    paired: Samples
+    judged: Judged | None  # of every image, the paired ones first; None without a judge
+
+
+def part(request: RunRequest, start: int, stop: int) -> RunRequest:
+    """The samples [start, stop) of a request, with the labels and prompts that they have in it."""
+    turned = {name: _turned(getattr(request, name), start) for name in ("class_labels", "prompts", "negative_prompts")}
+    return request.model_copy(update={"seeds": request.seeds[start:stop], **turned})
+
+
+def look(pipe: Any, request: RunRequest, paired: int, judge: Judge | None, cache: Path, reporter: Reporter) -> Seen:
+    """Sample a request; what an earlier call sampled for less images is read from `cache`."""
+    seen = read_seen(cache)
+    if seen is None or len(seen.paired) != paired:
+        first = sample(pipe, part(request, 0, paired), reporter=reporter)
+        seen = Seen(first, judge.look(first.images) if judge else None)
+        write_seen(cache, seen)
+    while judge and seen.judged and len(seen.judged.answers) < len(request.seeds):
+        start = len(seen.judged.answers)
+        more = sample(pipe, part(request, start, min(start + CHUNK, len(request.seeds))), reporter=reporter)
+        seen = Seen(seen.paired, _joined(seen.judged, judge.look(more.images)))
+        write_seen(cache, seen)
+    return seen
+
+
+def read_seen(cache: Path) -> Seen | None:
+    """What was kept of a source."""
+    if not cache.is_file():
+        return None
+    found = load_file(cache)
+    judged = Judged(found["features"], found["answers"]) if "features" in found else None
+    return Seen(Samples(found["latents"], found["images"]), judged)
+
+
+def write_seen(cache: Path, seen: Seen) -> None:
+    """Keep it; an interrupted write leaves what was there."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"latents": seen.paired.latents, "images": seen.paired.images}
+    if seen.judged:
+        tensors |= {"features": seen.judged.features, "answers": seen.judged.answers}
+    aside = cache.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+    aside.replace(cache)
+
+
+def measure(
+    seen: Seen, reference: Seen | None, request: RunRequest, judge: Judge | None, *, fid_samples: int
+) -> dict[str, Metric]:
+    """Every figure of a row; `reference` is None for the float pipeline itself.
+
+    Args:
+        fid_samples: images for FID and the class judge; 0: the paired images only, and no FID.
+    """
+    paired = part(request, 0, len(seen.paired))
+    chosen = [name for name in metric_names(()) if name != "frechet"]
+    sets = [reference.paired, seen.paired] if reference else [seen.paired]
+    found = measure_quality(sets, paired, judge, chosen)[-1]
+    if judge and seen.judged and fid_samples:
+        judged = first_of(seen.judged, fid_samples)
+        other = first_of(reference.judged, fid_samples) if reference and reference.judged else None
+        labels = tuple(_dealt(request.class_labels, fid_samples)) if request.class_labels else None
+        case = Case(seen.paired, request.seeds, labels=labels, judge=judge, judged=judged, reference_judged=other)
+        found |= judged_class.compute(case) | {"fid": fid(judged.features, judge)}
+    return found
+
+
+def first_of(judged: Judged, count: int) -> Judged:
+    """What was said of the first images."""
+    return Judged(judged.features[:count], judged.answers[:count])
+
+
+def fid(features: Tensor, judge: Judge, *, resamples: int = RESAMPLES) -> Metric:
+    """Frechet distance with a bootstrap interval of features (N, D).
+
+    Resampled images hold fewer different ones, which lifts every distance; so the spread of the resampled distances
+    about their own mean is laid about the distance that was measured. The reference counts as known.
+    """
+    value = frechet_distance(*gaussian(features), judge.mean, judge.covariance)
+    picks = numpy.random.default_rng(0)
+    distances = numpy.array(
+        [
+            frechet_distance(
+                *gaussian(features[torch.from_numpy(picks.integers(len(features), size=len(features)))]),
+                judge.mean,
+                judge.covariance,
+            )
+            for _ in range(resamples)
+        ]
+    )
+    low, high = numpy.percentile(distances - distances.mean(), [2.5, 97.5])
+    return Metric(value=value, low=value + float(low), high=value + float(high), count=len(features), better="lower")
+
+
+def _joined(first: Judged, second: Judged) -> Judged:
+    return Judged(torch.cat([first.features, second.features]), torch.cat([first.answers, second.answers]))
+
+
+def _turned(values: tuple[T, ...] | None, start: int) -> tuple[T, ...] | None:
+    """Dealt in turn from `start` on."""
+    if not values:
+        return values
+    shift = start % len(values)
+    return values[shift:] + values[:shift]
+
+
+def _dealt(values: tuple[T, ...], count: int) -> list[T]:
+    return [values[index % len(values)] for index in range(count)]

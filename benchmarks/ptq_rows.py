@@ -1,0 +1,88 @@
+"""What the quantization study compares: pipelines, settings, and rows of `dacc quantize` options. Edit here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PIPELINES = ("digits-unet", "digits-dit", "shapes-sd", "shapes-mmdit")
+WITH_FID = ("digits-unet", "digits-dit")  # FID of the shapes says nothing: real drawings of its captions score 10 too
+SETTINGS: dict[str, dict[str, int]] = {
+    "W8A16": {"bits": 8},
+    "W4A16": {"bits": 4},
+    "W8A8": {"bits": 8, "act_bits": 8},
+    "W4A8": {"bits": 4, "act_bits": 8},
+    "W4A4": {"bits": 4, "act_bits": 4},
+    "W6A16": {"bits": 6},
+    "W3A16": {"bits": 3},
+    "W2A16": {"bits": 2},
+}
+MAIN = ("W8A16", "W4A16", "W8A8", "W4A8", "W4A4")
+LOW = ("W6A16", "W3A16", "W2A16")
+# layers that methods without care for time lift to 8 bits: these globs hold them at the asked bits instead; tables of
+# classes stay at 8 bits in every row
+TEMPORAL_GLOBS = {
+    "digits-unet": ("time_embedding.*", "*.time_emb_proj"),
+    "digits-dit": ("*.norm1.emb.timestep_embedder.*", "*.norm1.linear"),
+    "shapes-sd": ("time_embedding.*", "*.time_emb_proj"),
+    "shapes-mmdit": (
+        "time_text_embed.*",
+        "*.norm1.linear",
+        "*.norm1_context.linear",
+        "single_transformer_blocks.*.norm.linear",
+    ),
+}
+CALIBRATION: dict[str, dict[str, Any]] = {  # strategy -> options of `dacc calibrate`; one set per pipeline and strategy
+    "uniform": {},
+    "ndtc": {"samples": 256},
+    "every-step": {},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of ours: options of `dacc quantize` beside those of the setting."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    with_activations: dict[str, Any] = field(default_factory=dict)  # more of them, where activations are quantized
+    one_granularity: bool = (
+        False  # one scale per channel, and temporal layers at the asked bits, in all these rows alike
+    )
+    settings: tuple[str, ...] = MAIN
+
+
+STATIC = {"act_mode": "static"}
+CHANNEL = {"group_size": "channel"}
+STUDIED = ("W4A16", "W8A8", "W4A8", "W4A4")
+ROUNDED = ("W8A8", "W4A8", "W4A4")
+UPDATES = {"iterations": 200}  # equal for the methods with reconstruction; their default follows the machine
+ROWS: dict[str, Row] = {
+    "rtn": Row(CHANNEL | {"method": "rtn", "settings": {"search": "minmax"}}, STATIC, True, STUDIED),
+    "rtn-mse": Row(CHANNEL | {"method": "rtn", "settings": {"search": "mse"}}, STATIC, True, STUDIED),
+    "gptq": Row(CHANNEL | {"method": "gptq"}, STATIC, True, STUDIED),
+    # the papers' own way with activations is theirs to choose
+    "ptq4dm": Row(CHANNEL | {"method": "ptq4dm"}, {}, True, STUDIED),
+    "qdiffusion": Row(CHANNEL | {"method": "qdiffusion", "settings": UPDATES}, {}, True, STUDIED),
+    "tfmq": Row(CHANNEL | {"method": "tfmq", "settings": UPDATES}, {}, True, STUDIED),
+    "efficientdm": Row(CHANNEL | {"method": "efficientdm"}, {}, True, ROUNDED),
+    "rtn (defaults)": Row({"method": "rtn"}, settings=MAIN + LOW),
+    "gptq (defaults)": Row({"method": "gptq"}, settings=MAIN + LOW),
+    "tfmq (defaults)": Row({"method": "tfmq"}, settings=("W4A8",)),
+}
+DRAWN = (("W4A16", "rtn (defaults)"), ("W4A16", "gptq (defaults)"), ("W2A16", "rtn (defaults)"),
+         ("W2A16", "gptq (defaults)"))  # fmt: skip
+
+
+def row_options(pipeline: str, setting: str, name: str, *, temporal_by_itself: bool = False) -> dict[str, Any]:
+    """Options of `dacc quantize` for one cell.
+
+    Args:
+        temporal_by_itself: the method quantizes temporal layers at the asked bits without being told.
+    """
+    row, bits = ROWS[name], SETTINGS[setting]
+    options: dict[str, Any] = {**bits, **row.options}
+    if "act_bits" in bits:
+        options |= row.with_activations
+    if row.one_granularity and not temporal_by_itself:
+        options["layer_bits"] = [[glob, bits["bits"]] for glob in TEMPORAL_GLOBS[pipeline]]
+    return options

@@ -1,0 +1,340 @@
+"""EfficientDM: adapters that fold into integers, learning rates that know the scales, one activation scale per call."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from dacc.core.config import build_config
+from dacc.core.errors import ConfigError
+from dacc.core.manifest import read_manifest
+from dacc.core.reporter import silent
+from dacc.core.scheme import Scheme
+from dacc.quant import calibrated, distill
+from dacc.quant.distill import Training
+from dacc.quant.methods.efficientdm import CONFIG, INSIDE, EfficientDMConfig, QALoRA, base_of, decide, student_of
+from dacc.quant.methods.rtn import RTNConfig, quantize
+from dacc.quant.reconstruct import ReconstructionConfig, reconstruct_weights
+from dacc.quant.simulate import put_weight_
+from dacc.runtime.load import load_source
+from dacc.runtime.packing import unpack_codes
+from dacc.runtime.request import RunRequest
+from dacc.runtime.trajectory import sample
+from dacc.runtime.weight import to_rows
+
+DYNAMIC = {"act_bits": 8, "act_mode": "dynamic"}
+SCHEMES = [
+    Scheme(bits=4),
+    Scheme(bits=3, split=16),
+    Scheme(bits=4, group_size=16, symmetric=False),
+    Scheme(bits=4, group_size=16, two_level=True, **DYNAMIC),
+]
+NAMED = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+SHAPES = pytest.mark.parametrize("shape", [(6, 48), (6, 16, 3, 1)], ids=["linear", "convolution"])
+BASES = ["cell", "quantized", "float"]
+
+
+def codes_of(weight):
+    features = torch.Size(weight.shape[1:]).numel()
+    return unpack_codes(weight.qweight, weight.scheme.bits, features, signed=weight.scheme.symmetric).float()
+
+
+def example(scheme, shape=(6, 48), base="cell", rank=4, disturbance=0.0):
+    """A float weight, its quantized form, and an adapter; `disturbance` moves all that can be learned."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(shape, generator=generator)
+    if scheme.group_size and not scheme.symmetric:
+        weight = weight + 0.5
+    start = quantize(weight, scheme, RTNConfig())
+    learned = QALoRA(base_of(base, to_rows(weight), start), start, rank, generator)
+    with torch.no_grad():
+        learned.up.normal_(generator=generator).mul_(disturbance)
+        learned.growth.normal_(generator=generator).mul_(0.1 * disturbance)
+    return weight, start, learned
+
+
+# formula
+
+
+@NAMED
+@SHAPES
+def test_formula_equals_the_rows_one_by_one(scheme, shape):
+    weight, start, learned = example(scheme, shape, "float", disturbance=1.0)
+    found, rows, (low, high) = learned(), to_rows(weight), scheme.code_range
+    for row in range(6):
+        for column in range(48):
+            delta = sum(float(learned.up[row, r]) * float(learned.down[r, column]) for r in range(4))
+            group = (column >= 16) * 1 if scheme.split else column // 16 if scheme.group_size else 0
+            part = 0 if scheme.two_level else group
+            step = float(learned.scale()[row, part])
+            if scheme.two_level:
+                step *= int(start.group_scale[row, group])
+            zero = 0 if scheme.symmetric else int(start.zero_point[row, group])
+            ratio = (float(rows[row, column]) + delta) / step
+            if abs(ratio % 1 - 0.5) > 1e-4:
+                code = min(max(round(ratio) + zero, low), high)
+                assert float(found[row, column]) == pytest.approx((code - zero) * step, abs=1e-5)
+
+
+@NAMED
+def test_scales_grow_by_their_logarithm_in_the_precision_of_the_file(scheme):
+    _, start, learned = example(scheme, disturbance=1.0)
+    expected = (start.scale.float() * learned.growth.exp()).to(start.scale.dtype)
+    assert torch.equal(learned.scale(), expected.float())
+    assert learned.result().scale.dtype == start.scale.dtype
+
+
+@NAMED
+@SHAPES
+@pytest.mark.parametrize("base", BASES)
+def test_an_adapter_of_zeros_gives_what_rounding_gives(base, shape, scheme):
+    weight, start, learned = example(scheme, shape, base)
+    found = learned.result()
+    assert torch.equal(found.qweight, start.qweight)  # for "float" because it was rounded to nearest
+    assert torch.equal(found.scale, start.scale)
+    torch.testing.assert_close(learned(), to_rows(start.dequantize()), rtol=1e-6, atol=1e-6)
+
+
+def test_the_base_of_a_cell_is_the_float_weight_where_that_rounds_the_same():
+    weight, start, _ = example(Scheme(bits=3))
+    moved = replace(start, qweight=quantize(weight * 1.3, Scheme(bits=3), RTNConfig()).qweight)
+    base, rounded = base_of("cell", weight, moved), moved.dequantize()
+    away = (weight - rounded).abs() / start.scale
+    torch.testing.assert_close(base[away < INSIDE], weight[away < INSIDE])
+    torch.testing.assert_close(((base - rounded) / start.scale).abs(), away.clamp(max=INSIDE), rtol=1e-4, atol=1e-4)
+    assert bool((away > 0.6).any())
+    assert torch.equal((base / start.scale).round(), codes_of(moved))
+
+
+@NAMED
+def test_what_is_folded_gives_the_output_of_the_student(scheme):
+    _, start, learned = example(scheme, disturbance=1.0)
+    x, folded = torch.randn(20, 48), learned.result()
+    assert not torch.equal(folded.qweight, start.qweight)
+    torch.testing.assert_close(x @ to_rows(folded.dequantize()).T, x @ learned().T, rtol=1e-5, atol=1e-5)
+
+
+@NAMED
+def test_gradients_reach_the_adapter_and_the_scales(scheme):
+    _, _, learned = example(scheme, disturbance=0.3)
+    (learned() * torch.randn(6, 48)).sum().backward()
+    for parameter in learned.parameters():
+        assert float(parameter.grad.abs().min()) > 0
+
+
+def test_rounding_passes_gradients_inside_the_range_only():
+    _, start, learned = example(Scheme(bits=3), base="float")
+    scale = torch.nn.Parameter(torch.zeros(6, 48))
+    learned.base = learned.base * 1.7 + scale
+    learned().sum().backward()
+    inside = codes_of(start) * 0 + (
+        (learned.base / start.scale).round().clamp(-4, 3) == (learned.base / start.scale).round()
+    )
+    assert torch.equal(scale.grad != 0, inside.bool())
+
+
+def test_a_rank_beyond_the_size_of_the_weight_is_cut():
+    learned = example(Scheme(bits=4), rank=1000)[2]
+    assert learned.down.shape == (6, 48)
+    assert float(learned.down.abs().max()) <= 48**-0.5
+    assert not learned.up.any()
+
+
+# a network with weights of very different sizes
+
+CALLS = 3
+BODY = Scheme(bits=4, act_bits=4, act_mode="per-step", act_steps=CALLS)
+SIZES = (0.01, 1.0, 100.0)
+
+
+@pytest.fixture
+def scene(make_block):
+    """Layers whose weights differ by orders of magnitude, each after a norm that hides it; computing as quantized."""
+    torch.manual_seed(0)
+    parts = []
+    for size in SIZES:
+        linear = nn.Linear(24, 24, bias=False)
+        linear.weight.data.mul_(size)
+        parts += [linear, nn.LayerNorm(24), nn.SiLU()]
+    inputs = [torch.randn(16, 24) @ torch.randn(24, 24) for _ in range(CALLS * 8)]
+    schemes = {str(3 * number): BODY for number in range(len(SIZES))}
+    block = make_block(nn.Sequential(*parts), inputs, schemes, calls=CALLS)
+    starts = reconstruct_weights(block, ReconstructionConfig(start="nearest"), 0)
+    for name, found in starts.items():
+        put_weight_(block.layers[name], found.weight)
+    return block, starts
+
+
+def trained(scene, updates=40, **fields):
+    block, starts = scene
+    student = student_of(block, starts, EfficientDMConfig(updates=updates, **fields))
+    training = Training(student, starts, updates, seed=0)
+    for _ in range(updates):
+        training.update(block, 0.0)
+    return student
+
+
+def test_the_same_share_of_integers_changes_in_small_and_in_large_weights(scene):
+    _, starts = scene
+
+    def shares(**fields):
+        folded = trained(scene, learning_rate=5e-3, scale_learning_rate=0, **fields).folded(starts)
+        return [
+            float((codes_of(found.weight) != codes_of(starts[name].weight)).float().mean()) + 1e-4
+            for name, found in folded.items()
+        ]
+
+    aware, flat = shares(), shares(scale_aware=False)
+    assert max(aware) < 10 * min(aware)
+    assert max(flat) > 10 * min(flat)
+    assert min(aware) > 0.01
+
+
+def test_learning_rates_are_those_of_the_scales(scene):
+    block, starts = scene
+    student = student_of(block, starts, EfficientDMConfig(learning_rate=0.5))
+    for name, (parameters, rate) in zip(starts, student.rates, strict=False):
+        assert parameters == [student.weights[name].down, student.weights[name].up]
+        assert rate == pytest.approx(0.5 * float(starts[name].weight.scale.mean()))
+    assert [rate for _, rate in student.rates[3:]] == [
+        EfficientDMConfig().scale_learning_rate,
+        EfficientDMConfig().act_learning_rate,
+    ]
+
+
+# one scale for each call, told by the run and not by counting
+
+
+def test_extra_evaluations_change_nothing(scene):
+    block, starts = scene
+    student = trained(scene, 10)
+    before = [student.outputs(block, sighting)[0] for sighting in block.sightings[:CALLS]]
+    scales = {name: scale.result().scale for name, scale in student.scales.items()}
+    for _ in range(2):
+        student.outputs(block, block.sightings[1])
+    for sighting, expected in zip(reversed(block.sightings[:CALLS]), reversed(before), strict=True):
+        assert torch.equal(student.outputs(block, sighting)[0], expected)
+    assert all(torch.equal(scale.result().scale, scales[name]) for name, scale in student.scales.items())
+    first = replace(block.sightings[0], state=block.sightings[1].state)
+    assert not torch.equal(student.outputs(block, first)[0], before[0])
+
+
+# whole pipelines
+
+FIELDS = {"bits": 4, "act_bits": 4, "group_size": "channel", "settings": {"updates": 30}}
+
+
+def quick(quantize_watched, folder, **fields):
+    return quantize_watched(folder, "efficientdm", **FIELDS | fields)
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_a_bundle_holds_what_was_trained_and_no_adapters(kind, request, quantize_watched):
+    done = quick(quantize_watched, request.getfixturevalue(f"{kind}_folder"))
+    (file,) = [file for file in done.bundle.rglob("*.safetensors") if file.parent.name in ("unet", "transformer")]
+    with safe_open(file, "pt") as tensors:
+        names = {name.rpartition(".")[2] for name in tensors.keys()}  # noqa: SIM118
+    assert names <= {"qweight", "scale", "act_scale", "act_zero_point", "weight", "bias"}
+    pipe = load_source(done.bundle, device="cpu")
+    (denoiser,) = [part for part in pipe.components.values() if type(part).__name__ == type(done.model).__name__]
+    for name, acts in done.acts.items():
+        layer = denoiser.get_submodule(name)
+        assert torch.equal(layer.stored.dequantize(), done.model.get_submodule(name).weight)
+        if acts is not None:
+            assert torch.equal(layer.act_scale, acts.scale)
+
+
+def test_a_bundle_tells_the_error_of_the_trained_network(dit_folder, quantize_watched):
+    manifest = read_manifest(quick(quantize_watched, dit_folder).bundle)
+    record = manifest.components["transformer"].quantization
+    assert manifest.passes[-1].notices == []
+    assert record.chosen == {"updates": 30}
+    assert record.steps is not None
+    errors = {each.output_error for each in record.modules.values() if each.scheme and "w4" in each.scheme}
+    assert len(errors) == 1  # of the network as a whole
+
+
+def test_a_run_with_other_steps_takes_the_rows_of_the_nearest_noise(unet_folder, quantize_watched):
+    pipe = load_source(quick(quantize_watched, unet_folder).bundle, device="cpu")
+    layer = pipe.unet.get_submodule("down_blocks.0.resnets.0.conv1")
+    rows = []
+
+    def watch(*_):
+        scale = layer.activation_scale()[0]
+        rows.append(int((layer.act_scale == scale).all(1).nonzero()[0]))
+
+    layer.register_forward_pre_hook(watch)
+    sample(pipe, RunRequest(seeds=(1,), num_inference_steps=3))
+    assert rows == [0, 1, 2]
+    rows.clear()
+    with pytest.warns(UserWarning, match="nearest noise level"):
+        sample(pipe, RunRequest(seeds=(1,), num_inference_steps=6))
+    assert rows == sorted(rows)
+    assert set(rows) == {0, 1, 2}
+
+
+@pytest.fixture
+def again(dit_folder, calibration_of, tmp_path, files_of):
+    """Makes the same bundle anew, and gives the weights in it."""
+    from dacc import QuantizeConfig, quantize_pipeline
+
+    def make():
+        config = QuantizeConfig(method="efficientdm", measure="never", **FIELDS)
+        calib = calibration_of(dit_folder, "every-step")
+        return weights_of(
+            files_of(quantize_pipeline(dit_folder, config, calib=calib, output=tmp_path / "again", device="cpu"))
+        )
+
+    return make
+
+
+def weights_of(files):
+    return {name: content for name, content in files.items() if name.endswith(".safetensors")}
+
+
+def test_the_same_seed_gives_the_same_bytes(dit_folder, quantize_watched, files_of, again):
+    assert again() == weights_of(files_of(quick(quantize_watched, dit_folder).bundle))
+
+
+@pytest.mark.parametrize("stage", ["training", "storing"])
+def test_an_interrupted_pass_goes_on_and_ends_with_equal_bytes(
+    stage, dit_folder, quantize_watched, files_of, again, monkeypatch
+):
+    done = quick(quantize_watched, dit_folder)
+    monkeypatch.setattr(distill, "SAVE_SECONDS", 0.0)
+    place = {"training": (distill.Training, "update", 17), "storing": (calibrated, "_put_stored", len(done.acts) + 5)}
+    owner, name, at = place[stage]
+    original, count = getattr(owner, name), itertools.count(1)
+
+    def stopping(*arguments):
+        if next(count) == at:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, stopping)
+        again()
+    assert again() == weights_of(files_of(done.bundle))
+
+
+def test_weights_alone_are_trained_where_activations_stay_float(dit_folder, quantize_watched):
+    done = quantize_watched(dit_folder, "efficientdm", bits=3, group_size=16, settings={"updates": 10})
+    schemes = read_manifest(done.bundle).components["transformer"].quantization.schemes
+    assert any(not scheme.symmetric for scheme in schemes.values())
+    assert all(scheme.act_bits == 16 for scheme in schemes.values())
+
+
+# settings
+
+
+def test_the_updates_that_are_asked_for_are_made():
+    assert decide(None, [], [], EfficientDMConfig(updates=7), silent()) == {"updates": 7}
+
+
+@pytest.mark.parametrize("fields", [{"rank": 0}, {"base": "none"}, {"learning_rate": 0}, {"updates": -1}, {"lr": 1}])
+def test_wrong_settings_are_refused(fields):
+    with pytest.raises(ConfigError):
+        build_config(CONFIG, **fields)
