@@ -80,6 +80,13 @@ class StepRecord(Config):
     rule: StepRule = "nearest"
 
 
+class AttentionRecord(Config):
+    """Both products of attention are rounded at run time; without a record they are floating point."""
+
+    bits: int = Field(ge=4, le=8)  # of q, k and v
+    softmax_bits: int = Field(ge=4, le=8)
+
+
 class QuantizationRecord(Config):
     """Schemes listed once, layers pointing at them."""
 
@@ -87,6 +94,7 @@ class QuantizationRecord(Config):
     schemes: dict[str, Scheme]
     modules: dict[str, ModuleRecord]
     steps: StepRecord | None = None  # for schemes whose act_mode is per-step
+    attention: AttentionRecord | None = None  # None: float
     chosen: dict[str, int | float | str] = Field(default_factory=dict)  # what the method decided, e.g. iterations
 
 

@@ -28,6 +28,7 @@ from ..runtime.activation import ActivationScale
 from ..runtime.trajectory import DenoiserCall
 from ..runtime.weight import QuantizedWeight
 from .block import Block, Sighting, Treated, outputs_of
+from .checkpoint import Checkpoint
 from .held import calls_within
 from .layerwise import treat_layers, weight_error_of
 from .plan import LayerPlan
@@ -202,40 +203,15 @@ def _train_model(
     reporter: Reporter,
 ) -> dict[str, Treated]:
     """What the method makes of the network as a whole; the units that it starts from are in the journal."""
-    targets = _targets(reference, calls, reporter)
     sightings = [
-        Sighting(call.state, UnitInput(call.args, call.kwargs), target)
-        for call, target in zip(calls, targets, strict=True)
+        Sighting(call.state, UnitInput(call.args, call.kwargs), outputs_of(call.replay(reference)))
+        for call in reporter.progress(calls, "float outputs")
     ]
     block = Block("", model, tuple(plans), sightings, rounding, named_seed(treatment.seed, "model"), reference)
     starts = {plan.name: _treated(treatment, plan) for plan in plans}
     checkpoint = Checkpoint(treatment.writer, f"training:{treatment.component}")
     found: dict[str, Treated] = treatment.method.finish(block, starts, treatment.config, chosen, checkpoint, reporter)
     return found
-
-
-def _targets(reference: nn.Module, calls: Sequence[DenoiserCall], reporter: Reporter) -> list[tuple[Tensor, ...]]:
-    """What the float network gives in every call."""
-    return [outputs_of(call.replay(reference)) for call in reporter.progress(calls, "float outputs")]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where a training keeps its state, so that an interrupted one goes on."""
-
-    writer: BundleWriter
-    name: str
-
-    def save(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Replace what was kept before."""
-        self.writer.save_unit(self.name, tensors, record)
-
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What was kept last; None at the start."""
-        if self.name not in self.writer.finished_units():
-            return None
-        tensors = {name: kept.load() for name, kept in self.writer.unit_tensors(self.name).items()}
-        return tensors, dict(self.writer.unit_record(self.name))
 
 
 def _decided(treatment: Treatment, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:

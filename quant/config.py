@@ -25,6 +25,7 @@ class QuantizeConfig(Config):
     bits: int = Field(4, ge=2, le=8)  # weight bits; fewer: smaller file, worse image
     act_bits: int = 16  # activation bits, 4 to 8, or 16: float; 8 runs on integer products and is faster
     act_mode: Literal["auto", "dynamic", "static", "per-step"] = "auto"  # auto: what the method is made for
+    attention_bits: int = 16  # of q, k and v in the products of attention, 4 to 8, simulated; 16: float
     method: str = "auto"  # a file of quant/methods
     group_size: int | Literal["auto", "channel"] = (
         "auto"  # input features per scale; smaller: better image, larger file
@@ -53,6 +54,13 @@ class QuantizeConfig(Config):
     def _check_act_bits(cls, value: int) -> int:
         if value != 16 and not 4 <= value <= 8:
             raise ValueError(f"activations of {value} bits: 4 to 8, or 16 to leave them float")
+        return value
+
+    @field_validator("attention_bits")
+    @classmethod
+    def _check_attention_bits(cls, value: int) -> int:
+        if value != 16 and not 4 <= value <= 8:
+            raise ValueError(f"attention of {value} bits: 4 to 8, or 16 to leave its products float")
         return value
 
     @field_validator("layer_bits")

@@ -23,7 +23,7 @@ from ..core.reporter import Reporter
 from ..runtime.activation import ActivationScale
 from ..runtime.weight import QuantizedWeight, to_rows
 from .block import Block, Sighting, Treated
-from .calibrated import Checkpoint
+from .checkpoint import Checkpoint
 from .learn_scales import LearnedScale
 from .ranges import roundings_of
 from .reconstruct import LADDER, relative_error

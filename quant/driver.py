@@ -19,11 +19,12 @@ from ..core.bundle import BundleWriter
 from ..core.config import Config, build_config
 from ..core.errors import ModelError
 from ..core.families import find_family
-from ..core.manifest import FORMAT, ComponentRecord, ModuleRecord, QuantizationRecord, StepRecord
+from ..core.manifest import FORMAT, AttentionRecord, ComponentRecord, ModuleRecord, QuantizationRecord, StepRecord
 from ..core.reporter import Reporter
 from ..core.safe_read import resolve_shards
 from ..core.scheme import Scheme
 from ..core.tensor_file import StoredTensor, stored_tensors
+from ..runtime.attention import SOFTMAX_BITS, attention_modules
 from ..runtime.load import pick_device
 from ..runtime.skeleton import build_skeleton
 from ..runtime.weight import QuantizedWeight
@@ -80,9 +81,10 @@ def quantize_component(
     used = [plan.scheme_called(found) for plan in plans if (found := modules[plan.name].scheme)]
     schemes = {scheme.name: scheme for scheme in used}
     steps = _steps(calibration, used)
+    attention = _attention(job.config, reporter)
     writer.write_component(
         name,
-        _component_config(folder, schemes, modules, steps),
+        _component_config(folder, schemes, modules, steps, attention),
         _untouched(stored, skeleton, modules),
         info=f"quantized by {job.config.method}; schemes {', '.join(sorted(schemes))}",
     )
@@ -96,7 +98,12 @@ def quantize_component(
         bytes_before=sum(file.stat().st_size for file in resolve_shards(folder).values()),
         bytes_after=0,
         quantization=QuantizationRecord(
-            method=job.config.method, schemes=schemes, modules=modules, steps=steps, chosen=chosen
+            method=job.config.method,
+            schemes=schemes,
+            modules=modules,
+            steps=steps,
+            attention=attention,
+            chosen=chosen,
         ),
     )
 
@@ -106,6 +113,17 @@ def _steps(calibration: CalibrationSet | None, schemes: list[Scheme]) -> StepRec
     if calibration is None or all(scheme.act_mode != "per-step" for scheme in schemes):
         return None
     return StepRecord(schedule=calibration.schedule, rule="nearest")
+
+
+def _attention(config: QuantizeConfig, reporter: Reporter) -> AttentionRecord | None:
+    """How the products of attention will be rounded."""
+    if config.attention_bits == 16:
+        return None
+    reporter.notice(
+        f"attention products are rounded to {config.attention_bits} bits in simulated arithmetic: "
+        "this shows the damage, it is not faster"
+    )
+    return AttentionRecord(bits=config.attention_bits, softmax_bits=SOFTMAX_BITS)
 
 
 def check_plans(job: Job, method: ModuleType, reporter: Reporter) -> None:
@@ -130,6 +148,8 @@ def plan_component(
 ) -> tuple[nn.Module, list[LayerPlan]]:
     """The network of a component on the meta device, and what will happen to each of its layers."""
     skeleton = build_skeleton(folder)
+    if config.attention_bits < 16:
+        attention_modules(skeleton)  # refuses what cannot be rounded
     family, known = find_family(type(skeleton).__name__)
     if not known:
         reporter.notice(f"{type(skeleton).__name__} is not a known family; roles of its layers are guessed from names")
@@ -212,7 +232,11 @@ def _narrow(tensor: StoredTensor) -> StoredTensor:
 
 
 def _component_config(
-    folder: Path, schemes: dict[str, Scheme], modules: dict[str, ModuleRecord], steps: StepRecord | None
+    folder: Path,
+    schemes: dict[str, Scheme],
+    modules: dict[str, ModuleRecord],
+    steps: StepRecord | None,
+    attention: AttentionRecord | None,
 ) -> dict[str, Any]:
     """The model's own config.json with the `quantization_config` that the loader reads."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -221,5 +245,7 @@ def _component_config(
         "format": FORMAT,
         "schemes": {name: scheme.model_dump(mode="json") for name, scheme in sorted(schemes.items())},
         "modules": {name: record.scheme for name, record in sorted(modules.items()) if record.scheme},
-    } | ({"steps": steps.model_dump(mode="json")} if steps else {})
+    }
+    optional = {"steps": steps, "attention": attention}
+    config["quantization_config"] |= {name: part.model_dump(mode="json") for name, part in optional.items() if part}
     return config

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..core.config import build_config
 from ..core.errors import BundleError, ConfigError
-from ..core.manifest import FORMAT, StepRecord
+from ..core.manifest import FORMAT, AttentionRecord, StepRecord
 from ..core.scheme import Scheme
+from .attention import quantize_attention_, restore_attention_
 from .layers import LAYER_CLASSES, swap_layers_
 from .quantized_layer import STORED_NAMES, QuantizedLayer
 from .step_table import StepTable, unhook_step_tables_
@@ -42,6 +43,7 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
         modules: layer name -> scheme name; layers not named here are ordinary ones.
         format: format number of the bundle.
         steps: fields of `StepRecord`, for schemes with per-step scales.
+        attention: fields of `AttentionRecord`, where the products of attention are rounded.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
         modules: dict[str, str] | None = None,
         format: int = FORMAT,
         steps: dict[str, Any] | None = None,
+        attention: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         if format > FORMAT or unknown:
@@ -61,6 +64,7 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
             )
         self.quant_method = DaccMethod.DACC  # type: ignore[assignment]  # the enum of diffusers is closed
         self.schemes, self.modules, self.format, self.steps = schemes or {}, modules or {}, format, steps
+        self.attention = attention
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -74,6 +78,7 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
             "schemes": self.schemes,
             "modules": self.modules,
             **({} if self.steps is None else {"steps": self.steps}),
+            **({} if self.attention is None else {"attention": self.attention}),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -93,6 +98,18 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
             raise BundleError(f"a scheme of this model cannot be read: {error.what}", mend=DAMAGED_OR_NEWER) from None
         except KeyError as error:
             raise BundleError(f"the config of this model lists no scheme {error}.", mend=DAMAGED_OR_NEWER) from None
+
+    def attention_record(self) -> AttentionRecord | None:
+        """How the products of attention are rounded; None where they are not.
+
+        Raises:
+            BundleError: there are fields or values that this dacc does not know.
+        """
+        try:
+            return None if self.attention is None else build_config(AttentionRecord, **self.attention)
+        except (ConfigError, TypeError) as error:
+            what = error.what if isinstance(error, ConfigError) else str(error)
+            raise BundleError(f"the attention of this model cannot be read: {what}", mend=DAMAGED_OR_NEWER) from None
 
     def step_table(self) -> StepTable | None:
         """The table that chooses among per-step scales; None when no layer has them.
@@ -154,6 +171,8 @@ class DaccQuantizer(DiffusersQuantizer):
             swap_layers_(model, schemes, steps=self.quantization_config.step_table())
         except ConfigError as error:
             raise BundleError(f"a scheme of this model does not fit: {error.what}", mend=DAMAGED_OR_NEWER) from None
+        if attention := self.quantization_config.attention_record():
+            quantize_attention_(model, attention.bits, attention.softmax_bits)
         model.register_to_config(quantization_config=self.quantization_config)  # type: ignore[operator]
         expected = set(model.state_dict())
         missing, extra = sorted(expected - self._loaded), sorted(self._loaded - expected)
@@ -209,6 +228,7 @@ class DaccQuantizer(DiffusersQuantizer):
             assert isinstance(layer, QuantizedLayer)
             model.set_submodule(name, _float_layer(layer))
         unhook_step_tables_(model)
+        restore_attention_(model)
         config: Any = model.config
         vars(model)["_internal_dict"] = FrozenDict(  # so that it is saved as the plain model that it is now
             {key: value for key, value in config.items() if key != "quantization_config"}

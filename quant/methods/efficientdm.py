@@ -32,7 +32,7 @@ from ...runtime.clock import fixed_run
 from ...runtime.trajectory import DenoiserCall
 from ...runtime.weight import QuantizedWeight, from_rows, spread, to_rows
 from ..block import Block, Treated, outputs_of
-from ..calibrated import Checkpoint
+from ..checkpoint import Checkpoint
 from ..distill import DistillConfig, Student, distill, fitting_updates
 from ..grid import find_grid
 from ..learn_scales import LearnedScale, round_straight

@@ -28,4 +28,4 @@ def test_every_unit_of_work_has_a_seed_of_its_own_that_follows_the_user_s() -> N
     assert len(set(found)) == len(found)
     assert found == [named_seed(seed, name) for seed in (0, 1) for name in names]
     assert all(0 <= value < 2**32 for value in found)
-    assert named_seed(0, "temporal") == 0xc556b9a2  # part of what makes equal bytes: never to be changed
+    assert named_seed(0, "temporal") == 0xC556B9A2  # part of what makes equal bytes: never to be changed

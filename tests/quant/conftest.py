@@ -1,9 +1,9 @@
-"""Toy units, small calibration sets, and bundles of tiny pipelines together with the float network that they stand for."""
+"""Toy units, small calibration sets, and bundles of tiny pipelines beside the float network that they stand for."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ def state() -> Callable[..., RunState]:
 def make_block() -> Callable[..., Any]:
     """Makes a unit of a toy network: `make_block(module, inputs, schemes)`.
 
-    Each input is a tensor or a tuple of arguments. With `entering` the network before the unit is quantized already, and
-    gives these in place of `inputs`. The calls of the grid take turns.
+    Each input is a tensor or a tuple of arguments. With `entering` the network before the unit is quantized already,
+    and gives these in place of `inputs`. The calls of the grid take turns.
     """
     from dacc.quant.block import Block, Sighting, outputs_of
     from dacc.quant.plan import LayerPlan
@@ -64,7 +64,7 @@ def make_block() -> Callable[..., Any]:
 
 @pytest.fixture
 def residual_block() -> Callable[[], tuple[nn.Module, list]]:
-    """A residual block of a UNet with a skip convolution, and correlated inputs whose first 12 of 20 channels are much larger."""
+    """A residual block of a UNet, and correlated inputs whose first 12 of 20 channels are much larger."""
 
     def make() -> tuple[nn.Module, list]:
         from diffusers.models.resnet import ResnetBlock2D
@@ -112,8 +112,8 @@ class Pass:
 @pytest.fixture(scope="session")
 def quantize_watched(
     tmp_path_factory: pytest.TempPathFactory, calibration_of: Callable[..., Path]
-) -> Iterator[Callable[..., Pass]]:
-    """Runs a pass on a small calibration set: `quantize_watched(folder, "tfmq", bits=4)`; each once, not to be changed."""
+) -> Callable[..., Pass]:
+    """Runs a pass on a small set, `quantize_watched(folder, "tfmq", bits=4)`; each once, not to be changed."""
     root, made = tmp_path_factory.mktemp("watched"), {}
 
     def make(folder: Path, method: str, *, strategy: str | None = None, **fields: Any) -> Pass:
@@ -153,7 +153,7 @@ def quantize_watched(
         made[key] = done
         return done
 
-    yield make
+    return make
 
 
 @pytest.fixture
@@ -167,3 +167,44 @@ def files_of() -> Callable[[Path], dict[str, bytes]]:
         return {name: (bundle / name).read_bytes() for name in manifest.files}
 
     return read
+
+
+@pytest.fixture
+def simulation_gap() -> Callable[..., float]:
+    """How far a loaded network is from the one that simulated it, layer by layer on equal inputs; the largest share.
+
+    What stays float is stored in 16 bits: it is taken from the original here, so that nothing but the layers counts.
+    """
+    from dacc.calibrate.store import open_calibration
+    from dacc.runtime.clock import fixed_run
+
+    def watch(done: Pass, call: Any) -> dict[str, list]:
+        """What enters every treated layer, unrounded, and what it gives."""
+        seen: dict[str, list] = {}
+        hooks = []
+        for name in done.acts:
+            layer = done.model.get_submodule(name)
+            hooks.append(
+                layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: [args[0]]}), prepend=True)
+            )
+            hooks.append(layer.register_forward_hook(lambda _, args, output, name=name: seen[name].append(output)))
+        call.replay(done.model)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    @torch.no_grad()
+    def largest(done: Pass, model: nn.Module, original: nn.Module) -> float:
+        kept = original.state_dict()
+        for name, parameter in model.named_parameters():
+            if name in kept and parameter.is_floating_point():
+                parameter.copy_(kept[name])
+        gaps = []
+        for call in list(open_calibration(done.calibration))[::2]:
+            with fixed_run(call.state):
+                for name, (x, output) in watch(done, call).items():
+                    gaps.append(float((model.get_submodule(name)(x) - output).norm() / output.norm()))
+        assert len(gaps) > 20
+        return max(gaps)
+
+    return largest

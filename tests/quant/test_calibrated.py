@@ -249,9 +249,10 @@ def test_embeddings_are_rounded_to_nearest_which_is_no_news(run, request):
     assert done.notices == []
 
 
-def test_inputs_that_are_no_numbers_are_refused(run, calls_of):
+@pytest.mark.parametrize("fields", [{}, {"bits": 8, "act_bits": 8, "act_mode": "static"}], ids=["w4", "static"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_inputs_that_are_no_numbers_are_refused(value, fields, run, calls_of):
     calls = calls_of("unet")
-    calls[1].args[0][0, 0, 0, 0] = float("inf")
+    calls[1].args[0][0, 0, 0, 0] = value
     with pytest.raises(CalibrationError, match="what enters .* holds NaN or infinity"):
-        run("unet", calls=calls)
-
+        run("unet", calls=calls, **fields)

@@ -1,5 +1,6 @@
 import pytest
 
+from dacc import CalibrateConfig
 from dacc.core.config import build_config
 from dacc.core.errors import ConfigError
 from dacc.quant.config import METHODS, QuantizeConfig, on_the_fly
@@ -128,3 +129,4 @@ def test_what_is_read_of_a_method_without_importing_it_is_what_it_holds(name):
 def test_a_set_made_on_the_fly_follows_the_method(fields, strategy):
     made = on_the_fly(QuantizeConfig(seed=3, **fields).resolved(), ["unet"])
     assert (made.strategy, made.component, made.seed) == (strategy, ("unet",), 3)
+    assert made.samples == METHODS.fact(fields["method"], "SAMPLES", CalibrateConfig().samples)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dacc import CalibrateConfig, QuantizeConfig, calibrate_pipeline, quantize_pipeline, verify_bundle
+from dacc import CalibrateConfig, QuantizeConfig, calibrate_pipeline, load, quantize_pipeline, verify_bundle
 from dacc.core.calibration import read_calibration
-from dacc.core.errors import ConfigError, ModelError
+from dacc.core.errors import BundleError, ConfigError, ModelError
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import Reporter, silent
 from dacc.core.source import resolve_source
@@ -32,7 +32,10 @@ def files_of(bundle: Path) -> dict[str, bytes]:
 
 
 def use_small_sets(monkeypatch: pytest.MonkeyPatch, small: CalibrateConfig) -> None:
-    monkeypatch.setattr("dacc.quant.config.CalibrateConfig", lambda **fields: small.model_copy(update=fields))
+    monkeypatch.setattr(
+        "dacc.quant.config.CalibrateConfig",
+        lambda **fields: small.model_copy(update={**fields, "samples": small.samples}),
+    )
 
 
 def test_a_given_set_is_used_and_named_in_the_manifest(dit_folder: Path, calibration: Path, tmp_path: Path) -> None:
@@ -175,3 +178,50 @@ def test_another_set_gives_another_result_in_place_of_the_old_one(
     one = quantize_pipeline(dit_folder, GPTQ, calib=calibration, output=tmp_path / "one")
     two = quantize_pipeline(dit_folder, GPTQ, calib=other, output=tmp_path / "two")
     assert files_of(one) != files_of(two)
+
+
+STATIC = QuantizeConfig(bits=8, act_bits=8, act_mode="static", measure="never")
+FIXED = pytest.mark.parametrize(
+    "config",
+    [STATIC, STATIC.model_copy(update={"act_mode": "per-step"}), STATIC.model_copy(update={"method": "ptq4dm"})],
+    ids=["static", "per-step", "ptq4dm"],
+)
+
+
+@FIXED
+def test_fixed_scales_need_the_set_of_this_very_model(
+    config: QuantizeConfig, unet_folder: Path, dit_folder: Path, calibration_of, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        quantize_pipeline(unet_folder, config, calib=calibration_of(dit_folder), output=tmp_path / "out")
+    assert caught.value.mend
+    assert not (tmp_path / "out").exists()
+
+
+@FIXED
+def test_a_set_that_was_cut_short_is_refused(
+    config: QuantizeConfig, unet_folder: Path, calibration_of, tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(calibration_of(unet_folder), tmp_path / "set")
+    shard = next(damaged.rglob("calls-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(BundleError, match=shard.name) as caught:
+        quantize_pipeline(unet_folder, config, calib=damaged, output=tmp_path / "out")
+    assert "dacc calibrate" in caught.value.mend
+    assert not (tmp_path / "out").exists()
+
+
+@FIXED
+def test_fixed_scales_of_plain_rounding_are_found_on_the_set(
+    config: QuantizeConfig, unet_folder: Path, calibration_of, tmp_path: Path
+) -> None:
+    bundle = quantize_pipeline(unet_folder, config, calib=calibration_of(unet_folder), output=tmp_path / "out")
+    manifest = read_manifest(bundle)
+    assert manifest is not None
+    record = manifest.components["unet"].quantization
+    fixed = [scheme for scheme in record.schemes.values() if scheme.act_bits == 8]
+    assert {scheme.act_mode for scheme in fixed} == {config.act_mode}
+    assert (record.steps is not None) == (config.act_mode == "per-step")
+    unet = load(bundle, device="cpu").unet
+    rows = {layer.act_scale.shape for layer in unet.modules() if getattr(layer, "act_scale", None) is not None}
+    assert rows == {(4, 1) if config.act_mode == "per-step" else (1, 1)}

@@ -7,7 +7,7 @@ from dacc.core.errors import ConfigError, UnsupportedError
 from dacc.core.families import Family, find_family
 from dacc.core.scheme import Scheme
 from dacc.quant.config import QuantizeConfig
-from dacc.quant.plan import plan_layers
+from dacc.quant.plan import LayerPlan, Traits, plan_layers
 
 PLAIN = Family(name="plain", denoisers=(), edge=("first", "last"), temporal=("time.*",), modulation=("mod",))
 BLOCK = "transformer_blocks.0"
@@ -230,3 +230,81 @@ def test_what_the_model_keeps_in_float32_is_left_alone():
     plans = plans_of(model)
     assert plans["keep.0"].reason == "the model keeps it in float32"
     assert plans["keeper"].scheme is not None
+
+
+# what a method is made for
+
+
+def traited(model, traits, family=None, **fields):
+    family = family or find_family(type(model).__name__)[0]
+    return {plan.name: plan for plan in plan_layers(model, family, QuantizeConfig(**fields), traits)}
+
+
+def test_methods_of_temporal_layers_take_them_down_to_the_asked_bits(dit):
+    found = traited(dit, Traits(temporal=True), bits=3, act_bits=8, act_mode="static")
+    embedder = found[f"{BLOCK}.norm1.emb.timestep_embedder.linear_1"].scheme
+    assert (embedder.bits, embedder.act_bits) == (3, 16)
+    assert found[f"{BLOCK}.norm1.linear"].scheme.bits == 3
+    assert found[f"{BLOCK}.norm1.emb.class_embedder.embedding_table"].scheme == Scheme(bits=8)
+
+
+def test_where_temporal_activations_have_tables_the_body_has_fixed_scales(dit):
+    found = traited(dit, Traits(temporal=True, temporal_acts=True, calls=7), bits=8, act_bits=8, act_mode="per-step")
+    table = {"act_bits": 8, "act_mode": "per-step", "act_steps": 7}
+    assert found[f"{BLOCK}.norm1.linear"].scheme == Scheme(bits=8, **table)
+    assert found[f"{BLOCK}.attn1.to_q"].scheme == Scheme(bits=8, act_bits=8, act_mode="static")
+
+
+@pytest.mark.parametrize("mode", ["auto", "dynamic", "static", "per-step"])
+@pytest.mark.parametrize("act_bits", [4, 6, 8])
+def test_the_body_has_the_mode_that_was_asked_for(mode, act_bits):
+    layers = toy(layer=nn.Linear(64, 64), mod=nn.Linear(64, 64))
+    found = traited(layers, Traits(calls=5), PLAIN, bits=8, act_bits=act_bits, act_mode=mode)
+    steps = 5 if mode == "per-step" else None
+    expected = Scheme(bits=8, act_bits=act_bits, act_mode="dynamic" if mode == "auto" else mode, act_steps=steps)
+    assert found["layer"].scheme == expected
+    assert found["mod"].scheme.act_mode == "none"
+
+
+@pytest.fixture(scope="module")
+def wide():
+    with torch.device("meta"):
+        return UNet2DModel(
+            sample_size=8,
+            block_out_channels=(32, 48),
+            layers_per_block=1,
+            norm_num_groups=8,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+        )
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"act_bits": 8}, {"act_bits": 8, "act_mode": "static"}, {"group_size": "channel"}], ids=str
+)
+def test_joined_inputs_are_split_where_the_method_can_and_groups_end_at_the_split(wide, fields):
+    plain, found = (traited(wide, Traits(split=split), bits=4, **fields) for split in (False, True))
+    name = "up_blocks.0.resnets.1.conv_shortcut"  # 48 deep channels, then 32
+    assert plain[name].scheme.split is None
+    scheme = found[name].scheme
+    assert scheme.group_size in (None, 16)
+    if scheme.group_size is None or scheme.two_level:
+        assert scheme.split == 48
+    else:
+        assert scheme.split is None  # groups have scales of their own anyway
+    others = {key for key, plan in found.items() if plan.scheme != plain[key].scheme}
+    assert others <= {f"up_blocks.{block}.resnets.{index}.conv_shortcut" for block in (0, 1) for index in (0, 1)}
+
+
+def test_an_asked_group_that_reaches_over_the_split_gives_way(wide):
+    name = "up_blocks.0.resnets.1.conv_shortcut"
+    found = traited(wide, Traits(split=True), bits=4, act_bits=8, group_size=40, include=(name,))
+    assert found[name].scheme.group_size is None
+    assert found[name].scheme.split == 48
+
+
+def test_a_plan_knows_its_scheme_without_the_split():
+    scheme = Scheme(bits=4, split=48)
+    plan = LayerPlan("layer", (8, 80, 1, 1), scheme)
+    assert plan.scheme_called(scheme.name) == scheme
+    assert plan.scheme_called("w4") == Scheme(bits=4)

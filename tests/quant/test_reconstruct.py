@@ -24,6 +24,7 @@ from dacc.quant.reconstruct import (
     reconstruct_weights,
     relative_error,
 )
+from dacc.quant.units import Unit
 from dacc.quant.walk import UnitInput
 from dacc.runtime.trajectory import DenoiserCall
 from dacc.runtime.weight import to_rows
@@ -269,8 +270,8 @@ def test_a_unit_that_never_runs_is_rounded_to_nearest(make_block):
 def toy_denoiser():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
-    plans = [LayerPlan("0", (8, 8), W4), LayerPlan("1", (8, 8), None, "excluded")]
-    return model, plans, [DenoiserCall("unet", None, (torch.randn(3, 8),), {})]
+    units = [Unit("0", (LayerPlan("0", (8, 8), W4),)), Unit("1", (LayerPlan("1", (8, 8), Scheme(bits=8)),))]
+    return model, units, [DenoiserCall("unet", None, (torch.randn(3, 8),), {})]
 
 
 def test_as_many_updates_as_asked_or_as_fit_into_the_time(monkeypatch):
@@ -278,18 +279,18 @@ def test_as_many_updates_as_asked_or_as_fit_into_the_time(monkeypatch):
     assert choose_iterations(*scene, ReconstructionConfig(iterations=7), reporter) == 7
     found = choose_iterations(*scene, ReconstructionConfig(minutes=1e-9), reporter)
     assert found == LADDER[-1]
-    clock = iter([0.0, 100.0, 100.5])  # the second update counts
+    clock = iter([0.0, 100.0, 100.3, 0.0, 100.0, 100.2])  # the second update of each unit counts
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     said = []
     monkeypatch.setattr(reporter, "say", said.append)
     assert choose_iterations(*scene, ReconstructionConfig(minutes=6), reporter) == 500  # 360 s / (1.4 * 0.5 s) = 514
-    assert said == ["an update of all units takes 0.50 s here: 500 updates each"]
+    assert said == ["one update of all units takes 0.50 s here: 500 updates each"]
 
 
 def test_measuring_the_time_leaves_the_weights_alone():
-    model, plans, calls = toy_denoiser()
+    model, units, calls = toy_denoiser()
     before = model[0].weight.clone()
-    choose_iterations(model, plans, calls, ReconstructionConfig(), Reporter(quiet=True))
+    choose_iterations(model, units, calls, ReconstructionConfig(), Reporter(quiet=True))
     assert torch.equal(model[0].weight, before)
     assert model[0].weight.grad is None
 

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from dacc.benchmarks.full_size import MODELS
+from dacc.calibrate.store import open_calibration
 from dacc.core.families import Family, find_family
 from dacc.core.pipeline import denoisers
-from dacc.core.scheme import Scheme
 from dacc.quant.config import METHODS, QuantizeConfig
 from dacc.quant.driver import traits_of
 from dacc.quant.plan import plan_layers
@@ -78,9 +78,7 @@ def test_in_stable_diffusion_all_22_are_found_in_a_call():
     config = MODELS["sd15"].config | {"layers_per_block": 2}
     narrow = {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "cross_attention_dim": 8}
     model = diffusers.UNet2DConditionModel(**config | narrow | {"attention_head_dim": 4, "sample_size": 8})
-    call = DenoiserCall(
-        "unet", None, (torch.randn(1, 4, 8, 8), 7), {"encoder_hidden_states": torch.randn(1, 3, 8)}
-    )
+    call = DenoiserCall("unet", None, (torch.randn(1, 4, 8, 8), 7), {"encoder_hidden_states": torch.randn(1, 3, 8)})
     assert len(find_temporal(model, family_of(model), [call]).sources) == 22
 
 
@@ -225,10 +223,10 @@ def test_its_layers_are_the_temporal_ones_and_the_other_units_have_the_rest(unet
     assert kept == found | set(rest)
 
 
-def distance_of(model, calls, wanted):
+def cosine_of(model, calls, wanted):
     """Mean cosine between float and quantized projections over all calls."""
     found = []
-    names = [name for name in wanted if "proj" in name]
+    names = list(wanted)
     given = {}
     hooks = [
         model.get_submodule(name).register_forward_hook(lambda _, args, output, name=name: given.update({name: output}))
@@ -248,24 +246,20 @@ def test_reconstruction_brings_the_features_of_time_nearer(scene):
     plans = [plan for plan in plans_of(model, bits=3) if plan.scheme]
     block = temporal_block(network, model, plans, calls, RoundedInputs(model, {}), 0)
     errors = {}
-    for name, iterations, start in (("nearest", 0, "nearest"), ("learned", 150, "nearest"), ("gptq", 150, "gptq")):
-        config = ReconstructionConfig(start=start, learning_rate=2e-2)
+    for name, iterations, start in (("nearest", 0, "nearest"), ("learned", 150, "nearest"), ("gptq", 0, "gptq")):
+        config = ReconstructionConfig(start=start, learning_rate=3e-2)
         treated = reconstruct_weights(block, config, iterations)
         errors[name] = treated["time_embedding.linear_1"].output_error
-    assert errors["learned"] < 0.8 * errors["nearest"]
-    assert errors["gptq"] < 0.8 * errors["nearest"]
+    assert errors["learned"] < 0.95 * errors["nearest"]
+    assert errors["gptq"] < 0.2 * errors["nearest"]
 
 
-def test_the_features_of_time_are_kept_better_than_inside_their_blocks(
-    unet_folder, unet_pipeline, quantize_watched, calibration_of
-):
-    temporal = [("time_embedding.*", 3), ("*.time_emb_proj", 3)]
-    common = {"bits": 3, "layer_bits": temporal, "strategy": "every-step"}
-    settings = {"iterations": 60, "learning_rate": 1e-2, "start": "nearest"}
+def test_the_features_of_time_are_kept_better_than_inside_their_blocks(unet_folder, unet_pipeline, quantize_watched):
+    temporal = [("time_embedding.*", 4), ("*.time_emb_proj", 4)]
+    common = {"bits": 4, "layer_bits": temporal, "strategy": "every-step"}
+    settings = {"iterations": 20, "learning_rate": 2e-2}
     alone = quantize_watched(unet_folder, "tfmq", settings=settings, **common)
     inside = quantize_watched(unet_folder, "qdiffusion", settings=settings, **common)
-    from dacc.calibrate.store import open_calibration
-
     model, calls = unet_pipeline().unet.requires_grad_(False), list(open_calibration(alone.calibration))
     wanted = {}
     for name in find_temporal(model, family_of(model), calls).sources:
@@ -274,10 +268,13 @@ def test_the_features_of_time_are_kept_better_than_inside_their_blocks(
         )
     for call in calls:
         call.replay(model)
-    assert distance_of(alone.model, calls, wanted) > distance_of(inside.model, calls, wanted)
+    mine, others = (cosine_of(done.model, calls, wanted) for done in (alone, inside))
+    assert 1 - mine < 0.2 * (1 - others)
 
 
-def test_a_quantized_embedding_is_nearest_to_the_float_one_of_its_own_time(unet_folder, unet_pipeline, quantize_watched):
+def test_a_quantized_embedding_is_nearest_to_the_float_one_of_its_own_time(
+    unet_folder, unet_pipeline, quantize_watched
+):
     done = quantize_watched(unet_folder, "tfmq", bits=4, act_bits=8, settings={"iterations": 4})
     model = unet_pipeline().unet.requires_grad_(False)
     times = torch.arange(0, 1000, 50)
@@ -294,6 +291,4 @@ def test_schemes_of_temporal_layers_take_the_asked_bits_with_this_method(scene):
     found = {plan.name: plan.scheme for plan in plans_of(model, bits=4, act_bits=8) if plan.scheme}
     assert found["time_embedding.linear_1"].bits == 4
     assert found["time_embedding.linear_1"].act_bits == 16
-    assert found["mid_block.resnets.0.conv1"] == Scheme(
-        bits=4, group_size=32, two_level=True, act_bits=8, act_mode="per-step", act_steps=1
-    ) or found["mid_block.resnets.0.conv1"].act_mode == "per-step"
+    assert found["mid_block.resnets.0.conv1"].act_mode == "per-step"

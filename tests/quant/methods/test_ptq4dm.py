@@ -1,7 +1,5 @@
 """PTQ4DM: thresholds against trying every one, ranges mixed batch by batch, and the pass from set to bundle."""
 
-import hashlib
-
 import pytest
 import torch
 
@@ -13,13 +11,16 @@ from dacc.quant.methods import rtn
 from dacc.quant.methods.ptq4dm import CONFIG, PTQ4DMConfig, act_search, mixed_range, quantize
 from dacc.quant.ranges import Observed, scale_of
 from dacc.runtime.packing import unpack_codes
-from dacc.runtime.request import RunRequest
-from dacc.runtime.trajectory import sample
 from dacc.runtime.weight import to_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy 2 inside diffusers
 
-SCHEMES = [Scheme(bits=8), Scheme(bits=4), Scheme(bits=3, group_size=16), Scheme(bits=4, group_size=16, symmetric=False)]
+SCHEMES = [
+    Scheme(bits=8),
+    Scheme(bits=4),
+    Scheme(bits=3, group_size=16),
+    Scheme(bits=4, group_size=16, symmetric=False),
+]
 STATIC = Scheme(bits=8, act_bits=8, act_mode="static")
 
 
@@ -108,14 +109,14 @@ def seen(values):
 
 def slow_range(values, bits):
     """The best of a hundred symmetric or one-sided ranges."""
-    peak, best = float(values.abs().max()), None
+    peak, best = values.abs().max(), None
     for number in range(1, 101):
-        low = -peak * number / 100 if values.min() < 0 else 0.0
-        high = peak * number / 100 if values.max() > 0 else 0.0
-        step = (high - low) / (2**bits - 1)
-        zero = min(max(round(-low / step), 0), 2**bits - 1)
-        codes = ((values.double() / step).round() + zero).clamp(0, 2**bits - 1)
-        error = float(((codes - zero) * step - values.double()).abs().pow(2.4).mean())
+        low = float(-peak * number / 100) if values.min() < 0 else 0.0
+        high = float(peak * number / 100) if values.max() > 0 else 0.0
+        step = (torch.tensor(high) - torch.tensor(low)) / (2**bits - 1)
+        zero = float((-torch.tensor(low) / step).round())  # of a range about 0 halfway between two integers
+        codes = ((values.double() / step.double()).round() + zero).clamp(0, 2**bits - 1)
+        error = float(((codes - zero) * step.double() - values.double()).abs().pow(2.4).mean())
         if best is None or error < best[0]:
             best = error, low, high
     return best[1:]
@@ -167,24 +168,6 @@ def test_round_trip_gives_the_network_that_was_observed(kind, request, quantize_
             assert torch.equal(layer.act_zero_point, acts.zero_point)
             assert acts.scale.shape == (1, 1)
     assert fixed > 5
-
-
-PROGRAM = """
-import hashlib, sys, torch
-from dacc import load
-from dacc.runtime.request import RunRequest
-from dacc.runtime.trajectory import sample
-torch.set_num_threads(1)
-found = sample(load(sys.argv[1], device="cpu"), RunRequest(seeds=(5, 6), num_inference_steps=3))
-print(hashlib.sha256(found.latents.contiguous().numpy().tobytes()).hexdigest())
-"""
-
-
-def test_round_trip_in_a_fresh_process_gives_the_same_latents(unet_folder, quantize_watched, run_python):
-    done = quantize_watched(unet_folder, "ptq4dm", bits=8, act_bits=8)
-    found = sample(load(done.bundle, device="cpu"), RunRequest(seeds=(5, 6), num_inference_steps=3))
-    here = hashlib.sha256(found.latents.contiguous().numpy().tobytes()).hexdigest()
-    assert run_python(PROGRAM, done.bundle).stdout.split()[-1] == here
 
 
 def test_repeat_gives_the_same_bytes(unet_folder, quantize_watched, files_of, tmp_path):

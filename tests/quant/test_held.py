@@ -1,0 +1,54 @@
+import pytest
+import torch
+from torch import nn
+
+from dacc.core.errors import ResourceError
+from dacc.core.reporter import Reporter
+from dacc.quant.held import calls_within, held_bytes
+from dacc.runtime.trajectory import DenoiserCall
+
+UNITS = ["0", "2", "4"]
+
+
+def network(width=1000):
+    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 50), nn.ReLU(), nn.Linear(50, 3))
+
+
+def calls(count, rows=500):
+    return [DenoiserCall("unet", None, (torch.full((rows, 8), float(number)),), {}) for number in range(count)]
+
+
+def chosen(budget_gb, count=20, seed=0, walks=1):
+    reporter = Reporter(quiet=True)
+    found = calls_within(budget_gb, network(), calls(count), UNITS, walks=walks, seed=seed, reporter=reporter)
+    return [int(call.args[0][0, 0]) for call in found], reporter.notices
+
+
+def test_a_call_holds_what_is_alive_where_it_waits():
+    wide = 4 * 500 * 1000  # what enters the second layer
+    found = held_bytes(network(), calls(1)[0], UNITS)
+    assert wide <= found <= 2.2 * wide
+    assert held_bytes(network(10), calls(1)[0], UNITS) < wide / 5
+    assert held_bytes(network(), calls(1, rows=1000)[0], UNITS) == pytest.approx(2 * found, rel=0.1)
+
+
+def test_all_calls_are_taken_where_they_fit():
+    assert chosen(4.0) == (list(range(20)), [])
+
+
+def test_fewer_are_drawn_within_a_small_budget_and_a_notice_says_so():
+    each = held_bytes(network(), calls(1)[0], UNITS)
+    found, notices = chosen(5.5 * each / 1e9)
+    assert len(found) == 5
+    assert found == sorted(set(found))
+    assert found == chosen(5.5 * each / 1e9)[0]
+    assert found != chosen(5.5 * each / 1e9, seed=1)[0]
+    assert len(chosen(5.5 * each / 1e9, walks=2)[0]) == 2
+    (notice,) = notices
+    assert notice.startswith("5 of the 20 calls of the calibration set fit into")
+
+
+def test_where_not_even_one_fits_it_says_what_to_do():
+    with pytest.raises(ResourceError, match="one call of the calibration set holds") as caught:
+        chosen(1e-6)
+    assert "--cache-gb" in caught.value.mend
