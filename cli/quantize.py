@@ -159,7 +159,7 @@ def quantize(
         seed=seed,
     )
     if dry_run:
-        _show_preview(source, config, reporter, as_json=json)
+        _show_preview(source, config, calib, reporter, as_json=json)
         return
     from ..quant.api import quantize_pipeline
 
@@ -178,10 +178,12 @@ def quantize(
     print_path(path, as_json=json, record=_record(path))
 
 
-def _show_preview(source: str | None, config: QuantizeConfig, reporter: Reporter, *, as_json: bool) -> None:
+def _show_preview(
+    source: str | None, config: QuantizeConfig, calib: Path | None, reporter: Reporter, *, as_json: bool
+) -> None:
     from ..quant.preview import preview_quantization
 
-    preview = preview_quantization(source, config, reporter=reporter)
+    preview = preview_quantization(source, config, calib=calib, reporter=reporter)
     if as_json:
         options.print_document(preview.model_dump(mode="json"))
         return

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..core.bundle import BundleWriter
 from ..core.config import Config
+from ..core.errors import UnsupportedError
 from ..core.families import Family
 from ..core.manifest import ModuleRecord
 from ..core.reporter import Reporter
@@ -76,6 +77,7 @@ def quantize_units(
         What the method decided by itself, for the manifest.
     """
     method, planned = treatment.method, [plan for plan in plans if plan.scheme]
+    reference = copy.deepcopy(model) if method.UNIT == "block" else None  # before anything is put into the model
     rounding = RoundedInputs(model, {plan.name: plan.scheme for plan in planned if plan.scheme})
     chosen: dict[str, int | float | str] = {}
     if method.UNIT == "block":
@@ -101,8 +103,9 @@ def quantize_units(
         seed=treatment.seed,
         reporter=reporter,
     )
+    _tell_of_steps(planned, walking, reporter)
     for block in reporter.progress(
-        _blocks(treatment, model, units, walking, rounding), f"quantize {treatment.component}", len(units)
+        _blocks(treatment, model, reference, units, walking, rounding), f"quantize {treatment.component}", len(units)
     ):
         _finish_unit(treatment, block, chosen)
     if hasattr(method, "finish"):
@@ -113,13 +116,17 @@ def quantize_units(
 
 
 def _blocks(
-    treatment: Treatment, model: nn.Module, units: list[Unit], calls: Sequence[DenoiserCall], rounding: RoundedInputs
+    treatment: Treatment,
+    model: nn.Module,
+    reference: nn.Module | None,
+    units: list[Unit],
+    calls: Sequence[DenoiserCall],
+    rounding: RoundedInputs,
 ) -> Iterator[Block]:
     """The units, one after the other, each with what enters it when all before it are quantized."""
     names = [unit.name for unit in units]
     with ExitStack() as stack:
         walk = stack.enter_context(Walk(model, calls, names))
-        reference = copy.deepcopy(model) if treatment.method.UNIT == "block" else None
         float_walk = stack.enter_context(Walk(reference, calls, names)) if reference else None
         for unit in units:
             finished = treatment.is_finished(unit.plans)
@@ -264,6 +271,23 @@ def _treated(treatment: Treatment, plan: LayerPlan) -> Treated:
     """The same with what the journal says of it."""
     record = treatment.writer.unit_record(treatment.key(plan))
     return Treated(*_stored(treatment, plan), method=record["method"], output_error=record["output_error"])
+
+
+def _tell_of_steps(plans: list[LayerPlan], calls: Sequence[DenoiserCall], reporter: Reporter) -> None:
+    """Scales of every step need every step."""
+    steps = next((plan.scheme.act_steps for plan in plans if plan.scheme and plan.scheme.act_steps), None)
+    if steps is None:
+        return
+    if any(call.state and call.state.calls != steps for call in calls):
+        raise UnsupportedError(
+            "this denoiser is called on another grid than the one that the calibration set names.",
+            "A table of scales for every step belongs to one grid.",
+            "Use --act-mode static.",
+        )
+    if missing := steps - len({call.state.call for call in calls if call.state}):
+        reporter.notice(
+            f"the calibration set lacks {missing} of the {steps} steps: they take the scales of the nearest one."
+        )
 
 
 def _tell_of_baselines(treatment: Treatment, plans: list[LayerPlan], reporter: Reporter) -> None:

@@ -20,7 +20,8 @@ DEFAULT_METHOD = "rtn"  # the one that needs no calibration set
 
 
 class QuantizeConfig(Config):
-    """The whole request; equal configs on equal sources give equal bytes."""
+    """The whole request; equal configs on equal sources give equal bytes, unless a method is left to choose how long it
+    learns."""
 
     bits: int = Field(4, ge=2, le=8)  # weight bits; fewer: smaller file, worse image
     act_bits: int = 16  # activation bits, 4 to 8, or 16: float; 8 runs on integer products and is faster
@@ -40,7 +41,7 @@ class QuantizeConfig(Config):
         4.0, gt=0
     )  # what the calls of a calibration set may hold between the units; less: fewer calls
     measure: Literal["auto", "never"] = "auto"  # compare with the float pipeline at the end
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
     @field_validator("group_size")
     @classmethod

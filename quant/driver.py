@@ -55,7 +55,7 @@ def quantize_component(
     folder = job.source.path / name
     method_config = build_config(method.CONFIG, **job.config.settings)
     target = pick_device(device)
-    traits = traits_of(method, method_config, len(calibration.schedule.timesteps) if calibration else 1)
+    traits = traits_of(method, method_config, job.config, len(calibration.schedule.timesteps) if calibration else 1)
     skeleton, plans = plan_component(folder, job.config, reporter, traits)
     stored = stored_tensors(folder)
     skeleton._fix_state_dict_keys_on_load(stored)  # type: ignore[operator]  # names of old attention blocks
@@ -128,13 +128,19 @@ def _attention(config: QuantizeConfig, reporter: Reporter) -> AttentionRecord | 
 
 def check_plans(job: Job, method: ModuleType, reporter: Reporter) -> None:
     """Raise what `quantize_component` would say of the method's fields, layer names and group sizes."""
-    traits = traits_of(method, build_config(method.CONFIG, **job.config.settings))
+    traits = traits_of(method, build_config(method.CONFIG, **job.config.settings), job.config)
     for name in job.components:
         plan_component(job.source.path / name, job.config, reporter, traits)
 
 
-def traits_of(method: ModuleType, config: Config, calls: int = 1) -> Traits:
-    """What the file of a method says of it."""
+def traits_of(method: ModuleType, config: Config, request: QuantizeConfig, calls: int = 1) -> Traits:
+    """What the file of a method says of it.
+
+    Raises:
+        ConfigError: the method cannot do what the request combines.
+    """
+    if hasattr(method, "check"):
+        method.check(config, request.act_bits, request.act_mode)
     return Traits(
         temporal=getattr(method, "TEMPORAL", False),
         temporal_acts=hasattr(method, "temporal_acts") and method.temporal_acts(config),

@@ -54,13 +54,14 @@ def calls_within(
 
 def held_bytes(model: nn.Module, call: DenoiserCall, units: Sequence[str]) -> int:
     """Most bytes of tensors that one call keeps alive while it waits for a unit, its inputs included."""
-    most = 0
+    most, own = 0, {weight.untyped_storage().data_ptr() for weight in (*model.parameters(), *model.buffers())}
     gc.freeze()  # what is alive now does not count, and need not be looked through at every unit
     try:
         with Walk(model, [call], units) as walk:
             for unit in units:
                 walk.advance(unit)
-                most = max(most, sum(_storages().values()))
+                alive = {place: size for place, size in _storages().items() if place not in own}
+                most = max(most, sum(alive.values()))
     finally:
         gc.unfreeze()
     inputs = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors_of(call)}

@@ -33,12 +33,13 @@ def calibration_of(
         BundleError: it is damaged.
     """
     if given is None:
-        return _on_the_fly(source, weights, on_the_fly(config, weights), device, reporter)
-    found = open_calibration(given, weights=weights, reporter=reporter)
+        found = _on_the_fly(source, weights, on_the_fly(config, weights), device, reporter)
+    else:
+        found = open_calibration(given, weights=weights, reporter=reporter)
     if missing := [name for name in weights if name not in found.record.branches]:
         raise ModelError(
-            f"{given} holds no calls of {missing[0]}; it was made with {found.record.source.name}.",
-            mend="Make a set of this pipeline with dacc calibrate.",
+            f"{found.folder} holds no calls of {missing[0]}; it was made with {found.record.source.name}.",
+            mend="Make a set of this pipeline with dacc calibrate, of more samples, steps or timesteps.",
         )
     return found
 

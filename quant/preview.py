@@ -7,10 +7,12 @@ from math import prod
 from pathlib import Path
 
 from ..calibrate.config import DEFAULT_STEPS
+from ..core.calibration import read_calibration
 from ..core.config import Config, Document, build_config
 from ..core.reporter import Reporter
-from ..core.source import Source
+from ..core.source import Source, zoo_entry_of
 from ..core.tensor_file import StoredTensor, stored_tensors
+from ..runtime.activation import activation_shapes
 from ..runtime.weight import state_shapes
 from .api import Job, prepare
 from .config import METHODS, QuantizeConfig
@@ -39,20 +41,26 @@ class Preview(Document):
     components: dict[str, ComponentPreview]
 
 
-def preview_quantization(source: str | Path | Source | None, config: QuantizeConfig, *, reporter: Reporter) -> Preview:
+def preview_quantization(
+    source: str | Path | Source | None,
+    config: QuantizeConfig,
+    *,
+    calib: str | Path | None = None,
+    reporter: Reporter,
+) -> Preview:
     """Plan every layer and add up the bytes.
 
     Raises:
         DaccError: as `quantize_pipeline` would, before any weight is read.
     """
-    job = prepare(source, config, reporter)
+    job = prepare(source, config, reporter, calib)
     components = {name: _preview_component(job, name, reporter) for name in job.components}
     return Preview(source=job.source.identity, method=job.config.method, components=components)
 
 
 def _preview_component(job: Job, name: str, reporter: Reporter) -> ComponentPreview:
     folder, method = job.source.path / name, METHODS.load(job.config.method)
-    traits = traits_of(method, build_config(method.CONFIG, **job.config.settings), DEFAULT_STEPS)
+    traits = traits_of(method, build_config(method.CONFIG, **job.config.settings), job.config, _steps(job))
     skeleton, plans = plan_component(folder, job.config, reporter, traits)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     quantized = {f"{plan.name}.weight" for plan in plans if plan.scheme}
@@ -67,6 +75,14 @@ def _preview_component(job: Job, name: str, reporter: Reporter) -> ComponentPrev
     )
 
 
+def _steps(job: Job) -> int:
+    """Calls of the grid that a table of scales would have a row for."""
+    if job.calibration and (record := read_calibration(job.calibration)):
+        return len(record.schedule.timesteps)
+    entry = zoo_entry_of(job.source)
+    return entry.num_inference_steps if entry else DEFAULT_STEPS
+
+
 def _float_bytes(tensor: StoredTensor) -> int:
     return FLOAT16_BYTES * prod(tensor.shape)
 
@@ -77,6 +93,7 @@ def _plan_bytes(plan: LayerPlan) -> int:
         return 0
     total = 0
     for shape, dtype in state_shapes(plan.scheme, plan.shape).values():
-        size = dtype.itemsize if dtype else (4 if shape[1] == 1 else FLOAT16_BYTES)
+        size = dtype.itemsize if dtype else (4 if shape[1] <= plan.scheme.parts else FLOAT16_BYTES)
         total += prod(shape) * size
-    return total
+    acts = activation_shapes(plan.scheme).values()
+    return total + sum(prod(shape) * dtype.itemsize for shape, dtype in acts)

@@ -30,6 +30,7 @@ Range = tuple[Tensor, Tensor]  # lowest and highest value that the integers cove
 NORM = 2.4
 CANDIDATES = 80  # shares of the range: 1, 0.99, ... 0.21
 VALUES = 4096  # kept of what enters one layer in one call; more: steadier, slower
+UNSEEN = 8.0  # largest value that is expected where nothing was seen
 VALUES_OF_TABLE = 1 << 16  # kept for the row of all calls
 
 
@@ -124,9 +125,10 @@ def scale_of(scheme: Scheme, parts: list[list[Record]], search: Search | Finder)
 
 def _rows(scheme: Scheme, records: list[Record], finder: Finder) -> tuple[Tensor, Tensor]:
     """(S,) scales and zero points of one part."""
-    if not records:  # a layer that no call reaches: any scale will do
+    if not records:  # a layer that no call reaches
+        scale, zero = grid_of(torch.tensor(-UNSEEN), torch.tensor(UNSEEN), scheme.act_bits)
         size = (scheme.act_steps or 0) + 1
-        return torch.ones(size), torch.zeros(size, dtype=torch.uint8)
+        return scale.expand(size).clone(), zero.expand(size).clone()
     everything = [seen for _, seen in records]
     ranges = []
     if scheme.act_mode == "per-step":

@@ -193,7 +193,7 @@ def reconstruct_weights(
     }
     treated = {name: found.treated for name, found in rounded.items()}
     with block.rounding.instead(roundings_of(block, treated)):
-        codes = reconstruct(block, starts, config, iterations) if block.sightings else {}
+        codes = reconstruct(block, starts, config, iterations) if block.sightings and starts else {}
         error = block.error({name: _values(codes[name], starts[name].grid) for name in codes}) if codes else None
     for name, start in starts.items():
         if name in codes:

@@ -86,10 +86,12 @@ def _round_layer(block: Block, name: str, moments: Moments | None, search: Searc
     if moments is None:
         acts = find_scales(block.only([plan for plan in block.plans if plan.name == name]), search).get(name)
         grid = find_grid(rows, scheme, search=True)
-        return Rounded(Treated(grid.pack(grid.nearest(rows), tuple(weight.shape)), acts), grid, rows)
+        nearest = grid.pack(grid.nearest(rows), tuple(weight.shape))
+        return Rounded(Treated(nearest, acts, method="rtn"), grid, rows)
     options = [_round_rows(rows, layer, option, moments, search) for option in _options(scheme)]
     error, codes, grid, wanted, acts = min(options, key=lambda option: option[0])
-    return Rounded(Treated(grid.pack(codes, tuple(weight.shape)), acts, output_error=error), grid, wanted)
+    treated = Treated(grid.pack(codes, tuple(weight.shape)), acts, output_error=max(error, 0.0) ** 0.5)
+    return Rounded(treated, grid, wanted)
 
 
 def _options(scheme: Scheme) -> list[Scheme]:
@@ -100,7 +102,7 @@ def _options(scheme: Scheme) -> list[Scheme]:
 def _round_rows(
     rows: Tensor, layer: nn.Module, scheme: Scheme, moments: Moments, search: Search | Finder
 ) -> tuple[float, Tensor, Grid, Tensor, ActivationScale | None]:
-    """Relative output error, codes, their grid, the values they stand for, and the activation scales."""
+    """Relative squared error up to a constant, codes, their grid, the values they stand for, activation scales."""
     acts = scale_of(scheme, _joined(moments.records, scheme.parts), search) if _is_fixed(scheme) else None
     noise = noise_of(scheme, acts, moments.gram)
     gram = moments.gram + torch.diag(noise)
@@ -123,20 +125,21 @@ def compensated(rows: Tensor, gram: Tensor, lag: Tensor, damping: float = 0.01) 
 
 
 def error_of(rows: Tensor, rounded: Tensor, moments: Moments, noise: Tensor) -> float:
-    """sqrt(E ||W x~ - V (x + n)||^2 / E ||W x||^2), up to what no V can change."""
+    """(E ||W x~ - V (x + n)||^2 - E ||W (x~ - x)||^2) / E ||W x||^2: what is left out is the same for every V, and may
+    be more than all the rest."""
     change = rows - rounded
     gap = ((change @ moments.gram) * change).sum() + 2 * ((rows @ moments.lag) * change).sum()
     gap = gap + ((rounded * noise) * rounded).sum()
     power = ((rows @ moments.gram) * rows).sum().clamp(min=1e-30)
-    return float((gap / power).clamp(min=0).sqrt())
+    return float(gap / power)
 
 
 def noise_of(scheme: Scheme, acts: ActivationScale | None, gram: Tensor) -> Tensor:
     """Variance (K,) that rounding adds to each input feature."""
     features = len(gram)
     if acts is not None:
-        variance = acts.scale[:-1] if len(acts.scale) > 1 else acts.scale
-        return spread((variance.square() / 12).mean(0, keepdim=True), features, scheme.split).view(-1)
+        scales = acts.scale[:-1] if len(acts.scale) > 1 else acts.scale
+        return spread((scales.square() / 12).mean(0, keepdim=True), features, scheme.split).view(-1)
     if scheme.act_bits == 16:
         return torch.zeros(features)
     peak = 16 * gram.diagonal().mean()  # of a token, at about four standard deviations
@@ -164,8 +167,10 @@ def _levels(block: Block) -> list[list[str]]:
         x, name = args[0], names[id(layer)]
         kept.append(x)
         scheme = block.scheme(name)
-        kernel = tuple(layer.weight.shape[2:]) if isinstance(layer, nn.Conv2d) else ()
-        key = (x.data_ptr(), tuple(x.shape), kernel, scheme.split, getattr(layer, "stride", None))
+        geometry = [
+            str(getattr(layer, fact, None)) for fact in ("kernel_size", "stride", "padding", "dilation", "groups")
+        ]
+        key = (x.data_ptr(), tuple(x.shape), *geometry, scheme.split, scheme.act_mode)
         if not any(name in level for level in levels.values()):
             levels.setdefault(key, []).append(name)
 

@@ -26,7 +26,8 @@ class RoundedInputs:
         self._ways: dict[str, Rounding] = {}
         for name, scheme in schemes.items():
             if scheme.act_bits < 16:  # hooked now: a call that stands still in front of a layer sees no later hook
-                model.get_submodule(name).register_forward_pre_hook(self._round(name))
+                layer = model.get_submodule(name)
+                layer.register_forward_pre_hook(self._round(name, layer))
 
     def put(self, name: str, rounding: Rounding | None) -> None:
         """Round what enters a layer from now on; None: leave it float."""
@@ -46,9 +47,9 @@ class RoundedInputs:
         finally:
             self._ways = before
 
-    def _round(self, name: str) -> Any:
+    def _round(self, name: str, own: nn.Module) -> Any:
         def round_input(layer: nn.Module, args: tuple[Any, ...]) -> Any:
-            rounding = self._ways.get(name)
+            rounding = self._ways.get(name) if layer is own else None  # a copy of the model has the same hooks
             return None if rounding is None else (rounding(args[0]), *args[1:])
 
         return round_input

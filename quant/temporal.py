@@ -83,10 +83,18 @@ def find_temporal(model: nn.Module, family: Family, calls: Sequence[DenoiserCall
         return None
     network = TemporalNetwork(model, embedders, projections)
     entering, inputs = _watch_call(model, calls[0], embedders, projections)
-    with torch.no_grad():
-        expected = network.embed(entering) if all(name in inputs for name in projections) else {}
-    fits = all(torch.allclose(inputs[name], hidden, atol=TOLERANCE) for name, hidden in expected.items())
-    return network if expected and fits else None
+    if any(name not in inputs for name in projections):
+        return None
+    try:
+        with torch.no_grad():
+            expected = network.embed(entering)
+    except (RuntimeError, TypeError):  # embeddings that are joined instead of added, or come in pairs
+        return None
+    return network if all(_is_close(inputs[name], hidden) for name, hidden in expected.items()) else None
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, atol=TOLERANCE)
 
 
 def temporal_block(
@@ -188,9 +196,20 @@ def _sighting(network: TemporalNetwork, entering: Entering, call: DenoiserCall |
 def _joined(parts: list[Entering]) -> Entering:
     """The rows of several inputs below each other."""
     first = parts[0]
+    return _sized(
+        {
+            name: tree_map(lambda *values: _cat(values), *[part[name] for part in parts])  # type: ignore[misc]
+            for name in first
+        }
+    )
+
+
+def _sized(entering: Entering) -> Entering:
+    """With the number of rows that there are now, where an embedder is told it."""
+    rows = _row_count(entering)
     return {
-        name: tree_map(lambda *values: _cat(values), *[part[name] for part in parts])  # type: ignore[misc]
-        for name in first
+        name: (args, kwargs | {"batch_size": rows} if "batch_size" in kwargs else kwargs)
+        for name, (args, kwargs) in entering.items()
     }
 
 
@@ -219,7 +238,7 @@ def _distinct(entering: Entering) -> Entering:
 
 def _take(entering: Entering, rows: Tensor) -> Entering:
     taken: Entering = tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, entering)
-    return taken
+    return _sized(taken)
 
 
 def _row_count(entering: Entering) -> int:

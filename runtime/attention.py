@@ -8,6 +8,8 @@ S = 2^softmax_bits - 1, for each sample and head:
     v        one scale, symmetric
     softmax  the fixed scale 1 / S, no zero point:  codes = round(softmax * S), in 0..S
 
+A fixed scale turns every share below 1 / 2S into zero: attention that is spread evenly over hundreds of tokens suffers.
+
 An attention module gets a subclass of its own class whose `forward` runs under a mode of torch that takes the place of
 `scaled_dot_product_attention`, so every processor and every backend of diffusers that ends there is covered, copies,
 pickles and `save_pretrained` work as before, and nothing outlives the call. Modes are known to one thread only.
@@ -106,7 +108,7 @@ def quantize_attention_(model: nn.Module, bits: int, softmax_bits: int = SOFTMAX
     module: Any
     for module in attention_modules(model).values():
         if not isinstance(module, _Rounded):
-            module.__class__ = _rounded_class(type(module))
+            module.__class__ = _rounded_class(type(module))  # type: ignore[arg-type]  # mypy doubts its hash
         module._dacc_attention_bits = (bits, softmax_bits)
 
 

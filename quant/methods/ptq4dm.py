@@ -70,8 +70,8 @@ def _symmetric_grid(rows: Tensor, scheme: Scheme) -> Grid:
 def mixed_range(records: list[Observed], bits: int) -> Range:
     """The range of activations: searched in every batch, mixed from batch to batch."""
     low = high = None
-    for seen in records:
-        found = _threshold(seen, bits)
+    for index in torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist():
+        found = _threshold(records[index], bits)  # a set is ordered by steps, and the last batches weigh most
         low = found[0] if low is None else MOMENTUM * low + (1 - MOMENTUM) * found[0]
         high = found[1] if high is None else MOMENTUM * high + (1 - MOMENTUM) * found[1]
     assert low is not None

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ...core.errors import ConfigError
 from ...core.families import Family
 from ...core.reporter import Reporter
 from ...runtime.trajectory import DenoiserCall
@@ -48,6 +49,19 @@ CONFIG = TFMQConfig
 def temporal_acts(config: TFMQConfig) -> bool:
     """Whether the activations of temporal layers are quantized."""
     return config.scope == "tib"
+
+
+def check(config: TFMQConfig, act_bits: int, act_mode: str) -> None:
+    """Refuse what would do nothing.
+
+    Raises:
+        ConfigError: tables for the temporal layers alone, where activations have no tables.
+    """
+    if config.scope == "tib" and act_mode != "per-step":
+        raise ConfigError(
+            f"scope=tib is about scales of every step; here activations have {act_bits} bits and mode {act_mode}.",
+            mend="Add --act-bits 8 and leave --act-mode out, or leave scope out.",
+        )
 
 
 def decide(

@@ -49,6 +49,8 @@ def edit_weights(file: Path, change) -> None:
         (["--bits", "four"], "valid integer"),
         (["--act-bits", "7"], "16, 8 or 4"),
         (["--act-bits", "many"], "--act-bits 8"),
+        (["--attention-bits", "3"], "4 to 8, or 16"),
+        (["--attention-bits", "many"], "--attention-bits 8"),
         (["--act-mode", "never"], "'auto' or 'dynamic'"),
         (["--method", "rtnn"], "Did you mean rtn?"),
         (["--method", "magic"], "Known: "),

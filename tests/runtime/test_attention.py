@@ -84,7 +84,7 @@ def test_fewer_bits_damage_more_and_rows_of_zeros_none():
     errors = [
         float((rounded_attention(query, key, value, bits=bits) - exact).norm() / exact.norm()) for bits in (8, 6, 4)
     ]
-    assert errors[0] < 0.06 < 2 * errors[0] < errors[1] < errors[2] / 2
+    assert errors[0] < 0.06 < errors[1] < 0.1 < errors[2]
     assert torch.isfinite(rounded_attention(query * 0, key, value, bits=8)).all()
     assert not rounded_attention(query, key, value * 0, bits=8).any()
     assert rounded_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), bits=8).dtype == torch.bfloat16
