@@ -6,9 +6,9 @@ S = 2^softmax_bits - 1, for each sample and head:
 
     q, k     one scale per token, symmetric:        codes = round(x / scale), scale = max |x| / (2^(B-1) - 1)
     v        one scale, symmetric
-    softmax  the fixed scale 1 / S, no zero point:  codes = round(softmax * S), in 0..S
+    softmax  against the largest of the row:        codes = round(exp(score - max) * S), in 0..S
 
-A fixed scale turns every share below 1 / 2S into zero: attention that is spread evenly over hundreds of tokens suffers.
+The output is divided by the sum of a row's codes, so that attention spread over thousands of tokens keeps its weight.
 
 An attention module gets a subclass of its own class whose `forward` runs under a mode of torch that takes the place of
 `scaled_dot_product_attention`, so every processor and every backend of diffusers that ends there is covered, copies,
@@ -72,8 +72,8 @@ def rounded_attention(
     for start in range(0, max(1, length), most):
         rows = slice(start, start + most)
         scores = query_codes[..., rows, :] @ key_codes.mT * (query_scale[..., rows, :] * key_factor)
-        codes = (_softmax(scores, [mask[..., rows, :] for mask in masks]) * largest).round()
-        parts.append(codes @ value_codes * (value_scale / largest))
+        codes = (_shares(scores, [mask[..., rows, :] for mask in masks]) * largest).round()
+        parts.append(codes @ value_codes * (value_scale / codes.sum(-1, keepdim=True).clamp(min=1)))
     return torch.cat(parts, dim=-2).to(query.dtype)
 
 
@@ -180,12 +180,12 @@ def _round(values: Tensor, bits: int, over: tuple[int, ...]) -> tuple[Tensor, Te
     return (values / scale).round(), scale
 
 
-def _softmax(scores: Tensor, masks: list[Tensor]) -> Tensor:
-    """Over the last dimension; a row that sees nothing gives zeros, as in torch."""
+def _shares(scores: Tensor, masks: list[Tensor]) -> Tensor:
+    """exp(score) against the largest of its row, in 0..1; a row that sees nothing gives zeros, as torch's softmax."""
     for mask in masks:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    shares = scores.softmax(dim=-1)
-    return shares.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0) if masks else shares
+    highest = scores.amax(-1, keepdim=True)
+    return (scores - highest.masked_fill(highest == -math.inf, 0.0)).exp()
 
 
 def _names_in(function: Callable[..., Any], depth: int = 1) -> Iterator[str]:

@@ -84,4 +84,6 @@ def _threshold(seen: Observed, bits: int) -> Range:
     thresholds = max(-seen.low, seen.high) * torch.arange(1, CANDIDATES + 1) / CANDIDATES
     low = thresholds * (-1.0 if seen.low < 0 else 0.0)
     high = thresholds * (1.0 if seen.high > 0 else 0.0)
+    if seen.low < 0 < seen.high:
+        high = high * (1 - 2.0 ** (1 - bits))  # one code less above 0 than below, so that 0 is a code in every range
     return best_range(seen.values, low, high, bits)

@@ -43,8 +43,8 @@ def slow_attention(query, key, value, mask, scale, bits, softmax_bits):
             k, k_scale = integers(key[sample, k_v_head], key[sample, k_v_head].abs().amax(1, keepdim=True))
             v, v_scale = integers(value[sample, k_v_head], value[sample, k_v_head].abs().max())
             scores = (q @ k.T).float() * (q_scale * (k_scale.T * scale)) + mask[sample, head]
-            shares = torch.round(torch.softmax(scores, 1) * steps).long()
-            output[sample, head] = (shares @ v).float() * (v_scale / steps)
+            shares = torch.round(torch.exp(scores - scores.amax(1, keepdim=True)) * steps).long()
+            output[sample, head] = (shares @ v).float() * v_scale / shares.sum(1, keepdim=True)
     return output
 
 
@@ -84,7 +84,7 @@ def test_fewer_bits_damage_more_and_rows_of_zeros_none():
     errors = [
         float((rounded_attention(query, key, value, bits=bits) - exact).norm() / exact.norm()) for bits in (8, 6, 4)
     ]
-    assert errors[0] < 0.06 < errors[1] < 0.1 < errors[2]
+    assert errors[0] < 0.03 < errors[1] < 0.1 < errors[2]
     assert torch.isfinite(rounded_attention(query * 0, key, value, bits=8)).all()
     assert not rounded_attention(query, key, value * 0, bits=8).any()
     assert rounded_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), bits=8).dtype == torch.bfloat16
