@@ -34,6 +34,7 @@ UNIT = "block"
 ACT_MODE = "per-step"
 CALIBRATION = "every-step"
 TEMPORAL = True
+SPLIT = True
 SAMPLES = 16  # of each step
 
 
