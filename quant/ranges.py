@@ -126,7 +126,9 @@ def scale_of(scheme: Scheme, parts: list[list[Record]], search: Search | Finder)
 def _rows(scheme: Scheme, records: list[Record], finder: Finder) -> tuple[Tensor, Tensor]:
     """(S,) scales and zero points of one part."""
     if not records:  # a layer that no call reaches
-        scale, zero = grid_of(torch.tensor(-UNSEEN), torch.tensor(UNSEEN), scheme.act_bits)
+        scale, zero = grid_of(
+            torch.tensor(-UNSEEN), torch.tensor(UNSEEN * (1 - 2.0 ** (1 - scheme.act_bits))), scheme.act_bits
+        )
         size = (scheme.act_steps or 0) + 1
         return scale.expand(size).clone(), zero.expand(size).clone()
     everything = [seen for _, seen in records]

@@ -9,6 +9,7 @@ from dacc.core.scheme import Scheme
 from dacc.quant.block import Treated
 from dacc.quant.methods.rtn import RTNConfig, quantize
 from dacc.quant.ranges import (
+    UNSEEN,
     VALUES,
     Observed,
     best_range,
@@ -135,7 +136,7 @@ def test_calls_that_were_not_recorded_take_the_nearest_that_was():
 def test_a_layer_that_never_runs_has_a_table_that_does_no_harm(scheme):
     found = scale_of(scheme, [[] for _ in range(scheme.parts)], "mse")
     assert found.scale.shape == found.zero_point.shape == ((scheme.act_steps or 0) + 1, scheme.parts)
-    assert (found.scale == 1).all()
+    assert (found.scale == 2 * UNSEEN / 2**scheme.act_bits).all()
     assert found.zero_point.dtype == torch.uint8
 
 

@@ -13,6 +13,7 @@ from dacc.core.scheme import Scheme
 from dacc.quant.block import Block
 from dacc.quant.grid import find_grid
 from dacc.quant.plan import LayerPlan
+from dacc.quant.ranges import UNSEEN
 from dacc.quant.reconstruct import (
     LADDER,
     ReconstructionConfig,
@@ -261,7 +262,7 @@ def test_a_unit_that_never_runs_is_rounded_to_nearest(make_block):
     found = reconstruct_weights(block, FAST, 5)["0"]
     rows = block.module[0].weight
     assert torch.equal(found.weight.dequantize(), find_grid(rows, W4, search=True).round(rows))
-    assert found.acts.scale.tolist() == [[1.0]]
+    assert found.acts.scale.tolist() == [[2 * UNSEEN / 256]]
 
 
 # how many updates

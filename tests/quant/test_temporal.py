@@ -29,7 +29,7 @@ def family_of(model):
 def plans_of(model, **fields):
     method = METHODS.load("tfmq")
     config = QuantizeConfig(method="tfmq", **fields).resolved()
-    return plan_layers(model, family_of(model), config, traits_of(method, method.CONFIG()))
+    return plan_layers(model, family_of(model), config, traits_of(method, method.CONFIG(), config))
 
 
 @pytest.fixture

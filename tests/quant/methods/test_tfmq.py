@@ -38,7 +38,7 @@ def plans(model, method, **fields):
     loaded = METHODS.load(method)
     config = QuantizeConfig(method=method, **fields).resolved()
     family, _ = find_family(type(model).__name__)
-    traits = traits_of(loaded, build_config(loaded.CONFIG), 3)
+    traits = traits_of(loaded, build_config(loaded.CONFIG), QuantizeConfig(), 3)
     return {plan.name: plan for plan in plan_layers(model, family, config, traits)}
 
 
@@ -112,7 +112,7 @@ def test_the_scope_decides_which_activations_have_a_scale_for_every_step(scope, 
     settings = build_config(CONFIG, scope=scope)
     assert temporal_acts(settings) == (scope == "tib")
     config = QuantizeConfig(method="tfmq", bits=8, act_bits=8).resolved()
-    found = plan_layers(model, find_family("UNet2DModel")[0], config, traits_of(method, settings, 3))
+    found = plan_layers(model, find_family("UNet2DModel")[0], config, traits_of(method, settings, config, 3))
     schemes = {plan.name: plan.scheme for plan in found if plan.scheme}
     assert schemes["time_embedding.linear_2"].act_mode == temporal
     assert schemes["mid_block.resnets.0.time_emb_proj"].act_mode == temporal
