@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -165,7 +166,22 @@ def start(*, quiet: bool = False, verbose: bool = False, strict: bool = False, t
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # torch reads it when it is imported, which is later
-    return Reporter(quiet=quiet, verbose=verbose, strict=strict)
+    reporter = Reporter(quiet=quiet, verbose=verbose, strict=strict)
+    _tell_own_warnings(reporter)
+    return reporter
+
+
+def _tell_own_warnings(reporter: Reporter) -> None:
+    """Say our warnings in one line, without the place in the source; those of others as Python does."""
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if category.__module__.partition(".")[0] == "dacc":
+            reporter.say(f"warning: {message}")
+        else:
+            others(message, category, *place, **more)
+
+    warnings.showwarning = show
 
 
 def read_prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...] | None:

@@ -21,6 +21,10 @@ from .clock import RunState, current_grid, current_run
 _KEPT_RUNS = 16  # of several threads, whose rows need not be found again
 
 
+class OtherGridWarning(UserWarning):
+    """Scales of every step serve a grid that they were not fitted to."""
+
+
 class StepTable:
     """The rows of one fitted grid."""
 
@@ -96,7 +100,7 @@ class StepTable:
         """Warn once for each topic."""
         if topic not in self._told:
             self._told.add(topic)
-            warnings.warn(text, stacklevel=3)
+            warnings.warn(text, OtherGridWarning, stacklevel=3)
 
     def before_denoiser(self, denoiser: nn.Module, _: tuple[Any, ...]) -> None:
         """The hook in front of a denoiser."""
