@@ -185,13 +185,18 @@ def _finish_model(
     """Let a method that trains the whole network go on from what it made of the units."""
     done = f"trained:{treatment.component}"
     reference = load_float(treatment.folder, model)
-    if done not in treatment.writer.finished_units():
+    if done in treatment.writer.finished_units():
+        for notice in treatment.writer.unit_record(done)["notices"]:  # of the training, as if it were now
+            reporter.notice(notice)
+    else:
+        earlier = len(reporter.notices)
         trained = _train_model(treatment, model, reference, plans, calls, rounding, chosen, reporter)
         entries = {plan.name: _entry(plan, reference.get_submodule(plan.name), trained[plan.name]) for plan in plans}
         tensors = {key: value for named, _ in entries.values() for key, value in named.items()}
-        treatment.writer.save_unit(done, tensors, {name: record for name, (_, record) in entries.items()})
+        layers = {name: record for name, (_, record) in entries.items()}
+        treatment.writer.save_unit(done, tensors, {"layers": layers, "notices": list(reporter.notices[earlier:])})
     # all together first: a run that stops between two of these would else train on from a mixture
-    records = treatment.writer.unit_record(done)
+    records = treatment.writer.unit_record(done)["layers"]
     stored = treatment.writer.unit_tensors(done)
     for plan in plans:
         named = {key: kept.load() for key, kept in stored.items() if key.rpartition(".")[0] == plan.name}

@@ -198,7 +198,10 @@ def reconstruct_weights(
     for name, start in starts.items():
         if name in codes:
             weight = start.grid.pack(codes[name], treated[name].weight.shape)
-            treated[name] = replace(treated[name], weight=weight, output_error=error)
+            untouched = config.start == "nearest" and torch.equal(codes[name], start.grid.nearest(start.rows))
+            treated[name] = replace(
+                treated[name], weight=weight, output_error=error, method="rtn" if untouched else treated[name].method
+            )
     return treated
 
 

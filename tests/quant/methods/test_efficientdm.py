@@ -326,6 +326,33 @@ def test_an_interrupted_pass_goes_on_and_ends_with_equal_bytes(
     assert again() == weights_of(files_of(done.bundle))
 
 
+def test_what_the_training_told_is_told_again_by_a_run_that_goes_on_behind_it(
+    dit_folder, calibration_of, tmp_path, monkeypatch
+):
+    from dacc import QuantizeConfig, quantize_pipeline
+
+    still = {"updates": 2, "learning_rate": 1e-12, "scale_learning_rate": 0.0, "act_learning_rate": 0.0}
+    config = QuantizeConfig(method="efficientdm", measure="never", **FIELDS | {"settings": still})
+    calib, original = calibration_of(dit_folder, "every-step"), calibrated._put_stored
+
+    def notices(output):
+        bundle = quantize_pipeline(dit_folder, config, calib=calib, output=tmp_path / output, device="cpu")
+        return read_manifest(bundle).passes[-1].notices
+
+    def stopping(treatment, *arguments):
+        if f"trained:{treatment.component}" in treatment.writer.finished_units():
+            raise KeyboardInterrupt
+        return original(treatment, *arguments)
+
+    expected = notices("whole")
+    assert any("did not lower the error" in notice for notice in expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated, "_put_stored", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            notices("parts")
+    assert notices("parts") == expected
+
+
 def test_weights_alone_are_trained_where_activations_stay_float(dit_folder, quantize_watched):
     done = quantize_watched(dit_folder, "efficientdm", bits=3, group_size=16, settings={"updates": 10})
     schemes = read_manifest(done.bundle).components["transformer"].quantization.schemes
