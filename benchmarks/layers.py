@@ -92,7 +92,7 @@ def quantized(
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantizedLayer)
         layer.store_weight(weight)
-        if layer.scheme.act_mode in ("static", "per-step"):
+        if layer.scheme.has_fixed_acts:
             assert ranges is not None
             scale, zero_point = grid_of(*ranges[name], layer.scheme.act_bits)
             rows = (layer.scheme.act_steps or 0) + 1

@@ -55,6 +55,11 @@ class Scheme(Config):
         return self
 
     @property
+    def has_fixed_acts(self) -> bool:
+        """Whether activation scales are stored; dynamic ones are found at run time."""
+        return self.act_mode in ("static", "per-step")
+
+    @property
     def parts(self) -> int:
         """Parts of input channels with scales of their own."""
         return 1 if self.split is None else 2

@@ -8,7 +8,7 @@ the student changes what it is shown, and no data are needed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -171,12 +171,7 @@ def distill(
         CalibrationError: too few calls.
         UnsupportedError: nothing can be learned.
     """
-    if not student.weights:
-        raise UnsupportedError(
-            "no layer is left that can be trained.",
-            "Embeddings and layers of the time stay as they were rounded.",
-            "Widen --include or drop an --exclude, or choose another --method.",
-        )
+    check_trainable(student.weights)
     learned, judged = split_calls(block.sightings)
     lesson, judge = replace(block, sightings=learned, merged=()), replace(block, sightings=judged, merged=())
     training = Training(student, starts, updates, block.seed)
@@ -193,6 +188,20 @@ def distill(
         name: replace(found, output_error=training.least) if name in trained else found
         for name, found in training.best.items()
     }
+
+
+def check_trainable(layers: Collection[object]) -> None:
+    """Refuse a network of which nothing can be learned.
+
+    Raises:
+        UnsupportedError: there is no such layer.
+    """
+    if not layers:
+        raise UnsupportedError(
+            "no layer is left that can be trained.",
+            "Embeddings and layers of the time stay as they were rounded.",
+            "Widen --include or drop an --exclude, or choose another --method.",
+        )
 
 
 def _train(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.scheme import Scheme
-from ..runtime.weight import QuantizedWeight, spread
+from ..runtime.weight import QuantizedWeight, scale_columns, spread
 
 FLOAT16_SAFE = (2.0**-14, 65504.0)  # normal range: smaller scales would lose mantissa bits
 SHRINK_STEPS = 20  # candidates of the range search: 1.0, 0.98, ... of the full range
@@ -35,9 +35,8 @@ class Grid:
 
     def columns(self, features: int) -> tuple[Tensor, Tensor]:
         """Scale and zero point of every value, (O, K) float32 each."""
-        split = self.scheme.split
-        scale = spread(self.scale.float(), features, split) * spread(self.group_scale, features, split)
-        return scale, spread(self.zero_point, features, split)
+        scale = scale_columns(self.scale, self.group_scale, self.scheme, features)
+        return scale, spread(self.zero_point, features, self.scheme.split)
 
     def nearest(self, rows: Tensor) -> Tensor:
         """Nearest codes (O, K) int16 of rows (O, K)."""

@@ -60,7 +60,7 @@ def find_scales(block: Block, search: Search | Finder = "mse") -> dict[str, Acti
     Raises:
         CalibrationError: NaN or infinity enters a layer.
     """
-    names = [name for name in block.layers if block.scheme(name).act_mode in ("static", "per-step")]
+    names = [name for name in block.layers if block.scheme(name).has_fixed_acts]
     seen = observe(block, names) if names else {}
     return {name: scale_of(block.scheme(name), records, search) for name, records in seen.items()}
 

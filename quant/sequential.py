@@ -103,7 +103,7 @@ def _round_rows(
     rows: Tensor, layer: nn.Module, scheme: Scheme, moments: Moments, search: Search | Finder
 ) -> tuple[float, Tensor, Grid, Tensor, ActivationScale | None]:
     """Relative squared error up to a constant, codes, their grid, the values they stand for, activation scales."""
-    acts = scale_of(scheme, _joined(moments.records, scheme.parts), search) if _is_fixed(scheme) else None
+    acts = scale_of(scheme, _joined(moments.records, scheme.parts), search) if scheme.has_fixed_acts else None
     noise = noise_of(scheme, acts, moments.gram)
     gram = moments.gram + torch.diag(noise)
     target = compensated(rows, gram, moments.lag - torch.diag(noise))
@@ -144,10 +144,6 @@ def noise_of(scheme: Scheme, acts: ActivationScale | None, gram: Tensor) -> Tens
         return torch.zeros(features)
     peak = 16 * gram.diagonal().mean()  # of a token, at about four standard deviations
     return (peak / (2 ** (scheme.act_bits - 1) - 1) ** 2 / 12).expand(features)
-
-
-def _is_fixed(scheme: Scheme) -> bool:
-    return scheme.act_mode in ("static", "per-step")
 
 
 def _joined(records: list[list[Record]], parts: int) -> list[list[Record]]:
@@ -202,7 +198,7 @@ def _moments(block: Block, level: Sequence[str]) -> Moments | None:
     records: list[list[Record]] = [[] for _ in range(block.scheme(name).parts)]
     total = 0
     for number, sighting in enumerate(block.sightings):
-        if id(sighting) not in weighty and not _is_fixed(block.scheme(name)):
+        if id(sighting) not in weighty and not block.scheme(name).has_fixed_acts:
             continue
         if (x := _entering(block, name, sighting)) is None:
             continue

@@ -33,7 +33,7 @@ class ActivationScale:
 
 def activation_shapes(scheme: Scheme) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
     """Shapes and dtypes of the stored tensors; empty for schemes without fixed scales."""
-    if scheme.act_mode not in ("static", "per-step"):
+    if not scheme.has_fixed_acts:
         return {}
     shape = ((scheme.act_steps or 0) + 1, scheme.parts)
     return {"act_scale": (shape, torch.float32), "act_zero_point": (shape, torch.uint8)}

@@ -26,14 +26,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...core.families import find_family
+from ...core.families import Family, find_family
 from ...core.reporter import Reporter
 from ...runtime.clock import fixed_run
 from ...runtime.trajectory import DenoiserCall
-from ...runtime.weight import QuantizedWeight, from_rows, spread, to_rows
+from ...runtime.weight import QuantizedWeight, from_rows, scale_columns, spread, to_rows
 from ..block import Block, Treated, outputs_of
 from ..checkpoint import Checkpoint
-from ..distill import DistillConfig, Student, distill, fitting_updates
+from ..distill import DistillConfig, Student, check_trainable, distill, fitting_updates
 from ..grid import find_grid
 from ..learn_scales import LearnedScale, round_straight
 from ..plan import LayerPlan
@@ -47,7 +47,7 @@ ACT_MODE = "per-step"
 CALIBRATION = "every-step"
 
 INSIDE = 0.45  # of a step: how far a value may lie from its code and still round to it
-ROUNDING = ReconstructionConfig(iterations=1)  # of step 1: in turn, nothing learned
+ROUNDING = ReconstructionConfig()  # of step 1: in turn, nothing learned
 Base = Literal["cell", "quantized", "float"]
 
 
@@ -84,8 +84,8 @@ class QALoRA(nn.Module):
         self.down = nn.Parameter((2 * torch.rand(rank, features, generator=generator) - 1) / features**0.5)  # A
         self.up = nn.Parameter(torch.zeros(rows, rank))  # B
         self.growth = nn.Parameter(torch.zeros(start.scale.shape))  # logarithm of s / its start
-        self.zero = _spread(start.zero_point, start, features) if start.zero_point is not None else 0.0
-        self.multiplier = _spread(start.group_scale, start, features) if start.group_scale is not None else 1.0
+        zero = start.zero_point
+        self.zero = 0.0 if zero is None else spread(zero.float(), features, start.scheme.split)
 
     def scale(self) -> Tensor:
         """s in its stored precision, (O, G) float32."""
@@ -99,7 +99,7 @@ class QALoRA(nn.Module):
 
     def columns(self) -> Tensor:
         """What one step of every code is worth, (O, K)."""
-        return _spread(self.scale(), self.start, self.features) * self.multiplier
+        return scale_columns(self.scale(), self.start.group_scale, self.start.scheme, self.features)
 
     def forward(self) -> Tensor:
         columns = self.columns()
@@ -119,10 +119,6 @@ class QALoRA(nn.Module):
         )
 
 
-def _spread(values: Tensor, weight: QuantizedWeight, features: int) -> Tensor:
-    return spread(values.float(), features, weight.scheme.split)
-
-
 def base_of(kind: Base, rows: Tensor, start: QuantizedWeight) -> Tensor:
     """W0, (O, K).
 
@@ -134,10 +130,7 @@ def base_of(kind: Base, rows: Tensor, start: QuantizedWeight) -> Tensor:
     rounded = to_rows(start.dequantize())
     if kind == "quantized":
         return rounded
-    features = rows.shape[1]
-    step = _spread(start.scale, start, features)
-    if start.group_scale is not None:
-        step = step * _spread(start.group_scale, start, features)
+    step = scale_columns(start.scale, start.group_scale, start.scheme, rows.shape[1])
     return rounded + ((rows - rounded) / step).clamp(-INSIDE, INSIDE) * step
 
 
@@ -150,10 +143,14 @@ def student_of(block: Block, starts: dict[str, Treated], config: EfficientDMConf
         found, scheme = starts[name], starts[name].weight.scheme
         if found.acts is not None:
             scales[name] = LearnedScale(found.acts, scheme.act_bits, channel_axis(layer), scheme.split)
-        if not isinstance(layer, nn.Embedding) and family.role(name) != "temporal":
+        if _is_trained(family, name, layer):
             base = base_of(config.base, _float_rows(block, name), found.weight)
             weights[name] = QALoRA(base, found.weight, config.rank, generator)
     return Student(weights, scales, rates_of(weights, scales, config))
+
+
+def _is_trained(family: Family, name: str, layer: nn.Module) -> bool:
+    return not isinstance(layer, nn.Embedding) and family.role(name) != "temporal"
 
 
 def _float_rows(block: Block, name: str) -> Tensor:
@@ -186,9 +183,11 @@ def decide(
     reporter: Reporter,
 ) -> dict[str, Any]:
     """The number of updates, from the time that one takes here."""
+    plans = [plan for unit in units for plan in unit.plans]
+    family, _ = find_family(type(model).__name__)
+    check_trainable([plan for plan in plans if _is_trained(family, plan.name, model.get_submodule(plan.name))])
     if config.updates:
         return {"updates": config.updates}
-    plans = [plan for unit in units for plan in unit.plans]
     return {"updates": fitting_updates(_seconds_of_update(model, plans, calls[0], config), config, reporter)}
 
 

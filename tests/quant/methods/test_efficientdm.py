@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from dacc.core.config import build_config
-from dacc.core.errors import ConfigError
+from dacc.core.errors import ConfigError, UnsupportedError
 from dacc.core.families import find_family
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import silent
@@ -363,8 +363,17 @@ def test_weights_alone_are_trained_where_activations_stay_float(dit_folder, quan
 # settings
 
 
-def test_the_updates_that_are_asked_for_are_made():
-    assert decide(None, [], [], EfficientDMConfig(updates=7), silent()) == {"updates": 7}
+def test_the_updates_that_are_asked_for_are_made(dit_pipeline):
+    pipe = dit_pipeline()
+    calls = capture_calls(pipe, RunRequest(seeds=(1,), num_inference_steps=2))
+    units = units_of(pipe.transformer, calls[0])
+    assert decide(pipe.transformer, units, calls, EfficientDMConfig(updates=7), silent()) == {"updates": 7}
+
+
+def test_a_network_of_which_nothing_is_trained_is_refused_before_anything_is_rounded(dit_pipeline):
+    model = dit_pipeline().transformer
+    with pytest.raises(UnsupportedError, match="no layer is left that can be trained"):
+        decide(model, [], [], EfficientDMConfig(), silent())
 
 
 def test_the_updates_are_chosen_by_the_time_that_one_takes(dit_pipeline):
