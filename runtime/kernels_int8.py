@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .kernels_exact import exact_product, exact_product_into, has_int8_products
 from .kernels_scratch import may_use_scratch, scratch
 from .weight import from_rows
 
@@ -184,8 +185,12 @@ def _product_into(
 ) -> None:
     """One block, into `output` (R, O); the int32 sums become float32 where they lie."""
     sums = scratch("sums", tuple(output.shape), torch.int32)
-    torch._int_mm(integers, weight.t(), out=sums)
-    y = sums.view(torch.float32).copy_(sums)
+    y = sums.view(torch.float32)
+    if has_int8_products():
+        torch._int_mm(integers, weight.t(), out=sums)
+        y.copy_(sums)
+    else:
+        exact_product_into(integers, weight, y)
     if scale is not None:
         y.mul_(scale)
     output.copy_(y.mul_(weight_scale) if bias is None else torch.addcmul(bias, y, weight_scale, out=y))
@@ -246,7 +251,7 @@ def _grouped_conv(
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     """`torch._int_mm`; on CUDA padded to what it takes there: more than 16 rows, other sizes multiples of 8."""
     if not a.is_cuda:
-        return torch._int_mm(a, b)
+        return torch._int_mm(a, b) if has_int8_products() else exact_product(a, b)
     b = b.t().contiguous().t()  # some columns of a split weight
     rows, inner, columns = a.shape[0], a.shape[1], b.shape[1]
     if inner % 8 or rows <= 16:
