@@ -101,7 +101,9 @@ class Bench:
         if kept and enough and len(kept.paired) == self.options.seeds:
             return kept
         self.reporter.say(f"sampling {source}")
-        pipe = load_source(resolve_source(source, reporter=self.reporter), device="cpu", dtype="float32")
+        pipe = load_source(
+            resolve_source(source, reporter=self.reporter), device="cpu", dtype="float32", prefer="speed"
+        )
         return look(pipe, self.request, self.options.seeds, self.judge, cache, self.reporter)
 
     def calibration(self, strategy: str) -> Path:

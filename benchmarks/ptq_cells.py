@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock
 from pydantic import Field
 
 from dacc.core.config import Config, Document
@@ -77,6 +78,13 @@ class Study(Document):
 def read_study(file: Path) -> Study:
     """The document, or an empty one where there is none yet."""
     return Study.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else Study()
+
+
+def record_cell(file: Path, cell: Cell) -> None:
+    """Put one cell into the document; several studies may share it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        write_study(file, read_study(file).with_cell(cell))
 
 
 def write_study(file: Path, study: Study) -> None:

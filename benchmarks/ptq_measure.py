@@ -97,6 +97,8 @@ def measure(
         labels = tuple(_dealt(request.class_labels, fid_samples)) if request.class_labels else None
         case = Case(seen.paired, request.seeds, labels=labels, judge=judge, judged=judged, reference_judged=other)
         found |= judged_class.compute(case) | {"fid": fid(judged.features, judge)}
+        if other is not None:
+            found["fid_ratio"] = fid_ratio(judged.features, other.features, judge)
     return found
 
 
@@ -106,10 +108,32 @@ def first_of(judged: Judged, count: int) -> Judged:
 
 
 def fid(features: Tensor, judge: Judge, *, resamples: int = RESAMPLES) -> Metric:
-    """Frechet distance with a bootstrap interval of features (N, D).
+    """Frechet distance with a bootstrap interval of features (N, D). The reference counts as known."""
+    value, distances = _distances(features, judge, resamples)
+    low, high = numpy.percentile(distances, [2.5, 97.5])
+    return Metric(value=value, low=float(low), high=float(high), count=len(features), better="lower")
+
+
+def fid_ratio(features: Tensor, reference: Tensor, judge: Judge, *, resamples: int = RESAMPLES) -> Metric:
+    """FID of a row over that of the float pipeline, images of the same noise resampled together (paired bootstrap).
+
+    Both intervals are mostly the luck of the draw of noise, which is the same for both and drops out here.
+
+    Args:
+        features: (N, D) of the row.
+        reference: (N, D) of the float pipeline, from the same noise in the same order.
+    """
+    value, distances = _distances(features, judge, resamples)
+    float_value, float_distances = _distances(reference, judge, resamples)
+    low, high = numpy.percentile(distances / float_distances, [2.5, 97.5])
+    return Metric(value=value / float_value, low=float(low), high=float(high), count=len(features), better="lower")
+
+
+def _distances(features: Tensor, judge: Judge, resamples: int) -> tuple[float, numpy.ndarray]:
+    """The distance of features (N, D), and those of resampled ones; rows are picked alike for equal N.
 
     Resampled images hold fewer different ones, which lifts every distance; so the spread of the resampled distances
-    about their own mean is laid about the distance that was measured. The reference counts as known.
+    about their own mean is laid about the distance that was measured.
     """
     value = frechet_distance(*gaussian(features), judge.mean, judge.covariance)
     picks = numpy.random.default_rng(0)
@@ -123,8 +147,7 @@ def fid(features: Tensor, judge: Judge, *, resamples: int = RESAMPLES) -> Metric
             for _ in range(resamples)
         ]
     )
-    low, high = numpy.percentile(distances - distances.mean(), [2.5, 97.5])
-    return Metric(value=value, low=value + float(low), high=value + float(high), count=len(features), better="lower")
+    return value, value + distances - distances.mean()
 
 
 def _joined(first: Judged, second: Judged) -> Judged:

@@ -32,6 +32,11 @@ TEMPORAL_GLOBS = {
         "single_transformer_blocks.*.norm.linear",
     ),
 }
+# where the network also has convolutions: its linears, for a row that treats what peers without convolutions treat
+LINEAR_GLOBS = {
+    "digits-unet": ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0", "*.time_emb_proj", "time_embedding.*"),
+    "shapes-sd": ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0", "*.ff.net.*", "*.time_emb_proj", "time_embedding.*"),
+}
 CALIBRATION: dict[str, dict[str, Any]] = {  # strategy -> options of `dacc calibrate`; one set per pipeline and strategy
     "uniform": {},
     "ndtc": {"samples": 256},
@@ -49,6 +54,11 @@ class Row:
         False  # one scale per channel, and temporal layers at the asked bits, in all these rows alike
     )
     settings: tuple[str, ...] = MAIN
+    linears: bool = False  # only those, in networks that have convolutions too
+
+    def is_for(self, pipeline: str, setting: str) -> bool:
+        """Whether a pipeline has this row at a setting."""
+        return setting in self.settings and (not self.linears or pipeline in LINEAR_GLOBS)
 
 
 STATIC = {"act_mode": "static"}
@@ -68,6 +78,7 @@ ROWS: dict[str, Row] = {
     "rtn (defaults)": Row({"method": "rtn"}, settings=MAIN + LOW),
     "gptq (defaults)": Row({"method": "gptq"}, settings=MAIN + LOW),
     "tfmq (defaults)": Row({"method": "tfmq"}, settings=("W4A8",)),
+    "gptq (linears)": Row({"method": "gptq"}, settings=("W4A16", "W8A8", "W4A8"), linears=True),
 }
 DRAWN = (("W4A16", "rtn (defaults)"), ("W4A16", "gptq (defaults)"), ("W2A16", "rtn (defaults)"),
          ("W2A16", "gptq (defaults)"))  # fmt: skip
@@ -83,6 +94,8 @@ def row_options(pipeline: str, setting: str, name: str, *, temporal_by_itself: b
     options: dict[str, Any] = {**bits, **row.options}
     if "act_bits" in bits:
         options |= row.with_activations
+    if row.linears:
+        options["include"] = list(LINEAR_GLOBS[pipeline])
     if row.one_granularity and not temporal_by_itself:
         options["layer_bits"] = [[glob, bits["bits"]] for glob in TEMPORAL_GLOBS[pipeline]]
     return options

@@ -33,7 +33,7 @@ from dacc.benchmarks.ptq_cells import (
     fingerprint,
     is_finished,
     read_study,
-    write_study,
+    record_cell,
 )
 from dacc.benchmarks.ptq_child import PEERS_FOLDER, ChildFailed
 from dacc.benchmarks.ptq_measure import Seen, measure, read_seen
@@ -63,7 +63,7 @@ def main() -> None:
     if not options.table_only:
         for name in options.pipeline or PIPELINES:
             bench = Bench(name, options, reporter)
-            for setting, row in _wanted(options):
+            for setting, row in _wanted(name, options):
                 _fill(bench, setting, row)
             _draw(bench)
     study = read_study(options.json)
@@ -92,13 +92,13 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _wanted(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+def _wanted(pipeline: str, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Settings and rows in order, the float pipeline first."""
     named = options.row or [FLOAT_ROW, *ROWS, *PEERS]
     if FLOAT_ROW in named:
         yield FLOAT_SETTING, FLOAT_ROW
     for setting in options.setting or SETTINGS:
-        yield from ((setting, row) for row in named if row in ROWS and setting in ROWS[row].settings)
+        yield from ((setting, row) for row in named if row in ROWS and ROWS[row].is_for(pipeline, setting))
         yield from ((setting, row) for row in named if row in PEERS and setting in PEERS[row].formats)
 
 
@@ -139,7 +139,7 @@ def _fill(bench: Bench, setting: str, row: str) -> None:
         bench.reporter.say(f"{place}: {cell.status}")
         if found and found.measured and found.fingerprint == wanted and not again:
             return None  # only what was to be added failed
-    write_study(bench.options.json, read_study(bench.options.json).with_cell(cell))
+    record_cell(bench.options.json, cell)
 
 
 def _options(bench: Bench, setting: str, row: str) -> dict[str, Any]:

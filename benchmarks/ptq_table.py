@@ -61,7 +61,18 @@ def _heading(cells: Sequence[Cell], facts: str) -> str:
 
 def _table(cells: Sequence[Cell], missing: dict[str, list[str]]) -> str:
     judged = [name for name in JUDGED if any(name in cell.metrics for cell in cells)]
-    columns = ["setting", "row", "bytes / float32", "relative L2", "PSNR", *judged, "FID", "seconds", "peak memory"]
+    columns = [
+        "setting",
+        "row",
+        "bytes / float32",
+        "relative L2",
+        "PSNR",
+        *judged,
+        "FID",
+        "FID / float",
+        "seconds",
+        "peak memory",
+    ]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for setting in (FLOAT_SETTING, *SETTINGS):
         for cell in _ordered([cell for cell in cells if cell.setting == setting]):
@@ -74,7 +85,7 @@ def _table(cells: Sequence[Cell], missing: dict[str, list[str]]) -> str:
 def _row(cell: Cell, judged: Sequence[str]) -> list[str]:
     head = [cell.setting, _label(cell)]
     if not cell.measured:
-        return [*head, cell.status.replace("|", "/"), *[""] * (5 + len(judged))]
+        return [*head, cell.status.replace("|", "/"), *[""] * (6 + len(judged))]
     return [
         *head,
         "-" if cell.bytes_per_float32 is None else f"{cell.bytes_per_float32:.3f}",
@@ -82,6 +93,7 @@ def _row(cell: Cell, judged: Sequence[str]) -> list[str]:
         _figure(cell.metrics.get("psnr"), interval=False),
         *(_figure(cell.metrics.get(name)) for name in judged),
         _figure(cell.metrics.get("fid")),
+        _figure(cell.metrics.get("fid_ratio")),
         "-" if cell.seconds is None else human_seconds(cell.seconds),
         "-" if cell.peak_bytes is None else human_bytes(cell.peak_bytes),
     ]
@@ -117,7 +129,9 @@ def _missing(study: Study, pipeline: str) -> dict[str, list[str]]:
     """Setting -> our rows that have no cell."""
     return {
         setting: [
-            name for name, row in ROWS.items() if setting in row.settings and not study.find(pipeline, setting, name)
+            name
+            for name, row in ROWS.items()
+            if row.is_for(pipeline, setting) and not study.find(pipeline, setting, name)
         ]
         for setting in SETTINGS
     }
