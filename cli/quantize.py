@@ -99,6 +99,10 @@ def quantize(
         list[str] | None,
         typer.Option(metavar="GLOB=N", help="Bits of these layers, 16 to leave them float; the last match wins."),
     ] = None,
+    layer_act_bits: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB=N", help="Activation bits of these layers, likewise; with --act-bits."),
+    ] = None,
     component: options.ComponentOption = None,
     setting: options.SetOption = None,
     cache_gb: Annotated[
@@ -151,7 +155,8 @@ def quantize(
         symmetric="auto" if symmetric is None else symmetric,
         include=include or (),
         exclude=exclude or (),
-        layer_bits=[_layer_bits(text) for text in layer_bits or []],
+        layer_bits=[_layer_bits("--layer-bits", text) for text in layer_bits or []],
+        layer_act_bits=[_layer_bits("--layer-act-bits", text) for text in layer_act_bits or []],
         component=component or (),
         settings=parse_settings(setting or []),
         cache_gb=cache_gb,
@@ -210,11 +215,11 @@ def _is_whole(text: str) -> bool:
     return text.removeprefix("-").isdecimal()
 
 
-def _layer_bits(text: str) -> tuple[str, int]:
+def _layer_bits(option: str, text: str) -> tuple[str, int]:
     glob, separator, bits = text.rpartition("=")
     if not separator or not bits.isdecimal():
         raise ConfigError(
-            f"--layer-bits {text!r} is not of the form GLOB=N.", mend="Write for example --layer-bits '*.ff.*=8'."
+            f"{option} {text!r} is not of the form GLOB=N.", mend=f"Write for example {option} '*.ff.*=8'."
         )
     return glob, int(bits)
 

@@ -6,7 +6,8 @@ for what its predecessors lost ("asymmetric" reconstruction: Nagel et al., 2020,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,20 @@ class Treated:
     acts: ActivationScale | None = None  # for schemes with fixed activation scales
     method: str | None = None  # what rounded it, where that is not the method of the pass
     output_error: float | None = None
+    bias: Tensor | None = None  # (O,) in place of the layer's own, in 16 bits as it is stored; None: its own
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is stored of the layer, by short names."""
+        acts = self.acts.tensors() if self.acts else {}
+        return self.weight.tensors() | acts | ({} if self.bias is None else {"bias": self.bias})
+
+    @classmethod
+    def from_tensors(cls, found: dict[str, Tensor], scheme: Scheme, shape: tuple[int, ...], **facts: Any) -> Treated:
+        """The reverse of `tensors`."""
+        found = dict(found)
+        bias = found.pop("bias", None)
+        acts = ActivationScale(found.pop("act_scale"), found.pop("act_zero_point")) if "act_scale" in found else None
+        return cls(QuantizedWeight(scheme, shape, **found), acts, bias=bias, **facts)
 
 
 @dataclass(frozen=True)
@@ -80,33 +95,59 @@ class Block:
         assert found is not None
         return found
 
-    def run(self, sighting: Sighting, rows: Mapping[str, Tensor] | None = None) -> tuple[Tensor, ...]:
+    def run(
+        self,
+        sighting: Sighting,
+        rows: Mapping[str, Tensor] | None = None,
+        biases: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
         """The outputs of the unit in one call.
 
         Args:
             rows: weights to use instead of the module's own, (O, K) each, by layer name.
+            biases: likewise, (O,) each.
         """
-        weights = {}
+        instead = {}
         for name, values in (rows or {}).items():
-            inside = self.inside(name)
-            layer = self.module.get_submodule(inside)
-            key = f"{inside}.weight" if inside else "weight"
-            weights[key] = from_rows(values, tuple(layer.weight.shape))  # type: ignore[arg-type]
+            layer = self.module.get_submodule(self.inside(name))
+            instead[self._key(name, "weight")] = from_rows(values, tuple(layer.weight.shape))  # type: ignore[arg-type]
+        for name, values in (biases or {}).items():
+            instead[self._key(name, "bias")] = values.float()
         with fixed_run(sighting.state):
             entering = sighting.entering
-            return outputs_of(functional_call(self.module, weights, entering.args, dict(entering.kwargs)))
+            return outputs_of(functional_call(self.module, instead, entering.args, dict(entering.kwargs)))
 
-    def error(self, rows: Mapping[str, Tensor] | None = None) -> float:
-        """||y - y^|| / ||y|| over some sightings, always the same ones, that have a target."""
+    def _key(self, name: str, kind: str) -> str:
+        inside = self.inside(name)
+        return f"{inside}.{kind}" if inside else kind
+
+    def error(self, rows: Mapping[str, Tensor] | None = None, biases: Mapping[str, Tensor] | None = None) -> float:
+        """||y - y^|| / ||y|| over some sightings, always the same ones, that have a target; see `run`."""
         wrong = power = 0.0
         step = -(-len(self.sightings) // JUDGED)
         with torch.no_grad():
             for sighting in self.sightings[::step]:
                 if sighting.target is not None:
-                    for mine, wanted in zip(self.run(sighting, rows), sighting.target, strict=True):
+                    for mine, wanted in zip(self.run(sighting, rows, biases), sighting.target, strict=True):
                         wrong += float((mine - wanted).square().sum(dtype=torch.float64))
                         power += float(wanted.square().sum(dtype=torch.float64))
         return (wrong / max(power, 1e-30)) ** 0.5
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """The weights and biases of the layers to quantize are afterwards as they are now."""
+        before = [
+            (own, own.detach().clone())
+            for layer in self.layers.values()
+            for own in (layer.weight, getattr(layer, "bias", None))
+            if isinstance(own, Tensor)
+        ]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for own, values in before:
+                    own.copy_(values)
 
     def only(self, plans: Sequence[LayerPlan]) -> Block:
         """The same unit with fewer layers to treat."""

@@ -25,16 +25,14 @@ from ..core.families import Family
 from ..core.manifest import ModuleRecord
 from ..core.reporter import Reporter
 from ..core.seeds import named_seed
-from ..runtime.activation import ActivationScale
 from ..runtime.trajectory import DenoiserCall
-from ..runtime.weight import QuantizedWeight
 from .block import Block, Sighting, Treated, outputs_of
 from .checkpoint import Checkpoint
 from .held import calls_within
 from .layerwise import treat_layers, weight_error_of
 from .plan import LayerPlan
 from .ranges import dynamic_roundings, with_scales
-from .simulate import RoundedInputs, put_weight_, rounding_of
+from .simulate import RoundedInputs, put_bias_, put_weight_, rounding_of
 from .units import Unit, find_units
 from .walk import UnitInput, Walk
 
@@ -220,7 +218,7 @@ def _train_model(
         for call in reporter.progress(calls, "float outputs")
     ]
     block = Block("", model, tuple(plans), sightings, rounding, named_seed(treatment.seed, "model"), reference)
-    starts = {plan.name: _treated(treatment, plan) for plan in plans}
+    starts = {plan.name: _stored(treatment, plan) for plan in plans}
     checkpoint = Checkpoint(treatment.writer, f"training:{treatment.component}")
     found: dict[str, Treated] = treatment.method.finish(block, starts, treatment.config, chosen, checkpoint, reporter)
     return found
@@ -252,30 +250,25 @@ def _entry(plan: LayerPlan, layer: nn.Module, treated: Treated) -> tuple[dict[st
         method=treated.method,
         output_error=None if treated.output_error is None else six_digits(treated.output_error),
     )
-    tensors = treated.weight.tensors() | (treated.acts.tensors() if treated.acts else {})
+    tensors = treated.tensors()
     return {f"{plan.name}.{key}": value for key, value in tensors.items()}, record.model_dump()
 
 
-def _stored(treatment: Treatment, plan: LayerPlan) -> tuple[QuantizedWeight, ActivationScale | None]:
+def _stored(treatment: Treatment, plan: LayerPlan) -> Treated:
     """A layer as the journal holds it."""
     key = treatment.key(plan)
     found = {name.rpartition(".")[2]: kept.load() for name, kept in treatment.writer.unit_tensors(key).items()}
-    acts = ActivationScale(found.pop("act_scale"), found.pop("act_zero_point")) if "act_scale" in found else None
-    scheme = plan.scheme_called(treatment.writer.unit_record(key)["scheme"])
-    return QuantizedWeight(scheme, plan.shape, **found), acts
+    record = treatment.writer.unit_record(key)
+    scheme = plan.scheme_called(record["scheme"])
+    return Treated.from_tensors(found, scheme, plan.shape, method=record["method"], output_error=record["output_error"])
 
 
 def _put_stored(treatment: Treatment, plan: LayerPlan, layer: nn.Module, rounding: RoundedInputs) -> None:
     """Let the network compute with a layer as the journal holds it."""
-    weight, acts = _stored(treatment, plan)
-    put_weight_(layer, weight)
-    rounding.put(plan.name, rounding_of(weight.scheme, layer, acts))
-
-
-def _treated(treatment: Treatment, plan: LayerPlan) -> Treated:
-    """The same with what the journal says of it."""
-    record = treatment.writer.unit_record(treatment.key(plan))
-    return Treated(*_stored(treatment, plan), method=record["method"], output_error=record["output_error"])
+    stored = _stored(treatment, plan)
+    put_weight_(layer, stored.weight)
+    put_bias_(layer, stored.bias)
+    rounding.put(plan.name, rounding_of(stored.weight.scheme, layer, stored.acts))
 
 
 def _tell_of_steps(plans: list[LayerPlan], calls: Sequence[DenoiserCall], reporter: Reporter) -> None:

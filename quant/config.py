@@ -35,6 +35,7 @@ class QuantizeConfig(Config):
     include: tuple[str, ...] = ()  # globs over layer names; empty: all
     exclude: tuple[str, ...] = ()  # globs over layer names that stay float
     layer_bits: tuple[tuple[str, int], ...] = ()  # (glob, bits); 16 leaves the layer float; the last match wins
+    layer_act_bits: tuple[tuple[str, int], ...] = ()  # likewise for activations, where they are quantized at all
     component: tuple[str, ...] = ()  # empty: all denoisers
     settings: dict[str, Any] = Field(default_factory=dict)  # the method's own fields
     cache_gb: float = Field(
@@ -72,8 +73,18 @@ class QuantizeConfig(Config):
                 raise ValueError(f"{glob}={bits}: bits are 2 to 8, or 16 to leave a layer float")
         return value
 
+    @field_validator("layer_act_bits")
+    @classmethod
+    def _check_layer_act_bits(cls, value: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+        for glob, bits in value:
+            if bits != 16 and not 4 <= bits <= 8:
+                raise ValueError(f"{glob}={bits}: activation bits are 4 to 8, or 16 to leave them float")
+        return value
+
     @model_validator(mode="after")
     def _check_combination(self) -> QuantizeConfig:
+        if self.layer_act_bits and self.act_bits == 16:
+            raise ValueError("activation bits of some layers need --act-bits for the others")
         if self.act_bits < 16 and self.symmetric is False:
             raise ValueError("asymmetric weights cannot ride an integer product; drop --asymmetric or --act-bits")
         if self.act_bits < 16 and self.bits > 4 and isinstance(self.group_size, int):

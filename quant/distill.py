@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from pydantic import Field
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from ..core.config import Config
 from ..core.errors import CalibrationError, UnsupportedError
 from ..core.reporter import Reporter
-from ..runtime.activation import ActivationScale
 from ..runtime.weight import QuantizedWeight, to_rows
 from .block import Block, Sighting, Treated
 from .checkpoint import Checkpoint
 from .learn_scales import LearnedScale
 from .ranges import roundings_of
 from .reconstruct import LADDER, relative_error
+from .sequential import in_16_bits
 
 HELD_OUT = 10  # of so many calls one is not trained on, but judges
 CHECKS = 10  # times that the student is judged
@@ -58,6 +58,7 @@ class Student:
 
     weights: Mapping[str, LearnedWeight]
     scales: Mapping[str, LearnedScale]
+    biases: Mapping[str, nn.Parameter]  # (O,) float32
     rates: Sequence[tuple[Sequence[nn.Parameter], float]]  # parameters, learning rate
 
     @property
@@ -68,7 +69,7 @@ class Student:
     def outputs(self, block: Block, sighting: Sighting) -> tuple[Tensor, ...]:
         """What the student gives in one call, with gradients."""
         with block.rounding.instead(dict(self.scales)):
-            return block.run(sighting, {name: weight() for name, weight in self.weights.items()})
+            return block.run(sighting, {name: weight() for name, weight in self.weights.items()}, self.biases)
 
     def folded(self, starts: Mapping[str, Treated]) -> dict[str, Treated]:
         """The layers as they are now: integers and scales only."""
@@ -77,6 +78,8 @@ class Student:
             found[name] = replace(found[name], weight=weight.result(), method=None)
         for name, scale in self.scales.items():
             found[name] = replace(found[name], acts=scale.result())
+        for name, bias in self.biases.items():
+            found[name] = replace(found[name], bias=in_16_bits(bias.detach()))
         return found
 
 
@@ -128,7 +131,7 @@ class Training:
             tensors[key] = _joined(found)
         tensors["steps"] = torch.stack([torch.as_tensor(state.get("step", 0.0)).float() for state in states])
         for name, treated in (self.best or {}).items():
-            tensors |= {f"best.{name}.{key}": value for key, value in _tensors(treated).items()}
+            tensors |= {f"best.{name}.{key}": value for key, value in treated.tensors().items()}
         checkpoint.save(tensors, {"done": self.done, "least": self.least, "improved": self.best is not None})
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -183,7 +186,7 @@ def distill(
         reporter.notice(f"training for {updates} updates did not lower the error; layers stay as they were before it.")
         return training.starts
     reporter.say(f"error of the outputs on calls not trained on: {start:.4f} before, {training.least:.4f} after")
-    trained = {*student.weights, *student.scales}
+    trained = {*student.weights, *student.scales, *student.biases}
     return {
         name: replace(found, output_error=training.least) if name in trained else found
         for name, found in training.best.items()
@@ -248,7 +251,8 @@ def split_calls(sightings: Sequence[Sighting]) -> tuple[list[Sighting], list[Sig
 def error_of(judge: Block, treated: Mapping[str, Treated]) -> float:
     """||e - e^|| / ||e|| with these layers, rounded as the kernels do it."""
     with torch.no_grad(), judge.rounding.instead(roundings_of(judge, dict(treated))):
-        return judge.error({name: to_rows(found.weight.dequantize()) for name, found in treated.items()})
+        biases = {name: found.bias for name, found in treated.items() if found.bias is not None}
+        return judge.error({name: to_rows(found.weight.dequantize()) for name, found in treated.items()}, biases)
 
 
 def fitting_updates(seconds: float, config: DistillConfig, reporter: Reporter) -> int:
@@ -279,11 +283,10 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
     return torch.cat([value.detach().flatten() for value in values])
 
 
-def _tensors(treated: Treated) -> dict[str, Tensor]:
-    return treated.weight.tensors() | (treated.acts.tensors() if treated.acts else {})
-
-
 def _restored(start: Treated, name: str, tensors: Mapping[str, Tensor]) -> Treated:
-    found: dict[str, Any] = {key: tensors[f"best.{name}.{key}"] for key in _tensors(start)}
-    acts = ActivationScale(found.pop("act_scale"), found.pop("act_zero_point")) if start.acts else None
-    return replace(start, weight=QuantizedWeight(start.weight.scheme, start.weight.shape, **found), acts=acts)
+    keys = [*start.tensors(), "bias"]
+    found = {key: tensors[f"best.{name}.{key}"] for key in keys if f"best.{name}.{key}" in tensors}
+    weight = start.weight
+    return Treated.from_tensors(
+        found, weight.scheme, weight.shape, method=start.method, output_error=start.output_error
+    )

@@ -85,7 +85,7 @@ def quantize_component(
     writer.write_component(
         name,
         _component_config(folder, schemes, modules, steps, attention),
-        _untouched(stored, skeleton, modules),
+        _untouched(stored, skeleton, _written(writer, name, modules)),
         info=f"quantized by {job.config.method}; schemes {', '.join(sorted(schemes))}",
     )
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -144,6 +144,7 @@ def traits_of(method: ModuleType, config: Config, request: QuantizeConfig, calls
     return Traits(
         temporal=getattr(method, "TEMPORAL", False),
         temporal_acts=hasattr(method, "temporal_acts") and method.temporal_acts(config),
+        spares=hasattr(method, "spares") and method.spares(config),
         split=getattr(method, "SPLIT", False),
         calls=calls,
     )
@@ -217,11 +218,16 @@ def _check_finite(name: str, values: Tensor) -> None:
         )
 
 
-def _untouched(
-    stored: dict[str, StoredTensor], skeleton: nn.Module, modules: dict[str, ModuleRecord]
-) -> dict[str, StoredTensor]:
+def _written(writer: BundleWriter, component: str, modules: dict[str, ModuleRecord]) -> set[str]:
+    """Names of the source's tensors that quantized layers take the place of: weights, and biases where a method moved
+    them."""
+    treated = [name for name, record in modules.items() if record.scheme]
+    units = {name: writer.unit_tensors(f"{component}/{name}") for name in treated}
+    return {f"{name}.weight" for name in treated} | {tensor for found in units.values() for tensor in found}
+
+
+def _untouched(stored: dict[str, StoredTensor], skeleton: nn.Module, replaced: set[str]) -> dict[str, StoredTensor]:
     """The tensors that no layer replaced. Wide floats are stored in 16 bits unless the model keeps them in float32."""
-    replaced = {f"{name}.weight" for name, record in modules.items() if record.scheme}
     kept = set(getattr(skeleton, "_keep_in_fp32_modules", None) or ())
     return {
         name: _narrow(tensor) if tensor.dtype in WIDE and not kept & set(name.split(".")) else tensor

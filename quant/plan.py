@@ -23,6 +23,7 @@ SMALLEST_GROUP = 16
 GROUPED_BITS = 5  # up to here one scale per channel costs too much quality
 TEMPORAL_BITS = 8
 MODULATION_BITS = 4
+SPARED_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Traits:
 
     temporal: bool = False  # embedders and modulation take the asked bits as well
     temporal_acts: bool = False  # and their activations are quantized
+    spares: bool = False  # the few layers that suffer most have at least 8 bits, weights and activations
     split: bool = False  # layers that read two joined tensors have scales for each
     calls: int = 1  # length of the grid, for scales of every step
 
@@ -84,15 +86,19 @@ def _shape(layer: nn.Module) -> tuple[int, ...]:
 
 
 def _check_globs(names: list[str], config: QuantizeConfig) -> None:
-    for glob in (*config.include, *config.exclude, *(glob for glob, _ in config.layer_bits)):
+    for glob in (*config.include, *config.exclude, *_globs(config)):
         if not any(fnmatchcase(name, glob) for name in names):
             raise ConfigError(f"the pattern {glob!r} matches no layer.", mend=nearest(glob, names))
+
+
+def _globs(config: QuantizeConfig) -> list[str]:
+    return [glob for glob, _ in (*config.layer_bits, *config.layer_act_bits)]
 
 
 def _reason_to_skip(
     name: str, layer: nn.Module, family: Family, config: QuantizeConfig, kept: tuple[str, ...], *, shared: bool
 ) -> str | None:
-    asked = _asked_bits(name, config)
+    asked = _asked_bits(name, config.layer_bits)
     if type(layer) not in LAYER_CLASSES:
         return f"{type(layer).__name__} is not a plain layer"
     if shared:
@@ -110,22 +116,24 @@ def _reason_to_skip(
     return None
 
 
-def _asked_bits(name: str, config: QuantizeConfig) -> int | None:
-    """Bits that --layer-bits asks for this layer; the last matching pattern wins."""
-    return next((bits for glob, bits in reversed(config.layer_bits) if fnmatchcase(name, glob)), None)
+def _asked_bits(name: str, asked: tuple[tuple[str, int], ...]) -> int | None:
+    """Bits that patterns ask for this layer; the last matching one wins."""
+    return next((bits for glob, bits in reversed(asked) if fnmatchcase(name, glob)), None)
 
 
 def _scheme(
     name: str, layer: nn.Module, family: Family, config: QuantizeConfig, traits: Traits, split: int | None
 ) -> Scheme:
     """Roles decide how far down a layer may go and whether its activations are quantized."""
-    role, asked = family.role(name), _asked_bits(name, config)
+    role, asked = family.role(name), _asked_bits(name, config.layer_bits)
+    spared = traits.spares and family.is_sensitive(name)
     if isinstance(layer, nn.Embedding):
         return Scheme(bits=asked or 8)
     floor = 0 if traits.temporal else {"temporal": TEMPORAL_BITS, "modulation": MODULATION_BITS}.get(role, 0)
+    floor = max(floor, SPARED_BITS) if spared else floor
     bits = asked or max(config.bits, floor)
     rounded = role == "body" or traits.temporal_acts
-    act_bits = config.act_bits if rounded and isinstance(layer, nn.Linear | nn.Conv2d) else 16
+    act_bits = _act_bits(name, config, spared=spared) if rounded and isinstance(layer, nn.Linear | nn.Conv2d) else 16
     lifted = asked is None and bits > config.bits
     group_size = _group_size(name, _shape(layer), bits, act_bits, config, lifted=lifted, split=split)
     if act_bits < 16:
@@ -142,6 +150,11 @@ def _scheme(
         )
     symmetric = group_size is None if config.symmetric == "auto" else config.symmetric
     return Scheme(bits=bits, symmetric=symmetric, group_size=group_size, split=split if group_size is None else None)
+
+
+def _act_bits(name: str, config: QuantizeConfig, *, spared: bool) -> int:
+    asked = _asked_bits(name, config.layer_act_bits)
+    return asked or max(config.act_bits, SPARED_BITS if spared else 0)
 
 
 def _group_size(

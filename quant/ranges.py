@@ -23,7 +23,7 @@ from ..core.scheme import Scheme
 from ..runtime.activation import ActivationScale
 from ..runtime.clock import current_run
 from .block import Block, Treated
-from .simulate import Rounding, channel_axis, put_weight_, rounding_of
+from .simulate import Rounding, channel_axis, put_bias_, put_weight_, rounding_of
 
 Search = Literal["minmax", "mse"]
 Range = tuple[Tensor, Tensor]  # lowest and highest value that the integers cover, 0-dim each
@@ -190,17 +190,12 @@ def with_scales(block: Block, treated: dict[str, Treated], search: Search | Find
 
 @contextmanager
 def quantized_weights(block: Block, treated: dict[str, Treated]) -> Iterator[None]:
-    """Let the unit compute with what a method made of its weights, for a while."""
-    weights: dict[str, Tensor] = {name: layer.weight for name, layer in block.layers.items()}  # type: ignore[misc]
-    before = {name: weight.clone() for name, weight in weights.items()}
-    for name, layer in block.layers.items():
-        put_weight_(layer, treated[name].weight)
-    try:
+    """Let the unit compute with what a method made of its weights and biases, for a while."""
+    with block.kept():
+        for name, layer in block.layers.items():
+            put_weight_(layer, treated[name].weight)
+            put_bias_(layer, treated[name].bias)
         yield
-    finally:
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(before[name])
 
 
 def roundings_of(block: Block, treated: dict[str, Treated]) -> dict[str, Rounding | None]:

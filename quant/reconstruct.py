@@ -98,6 +98,7 @@ class Start:
 
     grid: Grid
     rows: Tensor  # (O, K) values whose nearest codes are the start
+    bias: Tensor | None = None  # (O,) in place of the layer's own
 
 
 def beta_at(progress: float, warm_up: float) -> float | None:
@@ -112,6 +113,7 @@ class _Learner:
 
     def __init__(self, block: Block, starts: dict[str, Start], config: ReconstructionConfig) -> None:
         self.block, self.config = block, config
+        self.biases = {name: start.bias for name, start in starts.items() if start.bias is not None}
         self.soft = {name: SoftRounding(start.rows, start.grid) for name, start in starts.items()}
         self.least = self.error()
         self._strength = config.regularization * self.least**2
@@ -120,7 +122,7 @@ class _Learner:
 
     def error(self) -> float:
         """Of the unit with the codes that the variables stand for now."""
-        return self.block.error({name: rounding.hard() for name, rounding in self.soft.items()})
+        return self.block.error({name: rounding.hard() for name, rounding in self.soft.items()}, self.biases)
 
     def codes(self) -> dict[str, Tensor]:
         return {name: rounding.codes() for name, rounding in self.soft.items()}
@@ -135,7 +137,7 @@ class _Learner:
         assert sighting.target is not None
         self._optimizer.zero_grad()
         with torch.enable_grad():
-            outputs = self.block.run(sighting, {name: rounding() for name, rounding in self.soft.items()})
+            outputs = self.block.run(sighting, {name: rounding() for name, rounding in self.soft.items()}, self.biases)
             loss = relative_error(outputs, sighting.target)
             if (beta := beta_at(progress, self.config.warm_up)) is not None:
                 undecided = torch.stack([rounding.penalty(beta) for rounding in self.soft.values()]).mean()
@@ -187,14 +189,14 @@ def reconstruct_weights(
     if config.start == "nearest":
         rounded = {name: _to_nearest(block, name, found) for name, found in rounded.items()}
     starts = {
-        name: Start(found.grid, found.wanted)
+        name: Start(found.grid, found.wanted, found.treated.bias)
         for name, found in rounded.items()
         if found.grid is not None and found.wanted is not None
     }
     treated = {name: found.treated for name, found in rounded.items()}
     with block.rounding.instead(roundings_of(block, treated)):
         codes = reconstruct(block, starts, config, iterations) if block.sightings and starts else {}
-        error = block.error({name: _values(codes[name], starts[name].grid) for name in codes}) if codes else None
+        error = _error(block, starts, codes) if codes else None
     for name, start in starts.items():
         if name in codes:
             weight = start.grid.pack(codes[name], treated[name].weight.shape)
@@ -212,7 +214,7 @@ def _to_nearest(block: Block, name: str, found: Rounded) -> Rounded:
         return found
     rows, scheme = to_rows(weight.detach()).float(), found.treated.weight.scheme
     grid = find_grid(rows, scheme, search=True)
-    treated = replace(found.treated, weight=grid.pack(grid.nearest(rows), tuple(weight.shape)))
+    treated = replace(found.treated, weight=grid.pack(grid.nearest(rows), tuple(weight.shape)), bias=None)
     return Rounded(treated, grid, rows)
 
 
@@ -265,6 +267,11 @@ def _nearest_start(block: Block, name: str) -> Start:
     weight: Tensor = block.layers[name].weight  # type: ignore[assignment]
     rows = to_rows(weight.detach()).float()
     return Start(find_grid(rows, block.scheme(name), search=False), rows)
+
+
+def _error(block: Block, starts: dict[str, Start], codes: dict[str, Tensor]) -> float:
+    biases = {name: start.bias for name, start in starts.items() if start.bias is not None}
+    return block.error({name: _values(codes[name], starts[name].grid) for name in codes}, biases)
 
 
 def _values(codes: Tensor, grid: Grid) -> Tensor:

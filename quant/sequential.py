@@ -1,39 +1,36 @@
 """Round the layers of a unit one after the other, each against what the float network gives.
 
-What enters a layer here, x, differs from what enters it in the float network, x~, because layers before it are rounded,
-and its activations will be rounded too, with noise n of variance v = scale^2 / 12. The weight that makes up for both,
+What a layer multiplies here, x, differs from what enters it in the float network, x~: layers before it are rounded, and
+so is x itself. The weight and the bias that make up for both,
 
-    min over V of  E ||W x~ - V (x + n)||^2    ->    V = W + W (E[(x~ - x) x^T] - diag(v)) (E[x x^T] + diag(v))^-1,
+    min over V, c of  E ||W x~ + b - V x - c||^2    ->    V = W + W Cov(x~ - x, x) Cov(x, x)^-1,
+                                                          c = b + W E[x~] - V E[x],
 
-is rounded column by column as GPTQ does it (Frantar et al., 2022, arXiv 2210.17323; with float inputs as the target:
-GPTAQ, Li et al., 2025, arXiv 2504.02692).
+are rounded column by column as GPTQ does it (Frantar et al., 2022, arXiv 2210.17323; with float inputs as the target:
+GPTAQ, Li et al., 2025, arXiv 2504.02692; with biases corrected: Nagel et al., 2019, arXiv 1906.04721). Without a bias
+the second moments take the place of the covariances.
 
-Letters: O rows, K input features per row, N rows of x, P parts of the channels.
+Letters: O rows, K input features per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.scheme import Scheme
-from ..runtime.activation import ActivationScale
-from ..runtime.weight import spread, to_rows
-from .block import Block, Sighting, Treated
-from .grams import has_grams, some_rows
+from ..runtime.weight import to_rows
+from .block import Block, Treated
 from .grid import Grid, find_grid
-from .layerwise import BASELINE, check_finite
+from .layerwise import BASELINE
 from .methods import gptq, rtn
-from .ranges import Finder, Record, Search, find_scales, observed, scale_of
-from .simulate import put_weight_, rounding_of
-
-CALLS = 80  # that statistics are taken from; more: steadier, slower
-ROWS = 32768  # of x, over all calls
+from .moments import Moments, moments_of
+from .ranges import Finder, Search, find_scales
+from .simulate import put_bias_, put_weight_, rounding_of
 
 
 @dataclass(frozen=True)
@@ -45,73 +42,61 @@ class Rounded:
     wanted: Tensor | None  # (O, K) values whose nearest codes the weight has
 
 
-@dataclass
-class Moments:
-    """E[x x^T] and E[(x~ - x) x^T] of one layer, (K, K) float32 each, and samples of x for its scales."""
-
-    gram: Tensor
-    lag: Tensor
-    records: list[list[Record]]  # by part
-
-
 def round_in_turn(block: Block, search: Search | Finder) -> dict[str, Rounded]:
     """Quantize the layers of a unit in the order in which they run; the unit's own weights are as before afterwards."""
     found: dict[str, Rounded] = {}
-    floats = {name: layer.weight.detach().clone() for name, layer in block.layers.items()}  # type: ignore[operator]
-    with torch.no_grad(), block.rounding.instead(dict.fromkeys(block.layers)):
-        try:
-            for level in _levels(block):
-                moments = _moments(block, level)
-                for name in level:
-                    found[name] = _round_layer(block, name, moments, search)
-                    _put(block, name, found[name].treated)
-        finally:
-            for name, layer in block.layers.items():
-                layer.weight.copy_(floats[name])  # type: ignore[operator]
+    with torch.no_grad(), block.rounding.instead(dict.fromkeys(block.layers)), block.kept():
+        for level in _levels(block):
+            ways = _ways(block.scheme(level[0]))
+            moments = moments_of(block, level, ways, search)
+            for name in level:
+                found[name] = _round_layer(block, name, moments, search)
+            for name in level:
+                _put(block, name, found[name].treated)
     return {name: found[name] for name in block.layers}
 
 
 def _put(block: Block, name: str, treated: Treated) -> None:
     layer = block.layers[name]
     put_weight_(layer, treated.weight)
+    put_bias_(layer, treated.bias)
     block.rounding.put(name, rounding_of(treated.weight.scheme, layer, treated.acts))
 
 
-def _round_layer(block: Block, name: str, moments: Moments | None, search: Search | Finder) -> Rounded:
-    layer, scheme = block.layers[name], block.scheme(name)
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    if isinstance(layer, nn.Embedding):
-        return Rounded(Treated(rtn.quantize(weight, scheme, BASELINE), method="rtn"), None, None)
-    rows = to_rows(weight).float()
-    if moments is None:
-        acts = find_scales(block.only([plan for plan in block.plans if plan.name == name]), search).get(name)
-        grid = find_grid(rows, scheme, search=True)
-        nearest = grid.pack(grid.nearest(rows), tuple(weight.shape))
-        return Rounded(Treated(nearest, acts, method="rtn"), grid, rows)
-    options = [_round_rows(rows, layer, option, moments, search) for option in _options(scheme)]
-    error, codes, grid, wanted, acts = min(options, key=lambda option: option[0])
-    treated = Treated(grid.pack(codes, tuple(weight.shape)), acts, output_error=max(error, 0.0) ** 0.5)
-    return Rounded(treated, grid, wanted)
-
-
-def _options(scheme: Scheme) -> list[Scheme]:
+def _ways(scheme: Scheme) -> list[Scheme]:
     """With the split and without it: two scales need not be better than one."""
     return [scheme, scheme.model_copy(update={"split": None})] if scheme.split else [scheme]
 
 
-def _round_rows(
-    rows: Tensor, layer: nn.Module, scheme: Scheme, moments: Moments, search: Search | Finder
-) -> tuple[float, Tensor, Grid, Tensor, ActivationScale | None]:
-    """Relative squared error up to a constant, codes, their grid, the values they stand for, activation scales."""
-    acts = scale_of(scheme, _joined(moments.records, scheme.parts), search) if scheme.has_fixed_acts else None
-    noise = noise_of(scheme, acts, moments.gram)
-    gram = moments.gram + torch.diag(noise)
-    target = compensated(rows, gram, moments.lag - torch.diag(noise))
+def _round_layer(block: Block, name: str, moments: Sequence[Moments], search: Search | Finder) -> Rounded:
+    layer, scheme = block.layers[name], block.scheme(name)
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    if isinstance(layer, nn.Embedding):
+        return Rounded(Treated(rtn.quantize(weight, scheme, BASELINE), method="rtn"), None, None)
+    if not moments:
+        acts = find_scales(block.only([plan for plan in block.plans if plan.name == name]), search).get(name)
+        rows, grid = to_rows(weight).float(), find_grid(to_rows(weight).float(), scheme, search=True)
+        nearest = grid.pack(grid.nearest(rows), tuple(weight.shape))
+        return Rounded(Treated(nearest, acts, method="rtn"), grid, rows)
+    options = [_round_rows(name, layer, scheme, one) for one in moments]
+    return min(options, key=lambda option: option.treated.output_error or 0.0)
+
+
+def _round_rows(name: str, layer: nn.Module, scheme: Scheme, moments: Moments) -> Rounded:
+    """One way to round a layer; its error is that of its outputs to those of the float network."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    rows, scheme = to_rows(weight).float(), scheme.model_copy(update={"split": moments.scheme.split})
+    fitted = moments if bias is None else moments.about_means(rows, name)
+    target = compensated(rows, fitted.gram, fitted.lag)
     grid = find_grid(target, scheme, search=True)
-    codes, wanted = gptq.round_columns(target, gram, grid, gptq.GPTQConfig())
+    codes, wanted = gptq.round_columns(target, fitted.gram, grid, gptq.GPTQConfig())
     scale, zero = grid.columns(rows.shape[1])
-    error = error_of(rows, (codes - zero) * scale, moments, noise)
-    return error, codes, grid, wanted, acts
+    rounded = (codes - zero) * scale
+    error = error_of(rows, rounded, fitted, name) ** 0.5
+    moved = None if bias is None else shifted_bias(bias, rows, rounded, moments)
+    packed = grid.pack(codes, tuple(weight.shape))
+    return Rounded(Treated(packed, moments.acts, output_error=error, bias=moved), grid, wanted)
 
 
 def compensated(rows: Tensor, gram: Tensor, lag: Tensor, damping: float = 0.01) -> Tensor:
@@ -124,33 +109,23 @@ def compensated(rows: Tensor, gram: Tensor, lag: Tensor, damping: float = 0.01) 
     return (rows.double() + shift).float()
 
 
-def error_of(rows: Tensor, rounded: Tensor, moments: Moments, noise: Tensor) -> float:
-    """(E ||W x~ - V (x + n)||^2 - E ||W (x~ - x)||^2) / E ||W x||^2: what is left out is the same for every V, and may
-    be more than all the rest."""
+def shifted_bias(bias: Tensor, rows: Tensor, rounded: Tensor, moments: Moments) -> Tensor:
+    """b + W E[x~] - V E[x], (O,): the mean of the outputs becomes that of the float network. As it is stored."""
+    change = rows @ (moments.mean + moments.drift) - rounded @ moments.mean
+    return in_16_bits(bias.detach().float() + change)
+
+
+def in_16_bits(values: Tensor) -> Tensor:
+    """As float16, or as bfloat16 where float16 would overflow."""
+    fits = float(values.abs().max()) <= torch.finfo(torch.float16).max
+    return values.to(torch.float16 if fits else torch.bfloat16)
+
+
+def error_of(rows: Tensor, rounded: Tensor, moments: Moments, name: str) -> float:
+    """E ||W x~ - V x||^2 / E ||W x~||^2, never below 0."""
     change = rows - rounded
     gap = ((change @ moments.gram) * change).sum() + 2 * ((rows @ moments.lag) * change).sum()
-    gap = gap + ((rounded * noise) * rounded).sum()
-    power = ((rows @ moments.gram) * rows).sum().clamp(min=1e-30)
-    return float(gap / power)
-
-
-def noise_of(scheme: Scheme, acts: ActivationScale | None, gram: Tensor) -> Tensor:
-    """Variance (K,) that rounding adds to each input feature."""
-    features = len(gram)
-    if acts is not None:
-        scales = acts.scale[:-1] if len(acts.scale) > 1 else acts.scale
-        return spread((scales.square() / 12).mean(0, keepdim=True), features, scheme.split).view(-1)
-    if scheme.act_bits == 16:
-        return torch.zeros(features)
-    peak = 16 * gram.diagonal().mean()  # of a token, at about four standard deviations
-    return (peak / (2 ** (scheme.act_bits - 1) - 1) ** 2 / 12).expand(features)
-
-
-def _joined(records: list[list[Record]], parts: int) -> list[list[Record]]:
-    """What entered both parts together, for a scheme without the split."""
-    if parts == len(records):
-        return records
-    return [[(call, seen.with_(other)) for (call, seen), (_, other) in zip(*records, strict=True)]]
+    return max(float(gap) + moments.lost[name], 0.0) / max(moments.power[name], 1e-30)
 
 
 def _levels(block: Block) -> list[list[str]]:
@@ -166,7 +141,7 @@ def _levels(block: Block) -> list[list[str]]:
         geometry = [
             str(getattr(layer, fact, None)) for fact in ("kernel_size", "stride", "padding", "dilation", "groups")
         ]
-        key = (x.data_ptr(), tuple(x.shape), *geometry, scheme.split, scheme.act_mode)
+        key = (x.data_ptr(), tuple(x.shape), *geometry, scheme.split, scheme.act_mode, scheme.act_bits)
         if not any(name in level for level in levels.values()):
             levels.setdefault(key, []).append(name)
 
@@ -179,84 +154,3 @@ def _levels(block: Block) -> list[list[str]]:
             hook.remove()
     ran = [name for level in levels.values() for name in level]
     return [*levels.values(), *([name] for name in block.layers if name not in ran)]
-
-
-class _Seen(Exception):  # no error: the rest of the unit need not run
-    """The input of a layer is known."""
-
-
-def _moments(block: Block, level: Sequence[str]) -> Moments | None:
-    """Statistics of what enters the layers of one level; None where it does not multiply rows or never runs."""
-    name = level[0]
-    layer = block.layers[name]
-    if not has_grams(layer):
-        return None
-    weighty = {id(sighting) for sighting in some_sightings(block.sightings)}
-    count = max(1, ROWS // max(1, len(weighty)))
-    features = to_rows(layer.weight).shape[1]  # type: ignore[arg-type]
-    gram, lag = torch.zeros(features, features), torch.zeros(features, features)
-    records: list[list[Record]] = [[] for _ in range(block.scheme(name).parts)]
-    total = 0
-    for number, sighting in enumerate(block.sightings):
-        if id(sighting) not in weighty and not block.scheme(name).has_fixed_acts:
-            continue
-        if (x := _entering(block, name, sighting)) is None:
-            continue
-        seen = observed(name, block.scheme(name), layer, x, block.seed + number)
-        for part, values in zip(records, seen, strict=True):
-            part.append((sighting.call, values))
-        if id(sighting) in weighty:
-            rows = some_rows(layer, x, count, seed=number).float()
-            intact = some_rows(layer, _entering_float(block, name, sighting, x), count, seed=number).float()
-            gram.addmm_(rows.T, rows)
-            lag.addmm_((intact - rows).T, rows)
-            total += len(rows)
-    if not total:
-        return None
-    check_finite(name, gram)
-    return Moments(gram / total, lag / total, records)
-
-
-def some_sightings(sightings: Sequence[Sighting]) -> Sequence[Sighting]:
-    """At most `CALLS`, drawn at random."""
-    if len(sightings) <= CALLS:
-        return sightings
-    chosen = torch.randperm(len(sightings), generator=torch.Generator().manual_seed(0))[:CALLS].sort().values
-    return [sightings[index] for index in chosen.tolist()]
-
-
-def _entering(block: Block, name: str, sighting: Sighting) -> Tensor | None:
-    """What enters a layer in one call; None where it does not run."""
-    with _caught(block.module.get_submodule(block.inside(name))) as found:
-        _run_until_seen(block, sighting)
-    return found[0] if found else None
-
-
-def _entering_float(block: Block, name: str, sighting: Sighting, here: Tensor) -> Tensor:
-    """What enters it in the float network; the same as here where no one asked for that network."""
-    if sighting.intact is None or block.reference is None:
-        return here
-    intact = _entering(replace(block, module=block.reference), name, replace(sighting, entering=sighting.intact))
-    assert intact is not None
-    return intact
-
-
-def _run_until_seen(block: Block, sighting: Sighting) -> None:
-    with suppress(_Seen):
-        block.run(sighting)
-
-
-@contextmanager
-def _caught(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Stops a run in front of a layer and keeps what was to enter it."""
-    found: list[Tensor] = []
-
-    def catch(_: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0].detach())
-        raise _Seen
-
-    hook = layer.register_forward_pre_hook(catch)
-    try:
-        yield found
-    finally:
-        hook.remove()

@@ -116,3 +116,11 @@ def put_weight_(layer: nn.Module, weight: QuantizedWeight) -> None:
     """Let a float layer compute with the values of a quantized weight."""
     own: Tensor = layer.weight  # type: ignore[assignment]
     own.copy_(weight.dequantize(own.dtype))
+
+
+@torch.no_grad()
+def put_bias_(layer: nn.Module, bias: Tensor | None) -> None:
+    """Let a float layer add a bias as it is stored; None: its own."""
+    if bias is not None:
+        own: Tensor = layer.bias  # type: ignore[assignment]
+        own.copy_(bias)

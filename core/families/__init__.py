@@ -27,6 +27,7 @@ class Family:
         embedders: names, as globs, of the modules that give the embedding of time and class; those at one place in the
             network are summed.
         blocks: class names, as globs, of the modules that calibrated methods treat as one unit each.
+        sensitive: names, as globs, of the few layers of the body that suffer most from low bits.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Family:
     modulation: tuple[str, ...] = ()
     embedders: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
+    sensitive: tuple[str, ...] = ()
 
     def role(self, module_name: str) -> Role:
         """The role of the layer called `module_name` (dotted path inside the denoiser)."""
@@ -46,6 +48,15 @@ class Family:
         if _matches(module_name, self.modulation):
             return "modulation"
         return "body"
+
+    def is_sensitive(self, module_name: str) -> bool:
+        """Whether a layer belongs to the few that methods for very low bits spare."""
+        return _matches(module_name, self.sensitive)
+
+    def is_embedder(self, module_name: str) -> bool:
+        """Whether a layer is part of a module that embeds the time step, a class or a size."""
+        parts = module_name.split(".")
+        return any(_matches(".".join(parts[:length]), self.embedders) for length in range(1, len(parts) + 1))
 
 
 def find_family(class_name: str) -> tuple[Family, bool]:

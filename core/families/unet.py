@@ -15,4 +15,5 @@ FAMILY = Family(
     embedders=("time_embedding", "add_embedding", "class_embedding"),
     temporal=("time_embedding.*", "add_embedding.*", "class_embedding*", "*.time_emb_proj"),
     blocks=("ResnetBlock2D", "BasicTransformerBlock", "Attention", "TemporalConvLayer"),
+    sensitive=("*.conv_shortcut", "*.downsamplers.*"),
 )

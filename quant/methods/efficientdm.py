@@ -61,10 +61,17 @@ class EfficientDMConfig(DistillConfig):
     learning_rate: float = Field(3e-2, gt=0)  # of Adam on A and B, for a weight scale of 1
     scale_learning_rate: float = Field(1e-3, ge=0)  # on the logarithm of the weight scales
     act_learning_rate: float = Field(1e-2, ge=0)  # on the logarithm of the activation scales
+    bias_learning_rate: float = Field(3e-4, ge=0)  # on the biases of the layers
     scale_aware: bool = True  # off: `learning_rate` times the mean scale of all layers, the same for each
+    spare: bool = True  # shortcuts and down-sampling convolutions keep at least 8 bits
 
 
 CONFIG = EfficientDMConfig
+
+
+def spares(config: EfficientDMConfig) -> bool:
+    """Whether the family's sensitive layers have more bits (the paper leaves them float)."""
+    return config.spare
 
 
 class QALoRA(nn.Module):
@@ -135,10 +142,11 @@ def base_of(kind: Base, rows: Tensor, start: QuantizedWeight) -> Tensor:
 
 
 def student_of(block: Block, starts: dict[str, Treated], config: EfficientDMConfig) -> Student:
-    """Adapters for all layers but embeddings and those of the time; learned scales for all that have a table."""
+    """Adapters and biases for all layers but tables and those that embed the time; learned scales for all that have
+    fixed ones."""
     family, _ = find_family(type(block.module).__name__)
     generator = torch.Generator().manual_seed(block.seed)
-    weights, scales = {}, {}
+    weights, scales, biases = {}, {}, {}
     for name, layer in block.layers.items():
         found, scheme = starts[name], starts[name].weight.scheme
         if found.acts is not None:
@@ -146,11 +154,14 @@ def student_of(block: Block, starts: dict[str, Treated], config: EfficientDMConf
         if _is_trained(family, name, layer):
             base = base_of(config.base, _float_rows(block, name), found.weight)
             weights[name] = QALoRA(base, found.weight, config.rank, generator)
-    return Student(weights, scales, rates_of(weights, scales, config))
+            own: Tensor | None = layer.bias if found.bias is None else found.bias  # type: ignore[assignment]
+            if own is not None:
+                biases[name] = nn.Parameter(own.detach().float().clone())
+    return Student(weights, scales, biases, rates_of(weights, scales, biases, config))
 
 
 def _is_trained(family: Family, name: str, layer: nn.Module) -> bool:
-    return not isinstance(layer, nn.Embedding) and family.role(name) != "temporal"
+    return not isinstance(layer, nn.Embedding) and not family.is_embedder(name)
 
 
 def _float_rows(block: Block, name: str) -> Tensor:
@@ -160,7 +171,10 @@ def _float_rows(block: Block, name: str) -> Tensor:
 
 
 def rates_of(
-    weights: dict[str, QALoRA], scales: dict[str, LearnedScale], config: EfficientDMConfig
+    weights: dict[str, QALoRA],
+    scales: dict[str, LearnedScale],
+    biases: dict[str, nn.Parameter],
+    config: EfficientDMConfig,
 ) -> list[tuple[list[nn.Parameter], float]]:
     """Which parameters learn how fast."""
     steps = {name: float(weight.columns().detach().mean()) for name, weight in weights.items()}
@@ -171,6 +185,7 @@ def rates_of(
     others = [
         ([weight.growth for weight in weights.values()], config.scale_learning_rate),
         (rows, config.act_learning_rate),
+        (list(biases.values()), config.bias_learning_rate),
     ]
     return adapters + [group for group in others if group[0]]
 
