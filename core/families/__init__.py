@@ -54,7 +54,10 @@ class Family:
         return _matches(module_name, self.sensitive)
 
     def is_embedder(self, module_name: str) -> bool:
-        """Whether a layer is part of a module that embeds the time step, a class or a size."""
+        """Whether a layer is part of a module that embeds the time step, a class or a size; where the family names
+        none, any temporal layer."""
+        if not self.embedders:
+            return self.role(module_name) == "temporal"
         parts = module_name.split(".")
         return any(_matches(".".join(parts[:length]), self.embedders) for length in range(1, len(parts) + 1))
 

@@ -3,9 +3,10 @@ arXiv 2310.03270).
 
     y = Q(x; s_x[step]) Q(W0 + B A; s_w),   loss = ||e - e^||^2 / ||e||^2 over the outputs e of the whole network
 
-1. Every unit is rounded in turn as in GPTQ, with activation scales for every call of the grid.
-2. A, B, s_w and s_x are trained against the float network on the float pipeline's own samples, data-free (see
-   `quant/distill.py`). Rounding passes gradients straight through.
+1. Every unit is rounded in turn as in GPTQ, with activation scales for every call of the grid. The few layers that
+   suffer most from low bits keep 8 of them; the paper leaves them float.
+2. A, B, s_w, s_x and the biases are trained against the float network on the float pipeline's own samples, data-free
+   (see `quant/distill.py`). Rounding passes gradients straight through.
    - QALoRA: B A has rank r and starts at 0; it is added before rounding, so that only integers remain.
    - Scale-aware learning rate: the rate of A and B of a layer is proportional to its mean weight scale; the same share
      of the integers changes in layers of small and of large weights.

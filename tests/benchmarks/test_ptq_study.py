@@ -1,25 +1,30 @@
 """The study goes on where it stopped, says what is missing, and makes its tables from the JSON alone."""
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from dacc.benchmarks import ptq_study
 from dacc.benchmarks.peers import PEERS, peer_layers, summarize
 from dacc.benchmarks.ptq_bench import Bench
-from dacc.benchmarks.ptq_cells import Cell, Study, is_finished, read_study, write_study
-from dacc.benchmarks.ptq_measure import Seen, fid, part
-from dacc.benchmarks.ptq_rows import PIPELINES, ROWS, SETTINGS, TEMPORAL_GLOBS, Row, row_options
+from dacc.benchmarks.ptq_cells import Cell, Study, is_finished, read_study, record_cell, write_study
+from dacc.benchmarks.ptq_measure import Seen, fid, fid_ratio, part
+from dacc.benchmarks.ptq_rows import LINEAR_GLOBS, PIPELINES, ROWS, SETTINGS, TEMPORAL_GLOBS, Row, row_options
 from dacc.benchmarks.ptq_table import pipeline_block, write_tables
 from dacc.core.families import find_family
+from dacc.core.pipeline import denoiser_names, walk_layers
 from dacc.core.reporter import silent
 from dacc.core.zoo import zoo_entry
 from dacc.evaluate.judge import load_judge
 from dacc.evaluate.result import Metric
 from dacc.runtime.compare import Samples, relative_l2
 from dacc.runtime.request import RunRequest
+from dacc.runtime.skeleton import build_skeleton
 from dacc.runtime.trajectory import sample
 
 RECORD = Path(ptq_study.__file__).with_suffix(".json")
@@ -139,6 +144,46 @@ def test_the_interval_of_fid_lies_about_its_value():
     judge = load_judge(zoo_entry("digits-unet"))
     found = fid(torch.randn(60, len(judge.mean), generator=torch.Generator().manual_seed(0)), judge, resamples=8)
     assert found.low < found.value < found.high
+
+
+def test_the_ratio_of_two_fids_is_known_better_than_either():
+    judge = load_judge(zoo_entry("digits-unet"))
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(60, len(judge.mean), generator=generator)
+    features = reference + 0.01 * torch.randn(reference.shape, generator=generator)
+    ratio, alone = fid_ratio(features, reference, judge, resamples=20), fid(features, judge, resamples=20)
+    assert ratio.value == pytest.approx(alone.value / fid(reference, judge, resamples=2).value)
+    assert ratio.low <= ratio.value <= ratio.high
+    assert ratio.high - ratio.low < 0.2 * (alone.high - alone.low) / alone.value
+    assert fid_ratio(reference, reference, judge, resamples=3).high == 1
+
+
+def test_two_studies_may_write_to_one_record(tmp_path):
+    file = tmp_path / "study.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: record_cell(file, cell(f"row {number}")), range(24)))
+    assert len(read_study(file).cells) == 24
+
+
+def test_a_row_of_linears_is_there_where_convolutions_are_too():
+    row = ROWS["gptq (linears)"]
+    assert row.is_for("digits-unet", "W8A8")
+    assert not row.is_for("digits-dit", "W8A8")
+    assert not row.is_for("digits-unet", "W4A4")
+    options = row_options("digits-unet", "W8A8", "gptq (linears)")
+    assert "*.to_q" in options["include"]
+    assert "include" not in row_options("digits-unet", "W8A8", "gptq (defaults)")
+
+
+@pytest.mark.parametrize("name", LINEAR_GLOBS)
+def test_the_linears_are_those_of_the_network(name):
+    (skeleton,) = [build_skeleton(zoo_entry(name).path / part) for part in denoiser_names(zoo_entry(name).path)]
+    family = find_family(type(skeleton).__name__)[0]
+    linears = {layer for layer, module in walk_layers(skeleton) if isinstance(module, nn.Linear)}
+    found = {layer for layer in linears if any(fnmatchcase(layer, glob) for glob in LINEAR_GLOBS[name])}
+    others = {layer for layer, _ in walk_layers(skeleton)} - linears
+    assert found == {layer for layer in linears if family.role(layer) != "edge"}
+    assert not [layer for layer in others if any(fnmatchcase(layer, glob) for glob in LINEAR_GLOBS[name])]
 
 
 def test_the_table_says_what_was_measured_and_what_was_not():

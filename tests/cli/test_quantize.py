@@ -104,6 +104,16 @@ def test_layers_are_chosen_by_pattern(dacc, pipeline, tmp_path):
     assert modules["down_blocks.0.resnets.0.conv1"].reason == "not included"
 
 
+def test_activation_bits_are_chosen_by_pattern(dacc, pipeline, tmp_path):
+    options = ["--act-bits", 4, "--layer-act-bits", "mid_block.*=8", "--layer-act-bits", "*.to_q=16"]
+    ran = dacc("quantize", pipeline, "-o", "out", "--measure", "never", "--group-size", "channel", *options)
+    assert ran.code == 0, ran.err
+    modules = read_manifest(tmp_path / "out").components["unet"].quantization.modules
+    assert modules["mid_block.resnets.0.conv1"].scheme == "w4a8"
+    assert modules["mid_block.attentions.0.to_q"].scheme == "w4"
+    assert modules["down_blocks.0.resnets.0.conv1"].scheme == "w4a4"
+
+
 def test_a_floor_that_is_met_changes_nothing(dacc, pipeline):
     ran = dacc("quantize", pipeline, "--bits", 8, "--require", "psnr>=10", "--require", "relative_l2<=1", "-o", "out")
     assert (ran.code, ran.out) == (0, "out\n"), ran.err

@@ -65,6 +65,8 @@ def edit_weights(file: Path, change) -> None:
         (["--set", "search=mse", "--set", "search=mse"], "each field once"),
         (["--layer-bits", "conv_in"], "--layer-bits '*.ff.*=8'"),
         (["--layer-bits", "conv_in=9"], "2 to 8, or 16"),
+        (["--act-bits", "4", "--layer-act-bits", "conv_in"], "--layer-act-bits '*.ff.*=8'"),
+        (["--layer-act-bits", "*.conv1=8"], "need --act-bits"),
         (["--component", "unett"], "Did you mean unet?"),
         (["--component", "vae"], "Known: "),
         (["--include", "midblock.*"], "matches no layer"),

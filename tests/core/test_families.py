@@ -177,7 +177,7 @@ def test_every_class_that_a_family_names_is_tried_here():
 def test_every_pattern_matches_a_real_layer(model, layers):
     family, known = find_family(model)
     assert known
-    for pattern in (*family.edge, *family.temporal, *family.modulation):
+    for pattern in (*family.edge, *family.temporal, *family.modulation, *family.sensitive):
         found = any(fnmatchcase(name, pattern) for name in layers[model])
         assert found != (pattern in ABSENT.get(model, ())), pattern
 
@@ -191,6 +191,16 @@ def test_embedders_are_the_modules_that_embed_time_and_class(model, models):
         inside = [layer for layer, _ in walk_layers(modules[name])]
         assert inside
         assert {family.role(f"{name}.{layer}".rstrip(".")) for layer in inside} == {"temporal"}
+        assert all(family.is_embedder(f"{name}.{layer}".rstrip(".")) for layer in inside)
+    rest = [layer for layer, _ in walk_layers(models[model]) if not any(layer.startswith(name) for name in found)]
+    assert rest
+    assert not any(family.is_embedder(layer) for layer in rest)
+
+
+def test_where_no_embedders_are_named_all_temporal_layers_count():
+    family = find_family("SomethingNewTransformer2DModel")[0]
+    assert family.is_embedder("time_embed.linear_1")
+    assert not family.is_embedder("blocks.0.attn.to_q")
 
 
 @pytest.mark.parametrize("model", MODELS)

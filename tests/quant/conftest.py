@@ -173,7 +173,8 @@ def files_of() -> Callable[[Path], dict[str, bytes]]:
 def simulation_gap() -> Callable[..., float]:
     """How far a loaded network is from the one that simulated it, layer by layer on equal inputs; the largest share.
 
-    What stays float is stored in 16 bits: it is taken from the original here, so that nothing but the layers counts.
+    What stays float is stored in 16 bits: it is taken from the simulated network here, so that nothing but the layers
+    counts.
     """
     from dacc.calibrate.store import open_calibration
     from dacc.runtime.clock import fixed_run
@@ -194,8 +195,8 @@ def simulation_gap() -> Callable[..., float]:
         return seen
 
     @torch.no_grad()
-    def largest(done: Pass, model: nn.Module, original: nn.Module) -> float:
-        kept = original.state_dict()
+    def largest(done: Pass, model: nn.Module) -> float:
+        kept = done.model.state_dict()
         for name, parameter in model.named_parameters():
             if name in kept and parameter.is_floating_point():
                 parameter.copy_(kept[name])

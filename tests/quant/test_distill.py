@@ -80,7 +80,7 @@ def train(block, starts, updates=200, checkpoint=None, reporter=None, **fields):
 
 
 def tensors_of(treated):
-    return {f"{name}.{key}": value for name in treated for key, value in module._tensors(treated[name]).items()}
+    return {f"{name}.{key}": value for name in treated for key, value in treated[name].tensors().items()}
 
 
 def equal(first, second):
@@ -106,7 +106,7 @@ def test_the_loss_falls_and_so_does_the_error_of_calls_not_trained_on(scene):
     assert found["first"].output_error == pytest.approx(after)
 
 
-def test_only_adapters_and_scales_change(scene):
+def test_only_adapters_scales_and_biases_change(scene):
     block, starts = scene()
     kept = copy.deepcopy(block.module.state_dict()), copy.deepcopy(block.reference.state_dict())
     found = train(block, starts, 60)
@@ -117,7 +117,10 @@ def test_only_adapters_and_scales_change(scene):
         assert (now.weight.scheme, now.weight.shape) == (start.weight.scheme, start.weight.shape)
         assert torch.equal(now.weight.qweight, start.weight.qweight) == (name not in TRAINED)
         assert torch.equal(now.weight.scale, start.weight.scale) == (name not in TRAINED)
+        assert (now.bias is not None) == (name in TRAINED)
         if name in TRAINED:
+            assert now.bias.dtype == torch.float16
+            assert 1e-4 < float((now.bias - block.layers[name].bias).abs().max()) < 0.1
             assert torch.equal(now.acts.zero_point, start.acts.zero_point)
             changed = (now.acts.scale - start.acts.scale).abs().flatten() > 1e-5
             assert changed.tolist() == [True] * CALLS + [False]  # the last row is of no call
@@ -300,7 +303,7 @@ def test_clipping_keeps_all_gradients_together_below_a_norm(scene, monkeypatch):
 def test_layers_that_are_not_trained_keep_what_rounded_them(scene):
     block, starts = scene()
     named = {name: replace(found, method="rtn") for name, found in starts.items()}
-    found = Student(student_of(block, starts, EfficientDMConfig()).weights, {}, []).folded(named)
+    found = Student(student_of(block, starts, EfficientDMConfig()).weights, {}, {}, []).folded(named)
     assert {name: each.method for name, each in found.items()} == {
         name: None if name in TRAINED else "rtn" for name in SCHEMES
     }

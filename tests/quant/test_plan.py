@@ -181,6 +181,32 @@ def test_patterns_choose_layers_and_the_last_bits_win(model, fields, treated):
 
 
 @pytest.mark.parametrize(
+    ("fields", "acts"),
+    [
+        ({}, {"time.0": 16, "body.0": 4, "body.1": 4, "mod": 16}),
+        ({"layer_act_bits": (("*.0", 6), ("body.*", 8))}, {"time.0": 16, "body.0": 8, "body.1": 8, "mod": 16}),
+        ({"layer_act_bits": (("body.*", 8), ("*.1", 16))}, {"time.0": 16, "body.0": 8, "body.1": 16, "mod": 16}),
+    ],
+)
+def test_patterns_choose_activation_bits_where_activations_are_quantized(model, fields, acts):
+    plans = plans_of(model, bits=4, act_bits=4, **fields)
+    assert {name: plan.scheme.act_bits for name, plan in plans.items() if plan.scheme} == acts
+
+
+def test_sensitive_layers_are_spared_by_methods_that_say_so(unet):
+    family, config = find_family("UNet2DModel")[0], QuantizeConfig(bits=4, act_bits=4, group_size="channel")
+    usual = {plan.name: plan.scheme for plan in plan_layers(unet, family, config) if plan.scheme}
+    plans = plan_layers(unet, family, config, Traits(spares=True))
+    spared = {plan.name: plan.scheme for plan in plans if plan.scheme}
+    changed = {name for name in spared if spared[name] != usual[name]}
+    assert changed == {name for name in spared if name.endswith("conv_shortcut") or ".downsamplers." in name}
+    assert {spared[name].name for name in changed} == {"w8a8"}
+    asked = config.model_copy(update={"layer_bits": (("*.conv_shortcut", 5),), "layer_act_bits": (("*", 6),)})
+    plans = plan_layers(unet, family, asked, Traits(spares=True))
+    assert {plan.scheme.name for plan in plans if plan.name.endswith("conv_shortcut")} == {"w5a6"}
+
+
+@pytest.mark.parametrize(
     ("fields", "reasons"),
     [
         ({"exclude": ("mod",)}, {"mod": "excluded"}),
@@ -194,7 +220,13 @@ def test_what_is_left_alone_has_its_reason(model, fields, reasons):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"include": ("bodi.0",)}, {"exclude": ("bodi.0",)}, {"layer_bits": (("bodi.0", 8),)}]
+    "fields",
+    [
+        {"include": ("bodi.0",)},
+        {"exclude": ("bodi.0",)},
+        {"layer_bits": (("bodi.0", 8),)},
+        {"act_bits": 8, "layer_act_bits": (("bodi.0", 8),)},
+    ],
 )
 def test_a_pattern_that_matches_nothing_is_answered_with_the_nearest(model, fields):
     with pytest.raises(ConfigError, match=r"'bodi.0' matches no layer") as caught:

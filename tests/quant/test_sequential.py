@@ -6,13 +6,14 @@ from torch import nn
 
 from dacc.core.errors import CalibrationError
 from dacc.core.scheme import Scheme
+from dacc.quant import sequential
 from dacc.quant.grams import input_rows
 from dacc.quant.grid import find_grid
 from dacc.quant.layerwise import BASELINE
 from dacc.quant.methods import gptq, rtn
+from dacc.quant.moments import Moments
 from dacc.quant.ranges import UNSEEN, find_scales
-from dacc.quant.sequential import CALLS, Moments, compensated, error_of, noise_of, round_in_turn, some_sightings
-from dacc.runtime.activation import ActivationScale
+from dacc.quant.sequential import compensated, error_of, in_16_bits, round_in_turn, shifted_bias
 from dacc.runtime.weight import to_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy 2 inside diffusers
@@ -31,13 +32,17 @@ def example(features=12, samples=400, rows=5):
     return weight, intact + 0.3 * torch.randn(samples, features, generator=generator), intact
 
 
-def moments_of(x, intact):
-    return Moments(x.T @ x / len(x), (intact - x).T @ x / len(x), [[]])
+def moments_of(x, intact, rows):
+    """As they are gathered from a whole sample."""
+    lag, apart = intact - x, (intact - x) @ rows.T
+    means = {"lost": apart, "power": intact @ rows.T}
+    shares = {key: {"layer": float(values.square().sum(1).mean())} for key, values in means.items()}
+    return Moments(W4, None, x.T @ x / len(x), lag.T @ x / len(x), x.mean(0), lag.mean(0), **shares)
 
 
 def test_the_compensated_weight_is_the_least_squares_solution():
     weight, x, intact = example()
-    found = moments_of(x, intact)
+    found = moments_of(x, intact, weight)
     expected = torch.linalg.lstsq(x.double(), intact.double() @ weight.double().T).solution.T
     torch.testing.assert_close(
         compensated(weight, found.gram, found.lag, damping=0.0), expected.float(), rtol=1e-3, atol=1e-3
@@ -45,18 +50,24 @@ def test_the_compensated_weight_is_the_least_squares_solution():
     assert (compensated(weight, found.gram, found.lag) - weight).norm() > 0.01 * weight.norm()
 
 
-def test_noise_on_the_inputs_shrinks_the_weight_as_least_squares_do():
+def test_with_a_bias_weight_and_bias_are_the_least_squares_solution_together():
     weight, x, intact = example()
-    noise = torch.rand(12, generator=torch.Generator().manual_seed(1))
-    found = moments_of(x, intact)
-    # a sample of x with noise of variance v has the gram matrix of x above that of rows sqrt(N v_j) e_j
-    below = torch.diag((len(x) * noise.double()).sqrt())
-    inputs = torch.cat([x.double(), below])
-    targets = torch.cat([intact.double() @ weight.double().T, torch.zeros(12, 5, dtype=torch.float64)])
-    expected = torch.linalg.lstsq(inputs, targets).solution.T
-    gram = found.gram + torch.diag(noise)
-    solved = compensated(weight, gram, found.lag - torch.diag(noise), damping=0.0)
-    torch.testing.assert_close(solved, expected.float(), rtol=1e-3, atol=1e-3)
+    x, intact = x + 1.5, intact - 0.7
+    bias = torch.randn(5, generator=torch.Generator().manual_seed(2))
+    found = moments_of(x, intact, weight)
+    about = found.about_means(weight, "layer")
+    with_ones = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], 1)
+    solution = torch.linalg.lstsq(with_ones, intact.double() @ weight.double().T + bias).solution.T
+    solved = compensated(weight, about.gram, about.lag, damping=0.0)
+    torch.testing.assert_close(solved, solution[:, :-1].float(), rtol=1e-3, atol=1e-3)
+    moved = shifted_bias(bias, weight, solved, found)
+    assert moved.dtype == torch.float16
+    torch.testing.assert_close(moved.float(), solution[:, -1].float(), rtol=2e-3, atol=5e-3)
+
+
+def test_a_bias_beyond_float16_is_kept_in_bfloat16():
+    assert in_16_bits(torch.tensor([7e4])).dtype == torch.bfloat16
+    assert in_16_bits(torch.tensor([6e4])).dtype == torch.float16
 
 
 def test_inputs_that_are_as_in_the_float_network_change_nothing():
@@ -65,45 +76,19 @@ def test_inputs_that_are_as_in_the_float_network_change_nothing():
     assert torch.equal(compensated(weight, -torch.eye(12), torch.eye(12)), weight)  # no gram matrix at all
 
 
-def test_the_error_is_that_of_the_outputs_up_to_what_no_weight_can_change():
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_error_is_that_of_the_outputs(biased):
     weight, x, intact = example()
-    noise = torch.rand(12, generator=torch.Generator().manual_seed(1))
-    found = moments_of(x, intact)
-
-    def slow(values):
-        wrong = (intact.double() @ weight.double().T - x.double() @ values.double().T).square().sum(1).mean()
-        return float(wrong + (values.double().square() * noise.double()).sum())
-
-    power = float((x.double() @ weight.double().T).square().sum(1).mean())
-    rounded = [find_grid(weight, Scheme(bits=bits), search=True).round(weight) for bits in (3, 4, 8)]
-    constant = slow(weight) - power * error_of(weight, weight, found, noise)
-    for values in rounded:
-        assert power * error_of(weight, values, found, noise) + constant == pytest.approx(slow(values), rel=1e-3)
-
-
-@pytest.mark.parametrize("split", [None, 5])
-def test_the_noise_of_fixed_scales_is_a_twelfth_of_the_square_of_a_step(split):
-    scheme = Scheme(bits=4, act_bits=8, act_mode="static", split=split)
-    scale = torch.tensor([[0.3, 0.7]])[:, : scheme.parts]
-    found = noise_of(scheme, ActivationScale(scale, torch.zeros_like(scale)), torch.eye(12))
-    expected = [0.3**2 / 12] * (split or 12) + [0.7**2 / 12] * (12 - (split or 12))
-    torch.testing.assert_close(found, torch.tensor(expected))
-
-
-def test_the_noise_of_a_table_is_the_mean_over_its_calls():
-    scheme = Scheme(bits=4, act_bits=8, act_mode="per-step", act_steps=2)
-    acts = ActivationScale(torch.tensor([[0.1], [0.5], [9.0]]), torch.zeros(3, 1))
-    found = noise_of(scheme, acts, torch.eye(6))
-    torch.testing.assert_close(found, torch.full((6,), (0.01 + 0.25) / 2 / 12))
-
-
-def test_float_activations_bring_no_noise_and_dynamic_ones_about_what_they_do():
-    x = torch.randn(2000, 32, generator=torch.Generator().manual_seed(0))
-    gram = x.T @ x / len(x)
-    assert not noise_of(W4, None, gram).any()
-    dynamic = noise_of(Scheme(bits=4, act_bits=8, act_mode="dynamic"), None, gram)
-    step = x.abs().amax(1) / 127
-    assert 0.3 < float(dynamic.mean() / (step.square() / 12).mean()) < 6
+    x, intact = x + 1.5, intact - 0.7
+    found = moments_of(x, intact, weight)
+    fitted = found.about_means(weight, "layer") if biased else found
+    for bits in (3, 4, 8):
+        values = find_grid(weight, Scheme(bits=bits), search=True).round(weight)
+        wrong = intact.double() @ weight.double().T - x.double() @ values.double().T
+        wrong = wrong - wrong.mean(0) if biased else wrong  # which is what the best bias leaves
+        power = (intact.double() @ weight.double().T).square().sum(1).mean()
+        expected = float(wrong.square().sum(1).mean() / power)
+        assert error_of(weight, values, fitted, "layer") == pytest.approx(expected, rel=1e-3)
 
 
 # a unit
@@ -130,12 +115,10 @@ def attention_block(make_block, scheme, *, noise=0.0, **fields):
 
 
 def test_layers_that_read_one_tensor_share_its_statistics_and_its_scales(make_block, monkeypatch):
-    seen = []
-    moments = "dacc.quant.sequential._moments"
-    from dacc.quant import sequential
-
-    original = sequential._moments
-    monkeypatch.setattr(moments, lambda block, level: seen.append(list(level)) or original(block, level))
+    seen, original = [], sequential.moments_of
+    monkeypatch.setattr(
+        sequential, "moments_of", lambda block, level, *ways: seen.append(list(level)) or original(block, level, *ways)
+    )
     found = round_in_turn(attention_block(make_block, W4A8), "minmax")
     assert list(found) == ["out", "q", "v", "k"]
     assert [sorted(level) for level in seen] == [["k", "q", "v"], ["out"]]
@@ -148,18 +131,22 @@ def test_layers_that_read_one_tensor_share_its_statistics_and_its_scales(make_bl
 def test_a_unit_is_left_as_it_was(make_block):
     block = attention_block(make_block, W4A8)
     before = {name: layer.weight.clone() for name, layer in block.layers.items()}
+    biases = {name: layer.bias.clone() for name, layer in block.layers.items()}
     found = round_in_turn(block, "mse")
     assert all(torch.equal(block.layers[name].weight, weight) for name, weight in before.items())
+    assert all(torch.equal(block.layers[name].bias, bias) for name, bias in biases.items())
+    assert not any(torch.equal(found[name].treated.bias.float(), bias) for name, bias in biases.items())
     assert block.error() < 1e-6
     for name, rounded in found.items():
         torch.testing.assert_close(rounded.treated.weight.dequantize(), rounded.grid.round(rounded.wanted))
         assert not rounded.treated.weight.dequantize().equal(before[name])
 
 
-def test_without_noise_the_first_layer_is_that_of_gptq(make_block):
+def test_without_noise_the_first_layer_is_that_of_gptq_about_the_mean(make_block):
     block = attention_block(make_block, W4)
     rows = torch.cat([sighting.entering.args[0].flatten(0, 1) for sighting in block.sightings])
-    expected = gptq.quantize(block.module.q.weight, W4, gptq.GPTQConfig(), rows.T @ rows / len(rows))
+    covariance = rows.T @ rows / len(rows) - torch.outer(rows.mean(0), rows.mean(0))
+    expected = gptq.quantize(block.module.q.weight, W4, gptq.GPTQConfig(), covariance)
     assert torch.equal(round_in_turn(block, "mse")["q"].treated.weight.qweight, expected.qweight)
 
 
@@ -225,7 +212,8 @@ def test_convolutions_are_rounded_on_their_patches(make_block, residual_block):
         block.run(sighting)
     rows = torch.cat([input_rows(block.module.conv1, x) for x in seen])
     weight = block.module.conv1.weight
-    expected = gptq.quantize(weight, W4, gptq.GPTQConfig(), rows.T @ rows / len(rows))
+    covariance = rows.T @ rows / len(rows) - torch.outer(rows.mean(0), rows.mean(0))
+    expected = gptq.quantize(weight, W4, gptq.GPTQConfig(), covariance)
     found = round_in_turn(block, "mse")["conv1"].treated.weight
     assert float((found.dequantize() != expected.dequantize()).float().mean()) < 0.02  # sums in another order
 
@@ -261,13 +249,3 @@ def test_what_is_no_number_is_refused_and_the_weights_come_back(scheme, make_blo
     with pytest.raises(CalibrationError, match="holds NaN or infinity"):
         round_in_turn(block, "mse")
     assert all(torch.equal(block.layers[name].weight, weight) for name, weight in before.items())
-
-
-def test_of_many_calls_some_are_taken_always_the_same():
-    calls = list(range(1000))
-    found = some_sightings(calls)
-    assert len(found) == CALLS
-    assert found == some_sightings(calls) == sorted(set(found))
-    assert min(found) < 50
-    assert max(found) > 950
-    assert some_sightings(calls[:CALLS]) == calls[:CALLS]

@@ -332,6 +332,7 @@ def test_what_the_training_told_is_told_again_by_a_run_that_goes_on_behind_it(
     from dacc import QuantizeConfig, quantize_pipeline
 
     still = {"updates": 2, "learning_rate": 1e-12, "scale_learning_rate": 0.0, "act_learning_rate": 0.0}
+    still |= {"bias_learning_rate": 0.0}
     config = QuantizeConfig(method="efficientdm", measure="never", **FIELDS | {"settings": still})
     calib, original = calibration_of(dit_folder, "every-step"), calibrated._put_stored
 
