@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from dacc.core.families.unet import FAMILY
+
 PIPELINES = ("digits-unet", "digits-dit", "shapes-sd", "shapes-mmdit")
 WITH_FID = ("digits-unet", "digits-dit")  # FID of the shapes says nothing: real drawings of its captions score 10 too
 SETTINGS: dict[str, dict[str, int]] = {
@@ -37,6 +39,9 @@ LINEAR_GLOBS = {
     "digits-unet": ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0", "*.time_emb_proj", "time_embedding.*"),
     "shapes-sd": ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0", "*.ff.net.*", "*.time_emb_proj", "time_embedding.*"),
 }
+# layers that efficientdm spares, for a row that spares them too
+SENSITIVE_GLOBS = {"digits-unet": FAMILY.sensitive, "shapes-sd": FAMILY.sensitive}
+SPARED_BITS = 8
 CALIBRATION: dict[str, dict[str, Any]] = {  # strategy -> options of `dacc calibrate`; one set per pipeline and strategy
     "uniform": {},
     "ndtc": {"samples": 256},
@@ -55,10 +60,12 @@ class Row:
     )
     settings: tuple[str, ...] = MAIN
     linears: bool = False  # only those, in networks that have convolutions too
+    spared: bool = False  # the layers that efficientdm spares have 8 bits, in networks that have such layers
 
     def is_for(self, pipeline: str, setting: str) -> bool:
         """Whether a pipeline has this row at a setting."""
-        return setting in self.settings and (not self.linears or pipeline in LINEAR_GLOBS)
+        special = (not self.linears or pipeline in LINEAR_GLOBS) and (not self.spared or pipeline in SENSITIVE_GLOBS)
+        return setting in self.settings and special
 
 
 STATIC = {"act_mode": "static"}
@@ -75,6 +82,9 @@ ROWS: dict[str, Row] = {
     "qdiffusion": Row(CHANNEL | {"method": "qdiffusion", "settings": UPDATES}, {}, True, STUDIED),
     "tfmq": Row(CHANNEL | {"method": "tfmq", "settings": UPDATES}, {}, True, STUDIED),
     "efficientdm": Row(CHANNEL | {"method": "efficientdm"}, {}, True, ROUNDED),
+    "rtn (spared)": Row(
+        CHANNEL | {"method": "rtn", "settings": {"search": "minmax"}}, STATIC, True, ("W4A4",), spared=True
+    ),
     "rtn (defaults)": Row({"method": "rtn"}, settings=MAIN + LOW),
     "gptq (defaults)": Row({"method": "gptq"}, settings=MAIN + LOW),
     "tfmq (defaults)": Row({"method": "tfmq"}, settings=("W4A8",)),
@@ -98,4 +108,7 @@ def row_options(pipeline: str, setting: str, name: str, *, temporal_by_itself: b
         options["include"] = list(LINEAR_GLOBS[pipeline])
     if row.one_granularity and not temporal_by_itself:
         options["layer_bits"] = [[glob, bits["bits"]] for glob in TEMPORAL_GLOBS[pipeline]]
+    if row.spared:
+        lifted = [[glob, SPARED_BITS] for glob in SENSITIVE_GLOBS[pipeline]]
+        options |= {"layer_bits": [*options["layer_bits"], *lifted], "layer_act_bits": lifted}
     return options

@@ -16,12 +16,16 @@ from dacc.benchmarks.ptq_cells import Cell, Study, is_finished, read_study, reco
 from dacc.benchmarks.ptq_measure import Seen, fid, fid_ratio, part
 from dacc.benchmarks.ptq_rows import LINEAR_GLOBS, PIPELINES, ROWS, SETTINGS, TEMPORAL_GLOBS, Row, row_options
 from dacc.benchmarks.ptq_table import pipeline_block, write_tables
+from dacc.core.config import build_config
 from dacc.core.families import find_family
 from dacc.core.pipeline import denoiser_names, walk_layers
 from dacc.core.reporter import silent
 from dacc.core.zoo import zoo_entry
 from dacc.evaluate.judge import load_judge
 from dacc.evaluate.result import Metric
+from dacc.quant.config import METHODS, QuantizeConfig
+from dacc.quant.driver import traits_of
+from dacc.quant.plan import plan_layers
 from dacc.runtime.compare import Samples, relative_l2
 from dacc.runtime.request import RunRequest
 from dacc.runtime.skeleton import build_skeleton
@@ -173,6 +177,21 @@ def test_a_row_of_linears_is_there_where_convolutions_are_too():
     options = row_options("digits-unet", "W8A8", "gptq (linears)")
     assert "*.to_q" in options["include"]
     assert "include" not in row_options("digits-unet", "W8A8", "gptq (defaults)")
+
+
+def test_a_row_spares_what_efficientdm_spares():
+    (skeleton,) = [build_skeleton(zoo_entry("digits-unet").path / "unet")]
+    family = find_family("UNet2DModel")[0]
+    plans = []
+    for name in ("rtn (spared)", "efficientdm"):
+        config = build_config(QuantizeConfig, **row_options("digits-unet", "W4A4", name)).resolved()
+        method = METHODS.load(config.method)
+        traits = traits_of(method, build_config(method.CONFIG, **config.settings), config)
+        found = plan_layers(skeleton, family, config, traits)
+        plans.append({plan.name: (plan.scheme.bits, plan.scheme.act_bits) for plan in found if plan.scheme})
+    assert plans[0] == plans[1]
+    assert (8, 8) in plans[0].values()
+    assert not ROWS["rtn (spared)"].is_for("digits-dit", "W4A4")
 
 
 @pytest.mark.parametrize("name", LINEAR_GLOBS)
