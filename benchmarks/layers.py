@@ -1,4 +1,4 @@
-"""How fast the quantized layers are: `python benchmarks/layers.py --what dit|resnet|w4 [--compile] [--json FILE]`.
+"""How fast the quantized layers are: `python benchmarks/layers.py --what dit|resnet|w4 [--float32] [--compile]`.
 
     dit      8 transformer blocks of DiT-XL/2 width, batch 2, 256 tokens: int8 linears, int8 weights for modulation
     resnet   a ResnetBlock2D, 640 channels, 32x32, batch 2: int8 convolutions, int8 weights for the time projection
@@ -10,6 +10,7 @@ what counts is the ratio of medians. `error` is the relative L2 distance to the 
 import argparse
 import copy
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from dacc.runtime.step_table import StepTable
 from dacc.runtime.weight import QuantizedWeight, to_rows
 
 Variants = dict[str, Callable[[], Tensor]]
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 W8A8 = Scheme(bits=8, act_bits=8, act_mode="dynamic")
 FIXED = {  # name of a variant -> scheme with fixed activation scales
@@ -117,57 +119,66 @@ def observed(model: nn.Module, names: list[str], *inputs: Tensor) -> dict[str, t
     return ranges
 
 
-def dit_variants(compiled: bool) -> Iterator[tuple[str, Variants]]:
+def dit_variants(compiled: bool, dtype: torch.dtype) -> Iterator[tuple[str, Variants]]:
     torch.manual_seed(0)
     model, x = Blocks().eval(), torch.randn(2, 256, 1152)
     modulation = {f"blocks.{i}.norm1.linear": W8 for i in range(8)}
     products = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
     names = [f"blocks.{i}.{name}" for i in range(8) for name in products]
     ranges = observed(model, names, x)
-    bf16 = copy.deepcopy(model).bfloat16()
-    models = {"fp32": model, "bf16": bf16, "int8": quantized(bf16, dict.fromkeys(names, W8A8) | modulation)}
+    models = floats(model, dtype)
+    base = list(models.values())[-1]
+    models["int8"] = quantized(base, dict.fromkeys(names, W8A8) | modulation)
     for variant, scheme in FIXED.items():
-        models[variant] = quantized(bf16, dict.fromkeys(names, scheme) | modulation, ranges)
-    yield "8 DiT blocks, 2 x 256 tokens", variants_of(models, x, compiled)
+        models[variant] = quantized(base, dict.fromkeys(names, scheme) | modulation, ranges)
+    yield "8 DiT blocks, 2 x 256 tokens", variants_of(models, x, compiled, dtype)
 
 
-def resnet_variants(compiled: bool) -> Iterator[tuple[str, Variants]]:
+def resnet_variants(compiled: bool, dtype: torch.dtype) -> Iterator[tuple[str, Variants]]:
     torch.manual_seed(0)
     model = ResnetBlock2D(in_channels=640, out_channels=640, temb_channels=1280).eval()
     x, time_embedding = torch.randn(2, 640, 32, 32), torch.randn(2, 1280)
-    bf16 = copy.deepcopy(model).bfloat16()
-    int8 = quantized(bf16, {"conv1": W8A8, "conv2": W8A8, "time_emb_proj": W8})
-    models = {"fp32": model, "bf16": bf16, "int8": int8}
+    models = floats(model, dtype)
+    base = list(models.values())[-1]
+    models["int8"] = int8 = quantized(base, {"conv1": W8A8, "conv2": W8A8, "time_emb_proj": W8})
     ranges = observed(model, ["conv1", "conv2"], x, time_embedding)
     for variant, scheme in FIXED.items():
-        models[variant] = quantized(bf16, {"conv1": scheme, "conv2": scheme, "time_emb_proj": W8}, ranges)
-    last = {"bf16 channels_last": copy.deepcopy(bf16).to(memory_format=torch.channels_last), "int8 channels_last": int8}
-    variants = variants_of(models, x, compiled, time_embedding)
-    variants |= variants_of(last, x.to(memory_format=torch.channels_last), compiled, time_embedding)
+        models[variant] = quantized(base, {"conv1": scheme, "conv2": scheme, "time_emb_proj": W8}, ranges)
+    last = {f"{NAMES[dtype]} channels_last": copy.deepcopy(base).to(memory_format=torch.channels_last)}
+    last["int8 channels_last"] = int8
+    variants = variants_of(models, x, compiled, dtype, time_embedding)
+    variants |= variants_of(last, x.to(memory_format=torch.channels_last), compiled, dtype, time_embedding)
     yield "ResnetBlock2D, 640 channels, 32x32, batch 2", variants
 
 
-def w4_variants(compiled: bool) -> Iterator[tuple[str, Variants]]:
+def w4_variants(compiled: bool, dtype: torch.dtype) -> Iterator[tuple[str, Variants]]:
     for out_features in (1152, 4608):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(1152, out_features))
-        bf16 = copy.deepcopy(model).bfloat16()
-        models = {"fp32": model, "bf16": bf16, "int4": quantized(bf16, {"0": W4})}
-        models["int4 prefer=speed"] = quantized(bf16, {"0": W4})
+        models = floats(model, dtype)
+        base = list(models.values())[-1]
+        models["int4"], models["int4 prefer=speed"] = (quantized(base, {"0": W4}) for _ in range(2))
         set_prefer_(models["int4 prefer=speed"], "speed")
         for rows in (2, 256, 1024, 2048):
             x = torch.randn(rows, 1152)
-            yield f"1152 -> {out_features}, {rows} rows", variants_of(models, x, compiled)
+            yield f"1152 -> {out_features}, {rows} rows", variants_of(models, x, compiled, dtype)
 
 
-def variants_of(models: dict[str, nn.Module], x: Tensor, compiled: bool, *others: Tensor) -> Variants:
-    """One call per model in its own dtype; `compiled` adds one per model through torch.compile."""
+def floats(model: nn.Module, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The float32 model, and it in the dtype of the quantized ones, which comes last."""
+    return {"fp32": model, NAMES[dtype]: copy.deepcopy(model).to(dtype)}
+
+
+def variants_of(
+    models: dict[str, nn.Module], x: Tensor, compiled: bool, dtype: torch.dtype, *others: Tensor
+) -> Variants:
+    """One call per model in its own dtype; `compiled` adds one per quantized model through torch.compile."""
     variants: Variants = {}
     for name, model in models.items():
-        dtype = torch.float32 if name.startswith("fp32") else torch.bfloat16
-        inputs = [tensor.to(dtype) for tensor in (x, *others)]
+        own = torch.float32 if name.startswith("fp32") else dtype
+        inputs = [tensor.to(own) for tensor in (x, *others)]
         variants[name] = lambda model=model, inputs=inputs: model(*inputs)
-        if compiled and dtype is torch.bfloat16:
+        if compiled and not name.startswith("fp32"):
             fast = torch.compile(copy.deepcopy(model))
             variants[f"{name} compiled"] = lambda model=fast, inputs=inputs: model(*inputs)
     return variants
@@ -188,7 +199,7 @@ def measure(variants: Variants, repeats: int) -> dict[str, dict[str, float]]:
         name: {
             "latency_ms": median[name] * 1e3,
             "times_fp32": median["fp32"] / median[name],
-            "times_bf16": median["bf16"] / median[name],
+            "times_bf16": median.get("bf16", math.nan) / median[name],
             "error": float((results[name].float() - exact).norm() / exact.norm()),
         }
         for name in variants
@@ -197,7 +208,7 @@ def measure(variants: Variants, repeats: int) -> dict[str, dict[str, float]]:
 
 def print_profile(repeats: int) -> None:
     """Milliseconds per call of the operations that take longest in the int8 transformer blocks, eager."""
-    ((_, variants),) = dit_variants(compiled=False)
+    ((_, variants),) = dit_variants(compiled=False, dtype=torch.bfloat16)
     run = variants["int8"]
     with torch.no_grad():
         run()
@@ -213,6 +224,7 @@ def print_profile(repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=["dit", "resnet", "w4"], required=True)
+    parser.add_argument("--float32", action="store_true", help="no bfloat16, for processors without arithmetic for it")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too (needs a C++ compiler)")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--profile", action="store_true", help="instead: where the time of the int8 blocks goes")
@@ -226,7 +238,7 @@ def main() -> None:
     print(*(f"{name} {fact}" for name, fact in report["machine"].items()), sep=" · ")
     cases = {"dit": dit_variants, "resnet": resnet_variants, "w4": w4_variants}[options.what]
     with torch.no_grad():
-        for title, variants in cases(options.compile):
+        for title, variants in cases(options.compile, torch.float32 if options.float32 else torch.bfloat16):
             report[title] = rows = measure(variants, options.repeats)
             print(f"\n{title}\n{'':24}{'ms':>9}{'x fp32':>9}{'x bf16':>9}{'error':>9}")
             for name, row in rows.items():
