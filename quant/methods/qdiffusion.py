@@ -9,7 +9,8 @@ al., 2023, arXiv 2302.04304).
 
 3. Activations: one static scale for each layer, found over all time steps and then learned, the rounding fixed.
 
-Unlike the paper, learning starts from the rounding of GPTQ, and scales are learned on what the quantized network gives.
+Unlike the paper, learning starts from the rounding of GPTQ, biases are corrected, and scales are learned on what the
+quantized network gives.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
        min over rounding of  sum_i ||g_i(h(t)) - g^_i(h^(t))||^2
 
-2. All other units: learned rounding as in Q-Diffusion, without the temporal layers in them.
+2. All other units: learned rounding and corrected biases as in `qdiffusion.py`, without the temporal layers in them.
 3. Activation scales: a table with one row for each call of the grid ("finite set calibration").
 
 The paper has tables for the temporal activations (`scope=tib`), its code for all of them (`scope=all`). With the latter
