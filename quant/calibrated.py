@@ -24,6 +24,7 @@ from ..core.errors import UnsupportedError
 from ..core.families import Family
 from ..core.manifest import ModuleRecord
 from ..core.reporter import Reporter
+from ..core.scheme import Scheme
 from ..core.seeds import named_seed
 from ..runtime.trajectory import DenoiserCall
 from .block import Block, Sighting, Treated, outputs_of
@@ -259,7 +260,7 @@ def _stored(treatment: Treatment, plan: LayerPlan) -> Treated:
     key = treatment.key(plan)
     found = {name.rpartition(".")[2]: kept.load() for name, kept in treatment.writer.unit_tensors(key).items()}
     record = treatment.writer.unit_record(key)
-    scheme = plan.scheme_called(record["scheme"])
+    scheme = Scheme.from_name(record["scheme"])  # the planned one, or what the method made of it
     return Treated.from_tensors(found, scheme, plan.shape, method=record["method"], output_error=record["output_error"])
 
 

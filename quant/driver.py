@@ -78,7 +78,7 @@ def quantize_component(
         if unit not in writer.finished_units():
             _quantize_layer(method, method_config, plan, stored, writer, unit, target)
         modules[plan.name] = ModuleRecord(**writer.unit_record(unit))
-    used = [plan.scheme_called(found) for plan in plans if (found := modules[plan.name].scheme)]
+    used = [Scheme.from_name(record.scheme) for record in modules.values() if record.scheme]
     schemes = {scheme.name: scheme for scheme in used}
     steps = _steps(calibration, used)
     attention = _attention(job.config, reporter)

@@ -35,11 +35,6 @@ class LayerPlan:
     scheme: Scheme | None
     reason: str | None = None
 
-    def scheme_called(self, name: str) -> Scheme:
-        """The planned scheme, or the same without its split: methods drop a split that does not help."""
-        assert self.scheme is not None
-        return self.scheme if self.scheme.name == name else self.scheme.model_copy(update={"split": None})
-
 
 @dataclass(frozen=True)
 class Traits:

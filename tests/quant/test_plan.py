@@ -7,7 +7,7 @@ from dacc.core.errors import ConfigError, UnsupportedError
 from dacc.core.families import Family, find_family
 from dacc.core.scheme import Scheme
 from dacc.quant.config import QuantizeConfig
-from dacc.quant.plan import LayerPlan, Traits, plan_layers
+from dacc.quant.plan import Traits, plan_layers
 
 PLAIN = Family(name="plain", denoisers=(), edge=("first", "last"), temporal=("time.*",), modulation=("mod",))
 BLOCK = "transformer_blocks.0"
@@ -301,10 +301,3 @@ def test_an_asked_group_that_reaches_over_the_split_gives_way(wide):
     found = traited(wide, Traits(split=True), bits=4, act_bits=8, group_size=40, include=(name,))
     assert found[name].scheme.group_size is None
     assert found[name].scheme.split == 48
-
-
-def test_a_plan_knows_its_scheme_without_the_split():
-    scheme = Scheme(bits=4, split=48)
-    plan = LayerPlan("layer", (8, 80, 1, 1), scheme)
-    assert plan.scheme_called(scheme.name) == scheme
-    assert plan.scheme_called("w4") == Scheme(bits=4)
