@@ -77,6 +77,11 @@ class Scheme(Config):
         return self.smooth or self.rank is not None
 
     @property
+    def plain(self) -> Scheme:
+        """The same for integers that hold the whole weight."""
+        return self.model_copy(update={"rank": None, "smooth": False})
+
+    @property
     def name(self) -> str:
         """Short name used in files: `w4-g64-asym`, `w8a8`, `w4a8-g64-two-level`, `w8a6-per-step50-split128`,
         `w4a4-g64-two-level-r32-smooth`."""

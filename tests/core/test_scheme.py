@@ -88,3 +88,4 @@ def test_smoothing_and_a_branch_absorb_outliers():
     assert Scheme(bits=8, smooth=True).absorbs_outliers
     assert Scheme(bits=8, rank=1).absorbs_outliers
     assert not Scheme(bits=8).absorbs_outliers
+    assert Scheme(bits=4, group_size=8, rank=2, smooth=True).plain == Scheme(bits=4, group_size=8)
