@@ -146,6 +146,7 @@ def traits_of(method: ModuleType, config: Config, request: QuantizeConfig, calls
         temporal_acts=hasattr(method, "temporal_acts") and method.temporal_acts(config),
         spares=hasattr(method, "spares") and method.spares(config),
         split=getattr(method, "SPLIT", False),
+        rank=method.planned_rank(config) if hasattr(method, "planned_rank") else None,
         calls=calls,
     )
 

@@ -296,6 +296,23 @@ def test_joined_inputs_are_split_where_the_method_can_and_groups_end_at_the_spli
     assert others <= {f"up_blocks.{block}.resnets.{index}.conv_shortcut" for block in (0, 1) for index in (0, 1)}
 
 
+@pytest.mark.parametrize(("rank", "expected"), [(0, "-smooth"), (8, "-r8-smooth"), (1000, "-r64-smooth")])
+def test_linears_of_the_body_may_have_smoothing_and_a_branch(dit, rank, expected):
+    plain, found = (traited(dit, traits, bits=4, act_bits=4) for traits in (Traits(), Traits(rank=rank)))
+    assert found[f"{BLOCK}.attn1.to_q"].scheme.name == plain[f"{BLOCK}.attn1.to_q"].scheme.name + expected
+    others = [name for name, plan in found.items() if plan.scheme and not plan.scheme.absorbs_outliers]
+    assert others
+    assert all("norm" in name for name in others)  # embedders and modulation
+    assert all(found[name].scheme == plain[name].scheme for name in others)
+
+
+def test_convolutions_have_neither(unet):
+    found = traited(unet, Traits(rank=8), bits=4)
+    assert any(plan.scheme and plan.scheme.absorbs_outliers for plan in found.values())
+    for name, plan in found.items():
+        assert not plan.scheme or not plan.scheme.absorbs_outliers or len(plan.shape) == 2, name
+
+
 def test_an_asked_group_that_reaches_over_the_split_gives_way(wide):
     name = "up_blocks.0.resnets.1.conv_shortcut"
     found = traited(wide, Traits(split=True), bits=4, act_bits=8, group_size=40, include=(name,))
