@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from .config import Config
 
 ActMode = Literal["none", "dynamic", "static", "per-step"]
+_NAME = re.compile(
+    r"w(?P<bits>\d)(a(?P<act_bits>\d))?(-g(?P<group_size>\d+))?(-two-level|-asym)?"
+    r"(-static|-per-step(?P<act_steps>\d+))?(-split(?P<split>\d+))?(-r(?P<rank>\d+))?(-smooth)?"
+)
 
 
 class Scheme(Config):
@@ -30,6 +35,8 @@ class Scheme(Config):
     act_mode: ActMode = "none"
     act_steps: int | None = Field(None, ge=1)  # per-step: denoiser calls of the grid that the table was made on
     split: int | None = Field(None, ge=1)  # input channels of the first of two parts
+    rank: int | None = Field(None, ge=1)  # of the low-rank branch; None: there is none
+    smooth: bool = False  # inputs are divided by a factor for each feature before everything else
 
     @field_validator("act_bits")
     @classmethod
@@ -65,14 +72,46 @@ class Scheme(Config):
         return 1 if self.split is None else 2
 
     @property
+    def absorbs_outliers(self) -> bool:
+        """Whether the integers hold less than the weight: its channels have factors, or a part of it is low-rank."""
+        return self.smooth or self.rank is not None
+
+    @property
+    def plain(self) -> Scheme:
+        """The same for integers that hold the whole weight."""
+        return self.model_copy(update={"rank": None, "smooth": False})
+
+    @property
     def name(self) -> str:
-        """Short name used in files: `w4-g64-asym`, `w8a8`, `w4a8-g64-two-level`, `w8a6-per-step50-split128`."""
+        """Short name used in files: `w4-g64-asym`, `w8a8`, `w4a8-g64-two-level`, `w8a6-per-step50-split128`,
+        `w4a4-g64-two-level-r32-smooth`."""
         acts = f"a{self.act_bits}" if self.act_bits < 16 else ""
         group = f"-g{self.group_size}" if self.group_size else ""
         kind = "-two-level" if self.two_level else "" if self.symmetric else "-asym"
         mode = {"static": "-static", "per-step": f"-per-step{self.act_steps}"}.get(self.act_mode, "")
         split = f"-split{self.split}" if self.split else ""
-        return f"w{self.bits}{acts}{group}{kind}{mode}{split}"
+        absorbed = (f"-r{self.rank}" if self.rank else "") + ("-smooth" if self.smooth else "")
+        return f"w{self.bits}{acts}{group}{kind}{mode}{split}{absorbed}"
+
+    @classmethod
+    def from_name(cls, name: str) -> Scheme:
+        """The scheme that has this `name`.
+
+        Raises:
+            ValueError: none has.
+        """
+        found = _NAME.fullmatch(name)
+        if found is None:
+            raise ValueError(f"{name!r} is not the name of a scheme")
+        numbers: dict[str, Any] = {field: int(digits) for field, digits in found.groupdict().items() if digits}
+        rounded: ActMode = "static" if "-static" in name else "per-step" if "act_steps" in numbers else "dynamic"
+        return cls(
+            symmetric="-asym" not in name,
+            two_level="-two-level" in name,
+            act_mode=rounded if "act_bits" in numbers else "none",
+            smooth="-smooth" in name,
+            **numbers,
+        )
 
     @property
     def code_range(self) -> tuple[int, int]:

@@ -24,15 +24,17 @@ from ..core.errors import UnsupportedError
 from ..core.families import Family
 from ..core.manifest import ModuleRecord
 from ..core.reporter import Reporter
+from ..core.scheme import Scheme
 from ..core.seeds import named_seed
 from ..runtime.trajectory import DenoiserCall
 from .block import Block, Sighting, Treated, outputs_of
 from .checkpoint import Checkpoint
+from .groupwise import treat_groups
 from .held import calls_within
 from .layerwise import treat_layers, weight_error_of
 from .plan import LayerPlan
 from .ranges import dynamic_roundings, with_scales
-from .simulate import RoundedInputs, put_bias_, put_weight_, rounding_of
+from .simulate import RoundedInputs, branch_of, on_smoothed, put_bias_, put_weight_, rounding_of
 from .units import Unit, find_units
 from .walk import UnitInput, Walk
 
@@ -166,6 +168,8 @@ def _treat(treatment: Treatment, block: Block, chosen: dict[str, Any]) -> dict[s
     if method.UNIT == "block":
         found: dict[str, Treated] = method.treat(block, config, chosen)
         return found
+    if method.UNIT == "group":
+        return treat_groups(block, method, config)
     with block.rounding.instead(dynamic_roundings(block)):
         treated = treat_layers(block, method, config)
     return with_scales(block, treated, method.act_search(config))
@@ -259,7 +263,7 @@ def _stored(treatment: Treatment, plan: LayerPlan) -> Treated:
     key = treatment.key(plan)
     found = {name.rpartition(".")[2]: kept.load() for name, kept in treatment.writer.unit_tensors(key).items()}
     record = treatment.writer.unit_record(key)
-    scheme = plan.scheme_called(record["scheme"])
+    scheme = Scheme.from_name(record["scheme"])  # the planned one, or what the method made of it
     return Treated.from_tensors(found, scheme, plan.shape, method=record["method"], output_error=record["output_error"])
 
 
@@ -268,7 +272,8 @@ def _put_stored(treatment: Treatment, plan: LayerPlan, layer: nn.Module, roundin
     stored = _stored(treatment, plan)
     put_weight_(layer, stored.weight)
     put_bias_(layer, stored.bias)
-    rounding.put(plan.name, rounding_of(stored.weight.scheme, layer, stored.acts))
+    rounded = rounding_of(stored.weight.scheme, layer, stored.acts)
+    rounding.put(plan.name, on_smoothed(rounded, stored.weight.smoothing), branch_of(stored.weight))
 
 
 def _tell_of_steps(plans: list[LayerPlan], calls: Sequence[DenoiserCall], reporter: Reporter) -> None:

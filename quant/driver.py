@@ -78,7 +78,7 @@ def quantize_component(
         if unit not in writer.finished_units():
             _quantize_layer(method, method_config, plan, stored, writer, unit, target)
         modules[plan.name] = ModuleRecord(**writer.unit_record(unit))
-    used = [plan.scheme_called(found) for plan in plans if (found := modules[plan.name].scheme)]
+    used = [Scheme.from_name(record.scheme) for record in modules.values() if record.scheme]
     schemes = {scheme.name: scheme for scheme in used}
     steps = _steps(calibration, used)
     attention = _attention(job.config, reporter)
@@ -146,6 +146,7 @@ def traits_of(method: ModuleType, config: Config, request: QuantizeConfig, calls
         temporal_acts=hasattr(method, "temporal_acts") and method.temporal_acts(config),
         spares=hasattr(method, "spares") and method.spares(config),
         split=getattr(method, "SPLIT", False),
+        rank=method.planned_rank(config) if hasattr(method, "planned_rank") else None,
         calls=calls,
     )
 

@@ -35,11 +35,6 @@ class LayerPlan:
     scheme: Scheme | None
     reason: str | None = None
 
-    def scheme_called(self, name: str) -> Scheme:
-        """The planned scheme, or the same without its split: methods drop a split that does not help."""
-        assert self.scheme is not None
-        return self.scheme if self.scheme.name == name else self.scheme.model_copy(update={"split": None})
-
 
 @dataclass(frozen=True)
 class Traits:
@@ -50,6 +45,7 @@ class Traits:
     spares: bool = False  # the few layers that suffer most have at least 8 bits, weights and activations
     split: bool = False  # layers that read two joined tensors have scales for each
     calls: int = 1  # length of the grid, for scales of every step
+    rank: int | None = None  # linears of the body have smoothing, and a branch of this rank; None: neither
 
 
 def plan_layers(
@@ -122,6 +118,16 @@ def _asked_bits(name: str, asked: tuple[tuple[str, int], ...]) -> int | None:
 
 
 def _scheme(
+    name: str, layer: nn.Module, family: Family, config: QuantizeConfig, traits: Traits, split: int | None
+) -> Scheme:
+    """How the layer is stored, and what is beside its integers."""
+    scheme = _integers(name, layer, family, config, traits, split)
+    if traits.rank is None or family.role(name) != "body" or not isinstance(layer, nn.Linear):
+        return scheme
+    return scheme.model_copy(update={"smooth": True, "rank": min(traits.rank, *_shape(layer)) or None})
+
+
+def _integers(
     name: str, layer: nn.Module, family: Family, config: QuantizeConfig, traits: Traits, split: int | None
 ) -> Scheme:
     """Roles decide how far down a layer may go and whether its activations are quantized."""

@@ -46,7 +46,7 @@ def round_in_turn(block: Block, search: Search | Finder) -> dict[str, Rounded]:
     """Quantize the layers of a unit in the order in which they run; the unit's own weights are as before afterwards."""
     found: dict[str, Rounded] = {}
     with torch.no_grad(), block.rounding.instead(dict.fromkeys(block.layers)), block.kept():
-        for level in _levels(block):
+        for level in levels(block):
             ways = _ways(block.scheme(level[0]))
             moments = moments_of(block, level, ways, search)
             for name in level:
@@ -128,9 +128,9 @@ def error_of(rows: Tensor, rounded: Tensor, moments: Moments, name: str) -> floa
     return max(float(gap) + moments.lost[name], 0.0) / max(moments.power[name], 1e-30)
 
 
-def _levels(block: Block) -> list[list[str]]:
+def levels(block: Block) -> list[list[str]]:
     """Layers in the order in which they run; those that read the same tensor in the same way go together."""
-    levels: dict[Any, list[str]] = {}
+    found: dict[Any, list[str]] = {}
     names = {id(layer): name for name, layer in block.layers.items()}
     kept: list[Tensor] = []  # so that no address is used twice
 
@@ -142,8 +142,8 @@ def _levels(block: Block) -> list[list[str]]:
             str(getattr(layer, fact, None)) for fact in ("kernel_size", "stride", "padding", "dilation", "groups")
         ]
         key = (x.data_ptr(), tuple(x.shape), *geometry, scheme.split, scheme.act_mode, scheme.act_bits)
-        if not any(name in level for level in levels.values()):
-            levels.setdefault(key, []).append(name)
+        if not any(name in level for level in found.values()):
+            found.setdefault(key, []).append(name)
 
     hooks = [layer.register_forward_pre_hook(note) for layer in block.layers.values()]
     try:
@@ -152,5 +152,5 @@ def _levels(block: Block) -> list[list[str]]:
     finally:
         for hook in hooks:
             hook.remove()
-    ran = [name for level in levels.values() for name in level]
-    return [*levels.values(), *([name] for name in block.layers if name not in ran)]
+    ran = [name for level in found.values() for name in level]
+    return [*found.values(), *([name] for name in block.layers if name not in ran)]

@@ -14,9 +14,11 @@ from ..core.scheme import Scheme
 from ..runtime.activation import ActivationScale, round_static
 from ..runtime.clock import current_run
 from ..runtime.kernels_int8 import quantize_rows
+from ..runtime.low_rank import add_low_rank, smoothed
 from ..runtime.weight import QuantizedWeight
 
 Rounding = Callable[[Tensor], Tensor]
+Branch = Callable[[Tensor], Tensor]  # what a low-rank branch gives for inputs (..., K): (..., O)
 
 
 class RoundedInputs:
@@ -24,35 +26,70 @@ class RoundedInputs:
 
     def __init__(self, model: nn.Module, schemes: dict[str, Scheme]) -> None:
         self._ways: dict[str, Rounding] = {}
+        self._branches: dict[str, Branch] = {}
+        self._taken: dict[str, Tensor] = {}  # what rounding took from the input of a layer with a branch
         for name, scheme in schemes.items():
             if scheme.act_bits < 16:  # hooked now: a call that stands still in front of a layer sees no later hook
                 layer = model.get_submodule(name)
                 layer.register_forward_pre_hook(self._round(name, layer))
+                layer.register_forward_hook(self._give_back(name, layer))
 
-    def put(self, name: str, rounding: Rounding | None) -> None:
-        """Round what enters a layer from now on; None: leave it float."""
-        if rounding is None:
-            self._ways.pop(name, None)
-        else:
-            self._ways[name] = rounding
+    def put(self, name: str, rounding: Rounding | None, branch: Branch | None = None) -> None:
+        """Round what enters a layer from now on; None: leave it float.
+
+        Args:
+            branch: the part of the layer that multiplies its inputs as they are, not rounded.
+        """
+        for ways, way in ((self._ways, rounding), (self._branches, branch)):
+            ways.pop(name, None)
+            if way is not None:
+                ways[name] = way
 
     @contextmanager
     def instead(self, roundings: dict[str, Rounding | None]) -> Iterator[None]:
         """Other ways for some layers, for a while."""
-        before = dict(self._ways)
+        before = dict(self._ways), dict(self._branches)
         for name, rounding in roundings.items():
             self.put(name, rounding)
         try:
             yield
         finally:
-            self._ways = before
+            self._ways, self._branches = before
 
     def _round(self, name: str, own: nn.Module) -> Any:
         def round_input(layer: nn.Module, args: tuple[Any, ...]) -> Any:
             rounding = self._ways.get(name) if layer is own else None  # a copy of the model has the same hooks
-            return None if rounding is None else (rounding(args[0]), *args[1:])
+            if rounding is None:
+                return None
+            rounded = rounding(args[0])
+            if name in self._branches:
+                self._taken[name] = args[0] - rounded
+            return (rounded, *args[1:])
 
         return round_input
+
+    def _give_back(self, name: str, own: nn.Module) -> Any:
+        def give_back(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if layer is not own or name not in self._branches or name not in self._taken:
+                return None
+            return output + self._branches[name](self._taken.pop(name))
+
+        return give_back
+
+
+def branch_of(weight: QuantizedWeight) -> Branch | None:
+    """The low-rank branch of a layer that holds this weight."""
+    down, up = weight.low_rank_down, weight.low_rank_up
+    if down is None or up is None:
+        return None
+    return lambda x: add_low_rank(x.new_zeros(()), smoothed(x, weight.smoothing), down, up)
+
+
+def on_smoothed(rounding: Rounding | None, smoothing: Tensor | None) -> Rounding | None:
+    """The same way of rounding, in a layer that divides its inputs by factors (K,) first."""
+    if rounding is None or smoothing is None:
+        return rounding
+    return lambda x: rounding(smoothed(x, smoothing)) * smoothing.to(x.dtype)
 
 
 def rounding_of(scheme: Scheme, layer: nn.Module, acts: ActivationScale | None) -> Rounding | None:

@@ -15,6 +15,7 @@ from ..core.scheme import Scheme
 from .kernels_int8 import conv2d_int8_dynamic, linear_int8_dynamic
 from .kernels_static import StaticInput, conv2d_int8_static, linear_int8_static
 from .kernels_weight_only import linear_weight_only
+from .low_rank import add_low_rank, smoothed
 from .quantized_layer import Prefer, QuantizedLayer
 from .step_table import StepTable, hook_step_table_
 from .weight import dequantize_rows
@@ -44,14 +45,17 @@ class _IntegerLayer(QuantizedLayer):
 
 
 class QuantizedLinear(_IntegerLayer, nn.Linear):  # type: ignore[override]
-    """`y = x W^T + b` with W held as integers."""
+    """`y = x W^T + b` with W held as integers, and what they leave out beside them."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if self.scheme.act_bits < 16:
-            return self.run_integers(hidden_states, -1)
-        if self.prefer == "speed":
+        if self.scheme.act_bits == 16 and self.prefer == "speed":
             return functional.linear(hidden_states, self.float_weight(hidden_states), self.bias)
-        return linear_weight_only(hidden_states, self.stored, self.bias)
+        entering = smoothed(hidden_states, self.smoothing)
+        if self.scheme.act_bits < 16:
+            y = self.run_integers(entering, -1)
+        else:
+            y = linear_weight_only(entering, self.stored, self.bias)
+        return add_low_rank(y, entering, self.low_rank_down, self.low_rank_up)
 
     def run_part(self, part: int, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         scale = self.scale[:, part]

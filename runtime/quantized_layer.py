@@ -33,6 +33,9 @@ class QuantizedLayer(nn.Module):
     scale: Tensor
     zero_point: Tensor | None
     group_scale: Tensor | None
+    smoothing: Tensor | None
+    low_rank_down: Tensor | None
+    low_rank_up: Tensor | None
     act_scale: Tensor | None
     act_zero_point: Tensor | None
     _row_sums: Tensor | None
@@ -104,7 +107,10 @@ class QuantizedLayer(nn.Module):
         dtype = hidden_states.dtype
         if self._unpacked is not None and self._unpacked.dtype == dtype:
             return self._unpacked
-        weight = float_weight(hidden_states, self.stored)
+        if self.scheme.absorbs_outliers:
+            weight = self.stored.dequantize(dtype)
+        else:
+            weight = float_weight(hidden_states, self.stored)
         if self.prefer == "speed":
             self._unpacked = weight = weight.clone()  # it lies in memory that is used again
         return weight
@@ -149,9 +155,7 @@ class QuantizedLayer(nn.Module):
     @property
     def stored(self) -> QuantizedWeight:
         """The stored tensors as one value."""
-        return QuantizedWeight(
-            self.scheme, self.weight_shape, self.qweight, self.scale, self.zero_point, self.group_scale
-        )
+        return QuantizedWeight(self.scheme, self.weight_shape, **{name: getattr(self, name) for name in STATE_NAMES})
 
     def memory_bytes(self) -> int:
         """Bytes that this layer holds now, unpacked copy included."""
@@ -184,6 +188,17 @@ def check_scheme(layer: nn.Module, scheme: Scheme) -> None:
     kind, (channels, *kernel) = type(layer).__name__, weight.shape[1:]
     if scheme.act_bits < 16 and not isinstance(layer, nn.Linear | nn.Conv2d):
         raise ConfigError(f"{kind} has no integer product for scheme {scheme.name}.", mend="Use act_bits 16 there.")
+    if scheme.absorbs_outliers and not isinstance(layer, nn.Linear):
+        raise ConfigError(
+            f"{kind} cannot have scheme {scheme.name}.",
+            "Only linears have smoothing factors and a low-rank branch.",
+            "Leave rank and smooth out there.",
+        )
+    if scheme.rank is not None and scheme.rank > min(weight.shape[:2]):
+        raise ConfigError(
+            f"rank {scheme.rank} is more than a weight of shape {tuple(weight.shape)} can have.",
+            mend=f"Use a rank of at most {min(weight.shape[:2])} there.",
+        )
     if scheme.split is None:
         return
     if isinstance(layer, nn.Embedding) or math.prod(kernel) != 1 or getattr(layer, "groups", 1) != 1:

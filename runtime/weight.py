@@ -4,6 +4,7 @@ Letters: O output channels (rows), K input features per row, G = K / group_size 
 A convolution weight (O, I / groups, *kernel) becomes rows with the channels innermost, (O, *kernel, I / groups): so lie
 the patches of a channels-last image in memory, and an integer product reads the stored bytes as they are. An embedding
 table (entries, width) has one row per entry. A split scheme has P = 2 parts of the features of a row, else P = 1.
+A linear weight may have more beside its integers, see low_rank.py.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..core.scheme import Scheme
+from .low_rank import LOW_RANK_NAMES, low_rank_shapes, whole_weight
 from .packing import pack_codes, packed_width, unpack_codes
 
-STATE_NAMES = ("qweight", "scale", "zero_point", "group_scale")
+STATE_NAMES = ("qweight", "scale", "zero_point", "group_scale", *LOW_RANK_NAMES)
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class QuantizedWeight:
         scale: (O, G) float16 or float32; (O, P) for per-channel and two-level schemes.
         zero_point: (O, G) uint8, asymmetric schemes only; (O, P) when per channel.
         group_scale: (O, G) uint8 in 1..15, two-level schemes only.
+        smoothing: (K,) float16, factors of the input features, smooth schemes only.
+        low_rank_down: (r, K) float16 or float32, schemes with a rank only; so is
+        low_rank_up: (O, r).
     """
 
     scheme: Scheme
@@ -39,6 +44,9 @@ class QuantizedWeight:
     scale: Tensor
     zero_point: Tensor | None = None
     group_scale: Tensor | None = None
+    smoothing: Tensor | None = None
+    low_rank_down: Tensor | None = None
+    low_rank_up: Tensor | None = None
 
     @classmethod
     def from_codes(
@@ -63,6 +71,11 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight in its original shape; the arithmetic is done in float32."""
+        whole = whole_weight(self.residual(), self.smoothing, self.low_rank_down, self.low_rank_up)
+        return whole.to(dtype)
+
+    def residual(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the integers stand for, in the shape of the weight: all of it in schemes that absorb no outliers."""
         features = math.prod(self.shape[1:])
         rows = dequantize_rows(self.qweight, self.scale, self.zero_point, self.group_scale, self.scheme, features)
         return from_rows(rows, self.shape).to(dtype)
@@ -78,11 +91,11 @@ def from_rows(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
     return rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
-def state_shapes(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, int], torch.dtype | None]]:
+def state_shapes(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """Shapes and dtypes of the stored tensors of a weight; dtype None means float16 or float32, as the file says."""
     rows, features = shape[0], math.prod(shape[1:])
     groups = features // scheme.group_size if scheme.group_size else scheme.parts
-    shapes: dict[str, tuple[tuple[int, int], torch.dtype | None]] = {
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
         "qweight": ((rows, packed_width(features, scheme.bits)), torch.uint8),
         "scale": ((rows, scheme.parts if scheme.two_level else groups), None),
     }
@@ -90,7 +103,7 @@ def state_shapes(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, tuple[tupl
         shapes["zero_point"] = ((rows, groups), torch.uint8)
     if scheme.two_level:
         shapes["group_scale"] = ((rows, groups), torch.uint8)
-    return shapes
+    return shapes | low_rank_shapes(scheme, rows, features)
 
 
 def integer_rows(qweight: Tensor, group_scale: Tensor | None, scheme: Scheme, features: int) -> Tensor:

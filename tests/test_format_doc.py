@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from dacc.core.manifest import Manifest, read_manifest
 from dacc.core.scheme import Scheme
 from dacc.runtime.layers import QuantizedLayer
+from dacc.runtime.low_rank import LOW_RANK_NAMES
 from dacc.runtime.packing import pack_codes
 from dacc.runtime.weight import QuantizedWeight, state_shapes
 
@@ -46,7 +48,7 @@ def test_the_program_in_the_docs_reads_every_layer_bit_for_bit(name, request, bu
         assert torch.equal(torch.from_numpy(found[key]), layer.weight), key
 
 
-SPLIT = {
+BY_HAND = {
     "linear": (Scheme(bits=8, act_bits=8, act_mode="static", split=16), (6, 48)),
     "shortcut": (Scheme(bits=4, act_bits=6, act_mode="per-step", act_steps=20, split=13), (6, 48, 1, 1)),
     "groups": (Scheme(bits=4, symmetric=False, group_size=8, split=40), (6, 48)),
@@ -56,6 +58,10 @@ SPLIT = {
         Scheme(bits=4, group_size=8, two_level=True, act_bits=8, act_mode="dynamic", split=16),
         (6, 48, 1, 1),
     ),
+    "smoothing": (Scheme(bits=8, act_bits=8, act_mode="dynamic", smooth=True), (6, 48)),
+    "low rank": (Scheme(bits=4, symmetric=False, group_size=8, rank=5, smooth=True), (6, 48)),
+    "low rank alone": (Scheme(bits=4, split=16, rank=6), (6, 48)),
+    "wide factors": (Scheme(bits=3, rank=2), (6, 48)),
 }
 
 
@@ -66,12 +72,18 @@ def random_weight(scheme, shape):
     zero_point = None if scheme.symmetric else torch.randint(0, high + 1, shapes["zero_point"][0])
     group_scale = torch.randint(1, 16, shapes["group_scale"][0]) if scheme.two_level else None
     scale = torch.rand(shapes["scale"][0])
-    return QuantizedWeight.from_codes(codes, scheme, shape, scale=scale, zero_point=zero_point, group_scale=group_scale)
+    packed = QuantizedWeight.from_codes(
+        codes, scheme, shape, scale=scale, zero_point=zero_point, group_scale=group_scale
+    )
+    beside = {name: (torch.rand(shapes[name][0]) + 0.1).half() for name in LOW_RANK_NAMES if name in shapes}
+    return replace(packed, **beside)
 
 
-def test_the_program_in_the_docs_reads_layers_of_two_parts(tmp_path, run_python):
+def test_the_program_in_the_docs_reads_layers_of_two_parts_and_low_rank_branches(tmp_path, run_python):
     torch.manual_seed(0)
-    weights = {name: random_weight(*made) for name, made in SPLIT.items()}
+    weights = {name: random_weight(*made) for name, made in BY_HAND.items()}
+    wide = weights["wide factors"]
+    weights["wide factors"] = replace(wide, low_rank_up=1e5 * wide.low_rank_up.float())
     (tmp_path / "unet").mkdir()
     tensors = {
         f"{name}.{leaf}": tensor for name, weight in weights.items() for leaf, tensor in weight.tensors().items()
@@ -79,13 +91,13 @@ def test_the_program_in_the_docs_reads_layers_of_two_parts(tmp_path, run_python)
     tensors["linear.act_scale"] = torch.ones(1, 2)
     save_file(tensors, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     record = {
-        "schemes": {scheme.name: scheme.model_dump() for scheme, _ in SPLIT.values()},
-        "modules": {name: {"scheme": scheme.name, "shape": shape} for name, (scheme, shape) in SPLIT.items()},
+        "schemes": {scheme.name: scheme.model_dump() for scheme, _ in BY_HAND.values()},
+        "modules": {name: {"scheme": scheme.name, "shape": shape} for name, (scheme, shape) in BY_HAND.items()},
     }
     (tmp_path / "dacc_manifest.json").write_text(json.dumps({"components": {"unet": {"quantization": record}}}))
     run_python(f"import sys\nsys.modules.update(torch=None, dacc=None)\n{PROGRAM}", tmp_path, "unet", "layers.npz")
     found = numpy.load("layers.npz")
-    assert set(found) == set(SPLIT)
+    assert set(found) == set(BY_HAND)
     for name, weight in weights.items():
         assert torch.equal(torch.from_numpy(found[name]), weight.dequantize()), name
 

@@ -20,10 +20,23 @@ from dacc.core.scheme import Scheme
             {"bits": 4, "group_size": 64, "two_level": True, "act_bits": 8, "act_mode": "static", "split": 128},
             "w4a8-g64-two-level-static-split128",
         ),
+        ({"bits": 8, "act_bits": 8, "act_mode": "dynamic", "smooth": True}, "w8a8-smooth"),
+        ({"bits": 4, "group_size": 64, "symmetric": False, "rank": 32, "smooth": True}, "w4-g64-asym-r32-smooth"),
+        (
+            {"bits": 4, "act_bits": 4, "act_mode": "per-step", "act_steps": 9, "split": 8, "rank": 1},
+            "w4a4-per-step9-split8-r1",
+        ),
     ],
 )
 def test_names_are_short_and_tell_everything(fields, name):
     assert Scheme(**fields).name == name
+    assert Scheme.from_name(name) == Scheme(**fields)
+
+
+@pytest.mark.parametrize("name", ["", "w4-", "w4-r32-g64", "w4-smooth-r32", "w44", "w4-asym-two-level", "w9"])
+def test_what_is_no_name_of_a_scheme_is_refused(name):
+    with pytest.raises(ValueError, match="not the name of a scheme|8"):
+        Scheme.from_name(name)
 
 
 @pytest.mark.parametrize(("bits", "signed", "unsigned"), [(2, (-2, 1), (0, 3)), (8, (-128, 127), (0, 255))])
@@ -45,6 +58,7 @@ def test_codes_are_twos_complement_or_start_at_zero(bits, signed, unsigned):
         ({"bits": 8, "act_bits": 8, "act_mode": "static", "act_steps": 4}, "act_steps is given exactly when"),
         ({"bits": 8, "act_bits": 8, "act_mode": "per-step", "act_steps": 0}, "greater than or equal to 1"),
         ({"bits": 8, "split": 0}, "greater than or equal to 1"),
+        ({"bits": 8, "rank": 0}, "greater than or equal to 1"),
         ({"bits": 4, "group_size": 16, "split": 40}, "does not divide the first 40 channels"),
         ({"bits": 4, "symmetric": False, "act_bits": 8, "act_mode": "dynamic"}, "need symmetric weights"),
         ({"bits": 4, "symmetric": False, "act_bits": 8, "act_mode": "static"}, "need symmetric weights"),
@@ -68,3 +82,10 @@ def test_a_split_makes_two_parts():
 def test_a_scheme_survives_json(mode):
     scheme = Scheme(bits=4, group_size=32, two_level=True, act_bits=5, **mode)
     assert Scheme.model_validate_json(scheme.model_dump_json()) == scheme
+
+
+def test_smoothing_and_a_branch_absorb_outliers():
+    assert Scheme(bits=8, smooth=True).absorbs_outliers
+    assert Scheme(bits=8, rank=1).absorbs_outliers
+    assert not Scheme(bits=8).absorbs_outliers
+    assert Scheme(bits=4, group_size=8, rank=2, smooth=True).plain == Scheme(bits=4, group_size=8)

@@ -7,7 +7,7 @@ from dacc.core.errors import ConfigError, UnsupportedError
 from dacc.core.families import Family, find_family
 from dacc.core.scheme import Scheme
 from dacc.quant.config import QuantizeConfig
-from dacc.quant.plan import LayerPlan, Traits, plan_layers
+from dacc.quant.plan import Traits, plan_layers
 
 PLAIN = Family(name="plain", denoisers=(), edge=("first", "last"), temporal=("time.*",), modulation=("mod",))
 BLOCK = "transformer_blocks.0"
@@ -328,15 +328,25 @@ def test_joined_inputs_are_split_where_the_method_can_and_groups_end_at_the_spli
     assert others <= {f"up_blocks.{block}.resnets.{index}.conv_shortcut" for block in (0, 1) for index in (0, 1)}
 
 
+@pytest.mark.parametrize(("rank", "expected"), [(0, "-smooth"), (8, "-r8-smooth"), (1000, "-r64-smooth")])
+def test_linears_of_the_body_may_have_smoothing_and_a_branch(dit, rank, expected):
+    plain, found = (traited(dit, traits, bits=4, act_bits=4) for traits in (Traits(), Traits(rank=rank)))
+    assert found[f"{BLOCK}.attn1.to_q"].scheme.name == plain[f"{BLOCK}.attn1.to_q"].scheme.name + expected
+    others = [name for name, plan in found.items() if plan.scheme and not plan.scheme.absorbs_outliers]
+    assert others
+    assert all("norm" in name for name in others)  # embedders and modulation
+    assert all(found[name].scheme == plain[name].scheme for name in others)
+
+
+def test_convolutions_have_neither(unet):
+    found = traited(unet, Traits(rank=8), bits=4)
+    assert any(plan.scheme and plan.scheme.absorbs_outliers for plan in found.values())
+    for name, plan in found.items():
+        assert not plan.scheme or not plan.scheme.absorbs_outliers or len(plan.shape) == 2, name
+
+
 def test_an_asked_group_that_reaches_over_the_split_gives_way(wide):
     name = "up_blocks.0.resnets.1.conv_shortcut"
     found = traited(wide, Traits(split=True), bits=4, act_bits=8, group_size=40, include=(name,))
     assert found[name].scheme.group_size is None
     assert found[name].scheme.split == 48
-
-
-def test_a_plan_knows_its_scheme_without_the_split():
-    scheme = Scheme(bits=4, split=48)
-    plan = LayerPlan("layer", (8, 80, 1, 1), scheme)
-    assert plan.scheme_called(scheme.name) == scheme
-    assert plan.scheme_called("w4") == Scheme(bits=4)

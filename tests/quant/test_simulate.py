@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from dacc.core.schedule_id import ScheduleId
 from dacc.core.scheme import Scheme
 from dacc.quant.grams import Grams
 from dacc.quant.methods.rtn import RTNConfig, quantize
-from dacc.quant.simulate import RoundedInputs, put_weight_, round_dynamic, rounding_of, row_now
+from dacc.quant.simulate import RoundedInputs, branch_of, on_smoothed, put_weight_, round_dynamic, rounding_of, row_now
 from dacc.runtime.activation import ActivationScale
 from dacc.runtime.clock import RunState, fixed_run
 from dacc.runtime.layers import set_step_table_, swap_layers_
+from dacc.runtime.low_rank import low_rank_shapes
 from dacc.runtime.step_table import StepTable
 
 DYNAMIC = {"act_mode": "dynamic"}
@@ -191,6 +193,38 @@ def test_fixed_scales_and_splits_give_what_the_integer_layer_gives(kind, scheme)
         found, expected = rounded(model, scheme, acts)(x), integer(model, scheme, acts)(x)
     assert (found - expected).norm() < 1e-5 * expected.norm()
     assert (found - model(x)).norm() > 1e-4 * expected.norm()
+
+
+ABSORBING = [
+    Scheme(bits=8, smooth=True, **DYNAMIC_8),
+    Scheme(bits=4, act_bits=4, rank=5, **DYNAMIC),
+    Scheme(bits=4, act_bits=4, rank=5, smooth=True, **DYNAMIC),
+    Scheme(bits=8, act_bits=8, act_mode="static", rank=5, smooth=True),
+]
+
+
+@pytest.mark.parametrize("scheme", ABSORBING, ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("kind", ["linear", "linear on a matrix", "linear on maps"])
+@torch.no_grad()
+def test_smoothing_and_a_low_rank_branch_give_what_the_integer_layer_gives(kind, scheme):
+    model, x = make(kind)
+    acts, shapes = table(scheme), low_rank_shapes(scheme, 20, 48)
+    beside = {name: (torch.rand(shape) + 0.2).half() for name, (shape, _) in shapes.items()}
+    weight = replace(quantize(model[0].weight, scheme, RTNConfig()), **beside)
+    found, expected = copy.deepcopy(model), copy.deepcopy(model)
+    inputs = RoundedInputs(found, {"0": scheme})
+    put_weight_(found[0], weight)
+    unrounded = found(x)
+    inputs.put("0", on_smoothed(rounding_of(scheme, found[0], acts), weight.smoothing), branch_of(weight))
+    swap_layers_(expected, {"0": scheme})
+    expected[0].store_weight(weight)
+    if acts:
+        expected[0].store_activation(acts)
+    assert (found(x) - expected(x)).norm() < 1e-5 * expected(x).norm()
+    assert (found(x) - unrounded).norm() > 1e-4 * unrounded.norm()
+    with inputs.instead({"0": None}):
+        assert torch.equal(found(x), unrounded)
+    assert (branch_of(weight) is None) == (scheme.rank is None)
 
 
 @pytest.mark.parametrize("kind", ["linear", "3x3"])

@@ -1,0 +1,177 @@
+"""SVDQuant: outliers move from the inputs into the weight, and out of it into a low-rank branch (Li et al., 2024, arXiv
+2411.05007).
+
+    W diag(s) = up down + R        y = Q(x / s) Q(R)^T + ((x / s) down^T) up^T + b
+
+1. Smoothing: s is searched for among powers of the largest inputs and weights of each channel, one for all layers that
+   read the same tensor. Candidates are judged by the outputs, with the branch, and weights and inputs rounded.
+2. Low rank: up down is the leading part of W diag(s), then of W diag(s) - Q(R), as long as that helps.
+3. R is rounded as GPTQ does it, for smoothed inputs.
+
+Letters: O rows, K input features, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...core.config import Config
+from ...core.errors import ConfigError
+from ...core.scheme import Scheme
+from ...runtime.weight import QuantizedWeight
+from ..block import Treated
+from ..entering import Entering
+from ..layerwise import BASELINE
+from ..smoothing import ALWAYS, smoothings
+from ..take_apart import Layer, Parts, error_of, take_apart
+from . import gptq, rtn
+
+RANKS = (0, 8, 16, 32, 64)  # what `auto` chooses from
+SCREENED = 256  # inputs that all candidates for s are judged on
+FACTOR_BITS = 16  # of a number in a branch
+
+NEEDS = ("grams",)
+UNIT = "group"
+ACT_MODE = "dynamic"
+
+
+class SVDQuantConfig(Config):
+    """Fields of `--set`."""
+
+    rank: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"  # of the branch; larger: less error, larger file
+    budget: float = Field(2.0, gt=0)  # auto: a branch has at most so many bits for each weight of its layers
+    steps: int = Field(10, ge=2, le=100)  # of alpha; more: better smoothing, slower
+    finalists: int = Field(3, ge=1)  # candidates that are judged on all inputs; more: surer, slower
+    refinements: int = Field(3, ge=0, le=10)  # of the branch in turn with the rounding; more: less error, slower
+    gptq: bool = True  # false: residuals, and layers without a branch, are rounded to nearest
+
+
+CONFIG = SVDQuantConfig
+
+
+def check(config: SVDQuantConfig, act_bits: int, act_mode: str) -> None:
+    """Refuse fixed activation scales.
+
+    Raises:
+        ConfigError: they are asked for.
+    """
+    if act_mode in ("static", "per-step"):
+        raise ConfigError(
+            f"svdquant has no {act_mode} activation scales.",
+            "It judges its smoothing on inputs that are rounded token by token.",
+            "Leave --act-mode out.",
+        )
+
+
+def planned_rank(config: SVDQuantConfig) -> int:
+    """Rank of the branches as far as it is known before a weight is read."""
+    return 0 if config.rank == "auto" else config.rank
+
+
+def quantize(weight: Tensor, scheme: Scheme, config: SVDQuantConfig, gram: Tensor) -> QuantizedWeight:
+    """A layer without smoothing and branch: a convolution, or one that sees the time step alone."""
+    if config.gptq:
+        return gptq.quantize(weight, scheme, gptq.GPTQConfig(), gram)
+    return rtn.quantize(weight, scheme, BASELINE)
+
+
+def quantize_group(
+    weights: Mapping[str, Tensor], schemes: Mapping[str, Scheme], entering: Entering, config: SVDQuantConfig, seed: int
+) -> dict[str, Treated]:
+    """Quantize linears that read the same tensor.
+
+    Args:
+        weights: (O, K) each, any float dtype.
+        schemes: as planned; rank and smoothing are decided here.
+    """
+    layers = {name: Layer.reading(entering.rows, weight, schemes[name]) for name, weight in weights.items()}
+    rank, smoothing = choose(list(layers.values()), entering.absmax, config, seed)
+    found = {}
+    for name, layer in layers.items():
+        parts = refined(layer, smoothing, rank, config.refinements, seed)
+        found[name] = _rounded(layer, parts, entering.gram, config)
+    return found
+
+
+def choose(layers: Sequence[Layer], absmax: Tensor, config: SVDQuantConfig, seed: int) -> tuple[int, Tensor | None]:
+    """Rank and smoothing of a group. With `auto` a branch must do more than the same bytes would do in the codes."""
+    if config.rank != "auto":
+        return config.rank, find_smoothing(layers, absmax, config.rank, config, seed)[0]
+    ranks = [rank for rank in RANKS if branch_bits(layers, rank) <= config.budget]
+    found = {rank: find_smoothing(layers, absmax, rank, config, seed) for rank in ranks}
+    smoothing, error = found[0]
+    of_inputs = _mean_error(layers, lambda layer: take_apart(layer, smoothing, 0, seed).unrounded())
+
+    def left(rank: int) -> float:
+        """Share of the error that finer codes would leave: a bit more takes three quarters of what is not of inputs."""
+        finer = of_inputs + (error - of_inputs) * 4 ** -branch_bits(layers, rank)
+        return found[rank][1] / max(finer, 1e-30)
+
+    best = min(ranks, key=left)
+    return best, found[best][0]
+
+
+def branch_bits(layers: Sequence[Layer], rank: int) -> float:
+    """Bits of the branches of a group for each of its weights."""
+    numbers = sum(min(rank, *layer.rows.shape) * sum(layer.rows.shape) for layer in layers)
+    return FACTOR_BITS * numbers / sum(layer.rows.numel() for layer in layers)
+
+
+def find_smoothing(
+    layers: Sequence[Layer], absmax: Tensor, rank: int, config: SVDQuantConfig, seed: int
+) -> tuple[Tensor | None, float]:
+    """The candidate with the least error, and this error. All are screened on few inputs; the best are compared on all,
+    beside no smoothing and the data-free one."""
+    candidates = smoothings(absmax, [layer.rows for layer in layers], config.steps)
+    few = [layer.first(SCREENED) for layer in layers]
+
+    def error(place: int, judges: Sequence[Layer], *, rough: bool) -> float:
+        return _mean_error(judges, lambda layer: take_apart(layer, candidates[place], rank, seed, rough=rough))
+
+    screened = sorted(range(ALWAYS, len(candidates)), key=lambda place: error(place, few, rough=True))
+    finalists = [*range(ALWAYS), *screened[: config.finalists]]
+    errors = {place: error(place, layers, rough=False) for place in finalists}
+    best = min(finalists, key=errors.__getitem__)
+    return candidates[best], errors[best]
+
+
+def _mean_error(layers: Sequence[Layer], make: Callable[[Layer], Parts]) -> float:
+    return sum(error_of(layer, make(layer)) for layer in layers) / len(layers)
+
+
+def refined(layer: Layer, smoothing: Tensor | None, rank: int, refinements: int, seed: int) -> Parts:
+    """The parts of a branch that makes up for the rounding of the residual before it, until that helps no more."""
+    best = take_apart(layer, smoothing, rank, seed)
+    least = error_of(layer, best)
+    for _ in range(refinements if rank else 0):
+        parts = take_apart(layer, smoothing, rank, seed, given=best.rounded)
+        if (error := error_of(layer, parts)) >= least:
+            break
+        best, least = parts, error
+    return best
+
+
+def _rounded(layer: Layer, parts: Parts, gram: Tensor, config: SVDQuantConfig) -> Treated:
+    """The residual rounded as well as it can be, or the whole weight to nearest where that is no worse."""
+    whole = take_apart(layer, None, 0, 0)
+    codes = parts.grid.nearest(parts.residual)
+    error, least = error_of(layer, parts), error_of(layer, whole)
+    if config.gptq:
+        moved, _ = gptq.round_columns(
+            parts.residual, smoothed_gram(gram, parts.smoothing), parts.grid, gptq.GPTQConfig()
+        )
+        if (found := error_of(layer, parts.with_codes(moved))) < error:
+            codes, error = moved, found
+    if error < least:
+        return Treated(parts.pack(codes), output_error=error**0.5)
+    return Treated(whole.pack(whole.grid.nearest(layer.rows)), method="rtn", output_error=least**0.5)
+
+
+def smoothed_gram(gram: Tensor, smoothing: Tensor | None) -> Tensor:
+    """E[x x^T] of inputs that are divided by s, (K, K)."""
+    return gram if smoothing is None else gram / torch.outer(smoothing.float(), smoothing.float())

@@ -1,0 +1,51 @@
+"""What a linear layer keeps beside its integers, so that these need not hold outliers (SVDQuant: Li et al., 2024,
+arXiv 2411.05007):
+
+    W diag(s) = up down + R        y = Q(x / s) Q(R)^T + ((x / s) down^T) up^T + b
+
+The smoothing s moves outliers of the inputs into the weight; the low-rank branch, in floating point, takes them out of
+it again, and the integers hold R. Either of the two may be absent.
+Letters: O output features, K input features, r rank of the branch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..core.scheme import Scheme
+
+LOW_RANK_NAMES = ("smoothing", "low_rank_down", "low_rank_up")
+
+
+def low_rank_shapes(scheme: Scheme, rows: int, features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """Shapes and dtypes of the stored tensors, as `state_shapes`; factors are float32 where float16 would overflow."""
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
+    if scheme.smooth:
+        shapes["smoothing"] = ((features,), torch.float16)
+    if scheme.rank is not None:
+        shapes["low_rank_down"] = ((scheme.rank, features), torch.float16)
+        shapes["low_rank_up"] = ((rows, scheme.rank), torch.float16)
+    return shapes
+
+
+def whole_weight(residual: Tensor, smoothing: Tensor | None, down: Tensor | None, up: Tensor | None) -> Tensor:
+    """(R + up down) / s, (O, K) float32. The product is exact before it is rounded once: in double precision the order
+    of its sums does not matter."""
+    if up is not None and down is not None:
+        residual = residual + (up.double() @ down.double()).float()
+    return residual if smoothing is None else residual / smoothing.float()
+
+
+def smoothed(x: Tensor, smoothing: Tensor | None) -> Tensor:
+    """x / s, (..., K) in the dtype of `x`."""
+    return x if smoothing is None else x / smoothing.to(x.dtype)
+
+
+def add_low_rank(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor | None) -> Tensor:
+    """y (..., O) plus the outputs of the branch for smoothed inputs x (..., K)."""
+    if down is None or up is None:
+        return y
+    inner = functional.linear(x, down.to(x.dtype))  # (..., r)
+    return y + functional.linear(inner, up.to(x.dtype))
