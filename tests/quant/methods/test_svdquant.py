@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import nn
 
 import dacc
@@ -312,6 +312,17 @@ def test_roles_decide_which_layers_have_a_branch(dit_folder, quantize_watched):
         if "norm1" in name:  # embedders and modulation
             assert not scheme.absorbs_outliers
             assert scheme.act_bits == 16
+
+
+def test_convolutions_of_a_unet_run_beside_linears_with_branches(
+    unet_folder, unet_pipeline, quantize_watched, simulation_gap
+):
+    done = quantize_watched(unet_folder, "svdquant", bits=4, act_bits=8, settings={"rank": 2})
+    model = UNet2DModel.from_pretrained(done.bundle, subfolder="unet")
+    absorbing = [layer for layer in model.modules() if isinstance(layer, QuantizedLayer) and layer.scheme.rank]
+    assert absorbing
+    assert all(isinstance(layer, nn.Linear) for layer in absorbing)
+    assert simulation_gap(done, model, unet_pipeline().unet) < 1e-4
 
 
 def test_it_is_a_method_of_groups_that_needs_calibration():

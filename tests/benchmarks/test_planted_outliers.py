@@ -1,0 +1,34 @@
+"""Planting outliers enlarges what layers read and changes nothing that the network gives."""
+
+import copy
+
+import torch
+
+from dacc.benchmarks.planted_outliers import ROWS, plant_
+from dacc.core.config import build_config
+from dacc.quant.config import METHODS, QuantizeConfig
+
+
+def test_planted_channels_are_large_and_the_network_gives_the_same(dit_pipeline):
+    plain = dit_pipeline().transformer
+    planted, largest = copy.deepcopy(plain), {}
+    plant_(planted, 40.0, 2)
+    for name, model in (("plain", plain), ("planted", planted)):
+        for layer in (model.transformer_blocks[0].attn1.to_k, model.transformer_blocks[1].ff.net[0].proj):
+            layer.register_forward_pre_hook(
+                lambda _, args, name=name: largest.setdefault(name, []).append(args[0].abs().flatten(0, -2).amax(0))
+            )
+    x, labels = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 5])
+    with torch.no_grad():
+        expected, found = (model(x, torch.tensor([10, 500]), labels).sample for model in (plain, planted))
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+    for before, after in zip(largest["plain"], largest["planted"], strict=True):
+        enlarged = after / before > 30
+        assert int(enlarged.sum()) == 2
+        torch.testing.assert_close(after[~enlarged], before[~enlarged], rtol=1e-3, atol=1e-4)
+
+
+def test_every_row_can_be_asked_for():
+    for fields in ROWS.values():
+        config = build_config(QuantizeConfig, bits=4, act_bits=4, **fields).resolved()
+        assert build_config(METHODS.load(config.method).CONFIG, **config.settings)
