@@ -15,7 +15,7 @@ from dacc.benchmarks.peers import PEERS
 from dacc.benchmarks.ptq_cells import FLOAT_ROW, fingerprint
 from dacc.benchmarks.ptq_child import run_child
 from dacc.benchmarks.ptq_measure import Seen, look, read_seen
-from dacc.benchmarks.ptq_rows import CALIBRATION, WITH_FID
+from dacc.benchmarks.ptq_rows import CALIBRATION, ROWS, WITH_FID
 from dacc.calibrate.api import calibrate_pipeline
 from dacc.calibrate.config import CalibrateConfig
 from dacc.core.config import build_config
@@ -106,9 +106,14 @@ class Bench:
         )
         return look(pipe, self.request, self.options.seeds, self.judge, cache, self.reporter)
 
-    def calibration(self, strategy: str) -> Path:
-        """The set of a strategy, made once: calibrate_pipeline returns one that is there."""
-        config = build_config(CalibrateConfig, strategy=strategy, steps=self.options.steps, **CALIBRATION[strategy])
+    def calibration(self, strategy: str, wanted: dict[str, Any]) -> Path:
+        """The set of a strategy, made once: calibrate_pipeline returns one that is there.
+
+        Args:
+            wanted: options of `dacc calibrate` beside those of the strategy.
+        """
+        asked = {"steps": self.options.steps, **CALIBRATION[strategy], **wanted}
+        config = build_config(CalibrateConfig, strategy=strategy, **asked)
         folder = self.work / f"calibration-{strategy}-{fingerprint(**config.model_dump(mode='json'))}"
         source = f"zoo:{self.name}"
         return calibrate_pipeline(source, config, output=folder, device="cpu", reporter=self.reporter)
@@ -120,11 +125,11 @@ def treat(bench: Bench, setting: str, row: str, options: dict[str, Any], folder:
         return {"bytes_per_float32": _float_share(bench)}, bench.reference
     if row in PEERS:
         return _treat_peer(bench, setting, row, folder)
-    facts = _quantized(bench, options, folder)
+    facts = _quantized(bench, options, ROWS[row].calibration, folder)
     return facts, bench.look(str(folder / "bundle"), folder / "seen.safetensors")
 
 
-def _quantized(bench: Bench, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _quantized(bench: Bench, options: dict[str, Any], calibration: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The bundle of one of our rows and what is known of it; made once, its seconds kept beside it."""
     bundle, notes = folder / "bundle", folder / "quantized.json"
     if not notes.is_file() or not bundle.is_dir():
@@ -134,8 +139,11 @@ def _quantized(bench: Bench, options: dict[str, Any], folder: Path) -> dict[str,
         if getattr(method, "NEEDS", ()) or ("act_bits" in options and _act_mode(method, options) != "dynamic"):
             strategy = str(getattr(method, "CALIBRATION", "uniform"))
             started = time.monotonic()
-            calib = bench.calibration(strategy)
-            facts |= {"calibration": strategy, "calibration_seconds": _making(calib, time.monotonic() - started)}
+            calib = bench.calibration(strategy, calibration)
+            facts |= {
+                "calibration": _said(strategy, calibration),
+                "calibration_seconds": _making(calib, time.monotonic() - started),
+            }
         job = {"do": "quantize", "source": f"zoo:{bench.name}", "options": options, "output": str(bundle)}
         folder.mkdir(parents=True, exist_ok=True)
         facts |= run_child({**job, "calib": str(calib) if calib else None}, threads=bench.options.threads)
@@ -148,6 +156,11 @@ def _quantized(bench: Bench, options: dict[str, Any], folder: Path) -> dict[str,
     layers = {name: bits[one.scheme] for name, one in record.quantization.modules.items() if one.scheme}
     found: dict[str, Any] = json.loads(notes.read_text())
     return found | {"bytes_per_float32": record.bytes_after / record.bytes_fp32, "layers": fingerprint(**layers)}
+
+
+def _said(strategy: str, options: dict[str, Any]) -> str:
+    """`every-step, samples 64`."""
+    return ", ".join([strategy, *(f"{name} {value}" for name, value in options.items())])
 
 
 def _act_mode(method: Any, options: dict[str, Any]) -> str:

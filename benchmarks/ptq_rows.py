@@ -61,6 +61,7 @@ class Row:
     settings: tuple[str, ...] = MAIN
     linears: bool = False  # only those, in networks that have convolutions too
     spared: bool = False  # the layers that efficientdm spares have 8 bits, in networks that have such layers
+    calibration: dict[str, Any] = field(default_factory=dict)  # options of `dacc calibrate` beside the strategy's
 
     def is_for(self, pipeline: str, setting: str) -> bool:
         """Whether a pipeline has this row at a setting."""
@@ -73,6 +74,7 @@ CHANNEL = {"group_size": "channel"}
 STUDIED = ("W4A16", "W8A8", "W4A8", "W4A4")
 ROUNDED = ("W8A8", "W4A8", "W4A4")
 UPDATES = {"iterations": 200}  # equal for the methods with reconstruction; their default follows the machine
+TRAINED = {"updates": 1500}  # of a network as a whole
 ROWS: dict[str, Row] = {
     "rtn": Row(CHANNEL | {"method": "rtn", "settings": {"search": "minmax"}}, STATIC, True, STUDIED),
     "rtn-mse": Row(CHANNEL | {"method": "rtn", "settings": {"search": "mse"}}, STATIC, True, STUDIED),
@@ -81,7 +83,9 @@ ROWS: dict[str, Row] = {
     "ptq4dm": Row(CHANNEL | {"method": "ptq4dm"}, {}, True, STUDIED),
     "qdiffusion": Row(CHANNEL | {"method": "qdiffusion", "settings": UPDATES}, {}, True, STUDIED),
     "tfmq": Row(CHANNEL | {"method": "tfmq", "settings": UPDATES}, {}, True, STUDIED),
-    "efficientdm": Row(CHANNEL | {"method": "efficientdm"}, {}, True, ROUNDED),
+    "efficientdm": Row(
+        CHANNEL | {"method": "efficientdm", "settings": TRAINED}, {}, True, ROUNDED, calibration={"samples": 64}
+    ),
     "rtn (spared)": Row(
         CHANNEL | {"method": "rtn", "settings": {"search": "minmax"}}, STATIC, True, ("W4A4",), spared=True
     ),

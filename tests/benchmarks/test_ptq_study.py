@@ -4,6 +4,7 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dacc.benchmarks import ptq_study
 from dacc.benchmarks.peers import PEERS, peer_layers, summarize
 from dacc.benchmarks.ptq_bench import Bench
 from dacc.benchmarks.ptq_cells import Cell, Study, is_finished, read_study, record_cell, write_study
+from dacc.benchmarks.ptq_child import exact_products
 from dacc.benchmarks.ptq_measure import Seen, fid, fid_ratio, part
 from dacc.benchmarks.ptq_rows import LINEAR_GLOBS, PIPELINES, ROWS, SETTINGS, TEMPORAL_GLOBS, Row, row_options
 from dacc.benchmarks.ptq_table import pipeline_block, write_tables
@@ -27,6 +29,7 @@ from dacc.quant.config import METHODS, QuantizeConfig
 from dacc.quant.driver import traits_of
 from dacc.quant.plan import plan_layers
 from dacc.runtime.compare import Samples, relative_l2
+from dacc.runtime.kernels_exact import exact_product
 from dacc.runtime.request import RunRequest
 from dacc.runtime.skeleton import build_skeleton
 from dacc.runtime.trajectory import sample
@@ -260,6 +263,25 @@ def test_a_peer_treats_the_layers_and_says_how_far(name, setting, unet_pipeline)
     assert set(treated.weight_bytes) <= set(layers)
     assert (facts["input_share"] > 0) == (setting == "W8A8")
     assert facts["bytes_per_float32"] < 0.5
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_a_peer_gets_the_same_integers_on_a_cpu_without_int8_instructions(monkeypatch):
+    monkeypatch.setattr("dacc.runtime.kernels_exact.has_int8_products", lambda: False)
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(-128, 128, (33, 3000), generator=generator, dtype=torch.int8)
+    b = torch.randint(-128, 128, (3000, 24), generator=generator, dtype=torch.int8)
+    its_own = torch._int_mm(a, b)
+    taken = Mock(wraps=exact_product)
+    monkeypatch.setattr("dacc.runtime.kernels_exact.exact_product", taken)
+    library = exact_products()
+    try:
+        assert torch.equal(torch._int_mm(a, b), its_own)
+        taken.assert_called_once()
+    finally:
+        library._destroy()
+    assert torch.equal(torch._int_mm(a, b), its_own)
+    taken.assert_called_once()
 
 
 def test_temporal_layers_can_be_spared(unet_pipeline):
