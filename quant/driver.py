@@ -29,10 +29,11 @@ from ..runtime.load import pick_device
 from ..runtime.skeleton import build_skeleton
 from ..runtime.weight import QuantizedWeight
 from .api import Job
-from .calibrated import Treatment, load_float, quantize_units, six_digits
+from .calibrated import quantize_units
 from .config import QuantizeConfig
 from .layerwise import weight_error_of
 from .plan import LayerPlan, Traits, plan_layers
+from .treatment import Treatment, load_float, six_digits
 
 WIDE = ("F32", "F64")
 FLOATS = ("F16", "BF16", *WIDE)

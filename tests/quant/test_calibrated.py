@@ -14,13 +14,14 @@ from dacc.core.manifest import ModuleRecord
 from dacc.core.pipeline import denoisers
 from dacc.core.reporter import silent
 from dacc.core.scheme import Scheme
-from dacc.quant.calibrated import Treatment, load_float, quantize_units
+from dacc.quant.calibrated import quantize_units
 from dacc.quant.config import QuantizeConfig
 from dacc.quant.driver import plan_component
 from dacc.quant.grams import Grams
 from dacc.quant.layerwise import weight_error_of
 from dacc.quant.methods import gptq, rtn
 from dacc.quant.simulate import round_dynamic
+from dacc.quant.treatment import Treatment, load_float
 from dacc.runtime.layers import swap_layers_
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import capture_calls
