@@ -155,7 +155,8 @@ def _quantized(bench: Bench, options: dict[str, Any], calibration: dict[str, Any
     bits = {name: scheme.bits for name, scheme in record.quantization.schemes.items()}
     layers = {name: bits[one.scheme] for name, one in record.quantization.modules.items() if one.scheme}
     found: dict[str, Any] = json.loads(notes.read_text())
-    return found | {"bytes_per_float32": record.bytes_after / record.bytes_fp32, "layers": fingerprint(**layers)}
+    (component,) = manifest.components
+    return found | {"bytes_per_float32": _share(bundle / component, record.parameters), "layers": fingerprint(**layers)}
 
 
 def _said(strategy: str, options: dict[str, Any]) -> str:
@@ -193,7 +194,12 @@ def _treat_peer(bench: Bench, setting: str, row: str, folder: Path) -> tuple[dic
 
 
 def _float_share(bench: Bench) -> float:
-    """Bytes of the float denoiser's files against float32."""
+    """Bytes of the float denoiser's weights against float32."""
     (component,) = denoiser_names(bench.entry.path)
-    stored = stored_tensors(bench.entry.path / component).values()
-    return sum(map(tensor_bytes, stored)) / (4 * sum(prod(tensor.shape) for tensor in stored))
+    folder = bench.entry.path / component
+    return _share(folder, sum(prod(tensor.shape) for tensor in stored_tensors(folder).values()))
+
+
+def _share(folder: Path, parameters: int) -> float:
+    """Bytes of the tensors in a folder against float32; headers of files are not weights."""
+    return sum(map(tensor_bytes, stored_tensors(folder).values())) / (4 * parameters)
