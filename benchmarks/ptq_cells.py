@@ -33,7 +33,7 @@ class Cell(Config):
     seeds: int = 0  # paired with the float pipeline's
     fid_samples: int = 0  # 0: FID was not measured
     bytes_per_float32: float | None = None
-    seconds: float | None = None  # to quantize, the calibration set not counted
+    seconds: float | None = None  # of the processor, to quantize; the calibration set not counted
     calibration_seconds: float | None = None
     peak_bytes: int | None = None  # resident, of the process that quantized
     layers: str | None = None  # hash of layer names and weight bits; equal where the same layers were quantized

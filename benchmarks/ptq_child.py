@@ -84,7 +84,7 @@ def _quantize(job: dict[str, Any]) -> dict[str, Any]:
     from dacc.quant.config import QuantizeConfig
 
     config = build_config(QuantizeConfig, measure="never", **job["options"])
-    reporter, started = silent(), time.monotonic()
+    reporter, started = silent(), time.process_time()
     quantize_pipeline(
         job["source"],
         config,
@@ -95,7 +95,7 @@ def _quantize(job: dict[str, Any]) -> dict[str, Any]:
         device="cpu",
         reporter=reporter,
     )
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     return {"seconds": seconds, "peak_bytes": peak_resident_bytes(), "notice": "; ".join(reporter.notices) or None}
 
 
@@ -123,15 +123,15 @@ def _peer(job: dict[str, Any]) -> dict[str, Any]:
 
     def calibrate() -> None:
         nonlocal calibrating
-        began = time.monotonic()
+        began = time.process_time()
         sample(pipe, RunRequest(**job["calibration"]), reporter=silent())
-        calibrating += time.monotonic() - began
+        calibrating += time.process_time() - began
 
-    started = time.monotonic()
+    started = time.process_time()
     peer = PEERS[job["peer"]]
     layers = peer_layers(denoiser, temporal=peer.temporal)
     treated = peer.quantize_(denoiser, layers, job["setting"], calibrate)
-    seconds = time.monotonic() - started - calibrating
+    seconds = time.process_time() - started - calibrating
     peak = peak_resident_bytes()
     facts = summarize(denoiser, shapes, treated)
     judge = load_judge(zoo_entry(job["source"]))
