@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import BundleError
 from .safe_read import DTYPE_BITS, TensorInfo, component_tensors
@@ -81,6 +81,26 @@ class StoredTensor:
                 yield chunk
 
 
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when it is needed."""
+
+    shape: tuple[int, ...]
+    dtype: str  # safetensors name of the type that it will have when written
+    make: Callable[[], Tensor]  # any dtype
+
+    def load(self) -> Tensor:
+        """The tensor in memory."""
+        return self.make().to(_torch_dtype(self.dtype))
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """Its bytes as they will be written."""
+        yield from _memory_chunks(self.load())
+
+
+Writable: TypeAlias = "StoredTensor | LazyTensor | Tensor"
+
+
 def stored_tensors(component_folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a component's weight files, sorted by name, none of them read yet.
 
@@ -90,12 +110,12 @@ def stored_tensors(component_folder: Path) -> dict[str, StoredTensor]:
     return {name: StoredTensor(path, info) for name, (path, info) in component_tensors(component_folder).items()}
 
 
-def tensor_bytes(tensor: StoredTensor | Tensor) -> int:
+def tensor_bytes(tensor: Writable) -> int:
     """Bytes that the tensor takes in a file."""
     return prod(tensor.shape) * DTYPE_BITS[_dtype_name(tensor)] // 8
 
 
-def write_tensors(file: Path, tensors: Mapping[str, StoredTensor | Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(file: Path, tensors: Mapping[str, Writable], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file, atomically within its folder. It is not forced to the disk."""
     rank = {dtype: place for place, dtype in enumerate(DTYPE_BITS)}
     ordered = sorted(tensors, key=lambda name: (-rank[_dtype_name(tensors[name])], name))
@@ -108,7 +128,7 @@ def write_tensors(file: Path, tensors: Mapping[str, StoredTensor | Tensor], meta
     os.replace(unfinished, file)
 
 
-def content_hash(tensors: Mapping[str, StoredTensor | Tensor]) -> str:
+def content_hash(tensors: Mapping[str, Writable]) -> str:
     """SHA-256 over names, types and bytes, whether the tensors are in memory or in a file."""
     digest = sha256()
     for name in sorted(tensors):
@@ -121,7 +141,7 @@ def content_hash(tensors: Mapping[str, StoredTensor | Tensor]) -> str:
 def write_weights(
     folder: Path,
     stem: str,
-    tensors: Mapping[str, StoredTensor | Tensor],
+    tensors: Mapping[str, Writable],
     metadata: Mapping[str, str],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -140,7 +160,7 @@ def write_weights(
     (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def _split(tensors: Mapping[str, StoredTensor | Tensor], shard_bytes: int) -> list[list[str]]:
+def _split(tensors: Mapping[str, Writable], shard_bytes: int) -> list[list[str]]:
     """Names in sorted order, cut wherever the next tensor would make a file longer than `shard_bytes`."""
     shards: list[list[str]] = [[]]
     filled = 0
@@ -154,7 +174,7 @@ def _split(tensors: Mapping[str, StoredTensor | Tensor], shard_bytes: int) -> li
     return shards
 
 
-def _header(ordered: list[str], tensors: Mapping[str, StoredTensor | Tensor], metadata: Mapping[str, str]) -> bytes:
+def _header(ordered: list[str], tensors: Mapping[str, Writable], metadata: Mapping[str, str]) -> bytes:
     table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     position = 0
     for name in ordered:
@@ -166,8 +186,8 @@ def _header(ordered: list[str], tensors: Mapping[str, StoredTensor | Tensor], me
     return len(text).to_bytes(8, "little") + text
 
 
-def _chunks(tensor: StoredTensor | Tensor) -> Iterator[bytes | memoryview]:
-    return tensor.chunks() if isinstance(tensor, StoredTensor) else _memory_chunks(tensor)
+def _chunks(tensor: Writable) -> Iterator[bytes | memoryview]:
+    return tensor.chunks() if isinstance(tensor, StoredTensor | LazyTensor) else _memory_chunks(tensor)
 
 
 def _memory_chunks(tensor: Tensor) -> Iterator[memoryview]:
@@ -179,8 +199,10 @@ def _memory_chunks(tensor: Tensor) -> Iterator[memoryview]:
         yield memoryview(raw)
 
 
-def _dtype_name(tensor: StoredTensor | Tensor) -> str:
-    return tensor.dtype if isinstance(tensor, StoredTensor) else TORCH_NAMES[str(tensor.dtype).removeprefix("torch.")]
+def _dtype_name(tensor: Writable) -> str:
+    if isinstance(tensor, StoredTensor | LazyTensor):
+        return tensor.dtype
+    return TORCH_NAMES[str(tensor.dtype).removeprefix("torch.")]
 
 
 def _torch_dtype(name: str) -> Any:

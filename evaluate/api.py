@@ -17,12 +17,11 @@ import torch
 
 from ..core.errors import ConfigError, ModelError, ResourceError
 from ..core.manifest import read_manifest
+from ..core.reference import find_reference
 from ..core.reporter import Reporter, silent
-from ..core.safe_read import weight_hash
 from ..core.schedule_id import schedule_id
 from ..core.seeds import seed_stream
 from ..core.source import Source, resolve_source, zoo_entry_of
-from ..core.zoo import PREFIX
 from ..runtime.compare import Samples
 from ..runtime.load import load_source
 from ..runtime.request import RunRequest
@@ -114,7 +113,7 @@ def evaluate_pipelines(
 
 
 def default_reference(source: Source, reporter: Reporter) -> Source | None:
-    """The zoo pipeline that a bundle was made from, when its weights are still the same; None for other sources.
+    """The pipeline that a bundle was made from; None for other sources.
 
     Raises:
         ConfigError: a bundle whose source cannot be found without help.
@@ -122,13 +121,11 @@ def default_reference(source: Source, reporter: Reporter) -> Source | None:
     manifest = read_manifest(source.path)
     if manifest is None:
         return None
-    name = manifest.source.name
-    if name.startswith(PREFIX):
-        origin = resolve_source(name, reporter=reporter)
-        if all(weight_hash(origin.path / part) == value for part, value in manifest.source.weights.items()):
-            return origin
+    if origin := find_reference(source, reporter):
+        return origin
     raise ConfigError(
-        f"{source.name} was made from {name}, which dacc cannot find again by itself.", mend="Give --reference SOURCE."
+        f"{source.name} was made from {manifest.source.name}, which dacc cannot find again by itself.",
+        mend="Give --reference SOURCE.",
     )
 
 

@@ -1,0 +1,140 @@
+"""GGUF, with the tensor names of diffusers: what `Model.from_single_file(FILE, config=OUTPUT)` of diffusers reads.
+
+Weights of linears are cut into blocks of 32 input features, each with a scale (and a least value) of its own, as the
+gguf package rounds them to nearest. Convolutions, and linears whose width no block divides, are float16; vectors are
+float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy
+from torch import nn
+
+from ...core.config import Config
+from ...core.errors import UnsupportedError
+from ...core.pipeline import walk_layers
+from ...core.reporter import Reporter
+from ...runtime.skeleton import build_skeleton
+from ..contents import Contents, layers_to_round
+
+ROUNDS = True
+KEEPS = ()
+LONGEST_NAME = 127  # bytes; readers refuse longer ones
+BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+BY_BITS = ((4, "Q4_1"), (5, "Q5_1"))  # at most so many bits -> the type that `auto` takes, else Q8_0
+
+
+class GGUFConfig(Config):
+    """Fields of `--set`."""
+
+    type: Literal["auto", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"] = (
+        "auto"  # auto: of each layer by its bits in the bundle
+    )
+
+
+CONFIG = GGUFConfig
+
+
+def write(contents: Contents, folder: Path, config: GGUFConfig, reporter: Reporter) -> dict[str, Any]:
+    """Write one file, and the config that tells a reader what the tensors belong to.
+
+    Raises:
+        UnsupportedError: the gguf package is missing, or a name is too long for the format.
+    """
+    gguf = _library()
+    types = _types(contents, config, gguf)
+    usual = Counter(kind.name for kind in types.values() if kind.name in BLOCKS).most_common(1)
+    file = folder / f"{contents.name}-{usual[0][0] if usual else 'F16'}.gguf"
+    writer = gguf.GGUFWriter(file, arch=contents.class_name)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for name, shape in contents.shapes().items():
+        _add(writer, name, shape, types[name], gguf)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, kind in reporter.progress(types.items(), f"export {contents.name}", len(types)):
+        values: numpy.ndarray[Any, Any] = contents.load(name).float().numpy()
+        writer.write_tensor_data(gguf.quants.quantize(numpy.ascontiguousarray(values), kind))
+    writer.close()
+    (folder / "config.json").write_text(json.dumps(contents.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _tell_of_readers(contents, file, reporter)
+    return {"file": f"{contents.name}/{file.name}", "types": dict(Counter(kind.name for kind in types.values()))}
+
+
+def load_lines(contents: Contents, written: Mapping[str, Any]) -> str:
+    """How a reader gets the model back, for the README of the export."""
+    file = written["file"]
+    return f"""import torch
+from diffusers import DiffusionPipeline, {contents.class_name}, GGUFQuantizationConfig
+
+model = {contents.class_name}.from_single_file(
+    f"{{folder}}/{file}",
+    config=folder,
+    subfolder="{contents.name}",
+    quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16),
+    dtype=torch.bfloat16,
+)
+pipe = DiffusionPipeline.from_pretrained(folder, {contents.name}=model, dtype=torch.bfloat16)"""
+
+
+def type_of(bits: int, config: GGUFConfig) -> str:
+    """The type of a linear: the one that is asked for, else the least that has its bits."""
+    if config.type != "auto":
+        return config.type.upper()
+    return next((name for most, name in BY_BITS if bits <= most), "Q8_0")
+
+
+def _types(contents: Contents, config: GGUFConfig, gguf: Any) -> dict[str, Any]:
+    """Name of every tensor -> its type."""
+    kinds = gguf.GGMLQuantizationType
+    layers = walk_layers(build_skeleton(contents.folder))
+    linears = {name for name, layer in layers if isinstance(layer, nn.Linear)} & layers_to_round(contents)
+    found = {}
+    for name, shape in contents.shapes().items():
+        found[name] = kinds.F16 if len(shape) > 1 else kinds.F32
+        layer, _, parameter = name.rpartition(".")
+        if layer in linears and parameter == "weight":
+            blocks = kinds[type_of(contents.bits.get(layer, 8), config)]
+            size, _ = gguf.GGML_QUANT_SIZES[blocks]
+            found[name] = blocks if shape[-1] % size == 0 else kinds.F16
+    return found
+
+
+def _add(writer: Any, name: str, shape: tuple[int, ...], kind: Any, gguf: Any) -> None:
+    if len(name.encode()) > LONGEST_NAME:
+        raise UnsupportedError(f"the name {name} is longer than GGUF allows.", mend="Choose another --format.")
+    size, width = gguf.GGML_QUANT_SIZES[kind]
+    count = int(numpy.prod(shape))
+    plain = {"F16": numpy.float16, "F32": numpy.float32}.get(kind.name)
+    dtype = numpy.dtype(plain or numpy.uint8)
+    stored = shape if plain else gguf.quant_shape_to_byte_shape(shape, kind)
+    writer.add_tensor_info(name, stored, dtype, count // size * width, raw_dtype=None if plain else kind)
+
+
+def _tell_of_readers(contents: Contents, file: Path, reporter: Reporter) -> None:
+    """Whether diffusers has a class that reads such a file."""
+    import diffusers
+    from diffusers.loaders import FromOriginalModelMixin
+
+    model_class = getattr(diffusers, contents.class_name)
+    if not issubclass(model_class, FromOriginalModelMixin):
+        reporter.notice(
+            f"diffusers reads no {contents.class_name} from a single file: {file.name} is for programs that use gguf "
+            "themselves."
+        )
+
+
+def _library() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise UnsupportedError(
+            "the gguf package is not installed.", mend="Run pip install 'dacc-diffusion[gguf]'."
+        ) from None
+    return gguf
