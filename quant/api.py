@@ -27,6 +27,7 @@ from ..core.requirements import Requirements, parse_requirements
 from ..core.safe_read import read_json, weight_hash
 from ..core.source import Source, component_entries, resolve_source
 from .config import METHODS, QuantizeConfig, on_the_fly
+from .outcome import summarize, tell_of_target
 
 REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}
 
@@ -121,7 +122,7 @@ def quantize_pipeline(
             {"command": "quantize", "seconds": round(time.time() - started, 1), **describe_machine()},
             lambda manifest: model_card(manifest, job.source.path),
         )
-    _summarize(job, target, effect, reporter)
+    summarize(job.config, target, job.components, device, reporter)
     return target
 
 
@@ -136,6 +137,7 @@ def prepare(
     if config.method == "auto":
         reporter.detail("method auto: rtn, the method that needs no calibration set")
     config = config.resolved()
+    tell_of_target(config, reporter)
     found = source if isinstance(source, Source) else resolve_source(_text(source), reporter=reporter)
     components = select_components(found.path, list(config.component))
     _refuse_other_libraries(found, components)
@@ -247,25 +249,3 @@ def _with_written_files(record: ComponentRecord, name: str, files: dict[str, Fil
     """Fill in hash and size, which are known only when the files are written."""
     facts = {"weight_hash": component_weight_hash(files, name), "bytes_after": component_weight_bytes(files, name)}
     return record.model_copy(update=facts)
-
-
-def _summarize(job: Job, target: Path, effect: Effect, reporter: Reporter) -> None:
-    """The closing lines on stderr: size, damage, and what another option would bring."""
-    manifest = read_manifest(target)
-    assert manifest is not None
-    for name in job.components:
-        record = manifest.components[name]
-        share = record.bytes_after / record.bytes_fp32
-        reporter.say(
-            f"{name}: {record.bytes_before / 1e6:.2f} MB -> {record.bytes_after / 1e6:.2f} MB "
-            f"({share:.3f} of float32, {record.parameters / 1e6:.2f} M parameters)"
-        )
-    if effect.not_measured:
-        reporter.say(f"difference to the float pipeline: not measured ({effect.not_measured})")
-    else:
-        reporter.say(
-            f"difference to the float pipeline: relative L2 {effect.relative_l2:.4f}, PSNR {effect.psnr:.1f} dB, "
-            f"SSIM {effect.ssim:.4f} ({effect.seeds} seeds, {effect.steps} steps)"
-        )
-    if job.config.bits == 8 and job.config.act_bits == 16:
-        reporter.say("--act-bits 8 would also run the products on 8-bit integers: same size, faster")

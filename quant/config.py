@@ -12,6 +12,7 @@ from ..calibrate.config import CalibrateConfig
 from ..core.config import Config
 from ..core.errors import ConfigError
 from ..core.registry import Registry
+from ..core.target import HERE, find_target
 
 METHODS = Registry("quantization method", f"{__package__}.methods", Path(__file__).parent / "methods")
 FIXED_MODES = ("static", "per-step")  # activation scales that are found on a calibration set
@@ -41,6 +42,7 @@ class QuantizeConfig(Config):
     cache_gb: float = Field(
         4.0, gt=0
     )  # what the calls of a calibration set may hold between the units; less: fewer calls
+    target: str = HERE  # machine that the result is to run on; changes what is said, not what is written
     measure: Literal["auto", "never"] = "auto"  # compare with the float pipeline at the end
     seed: int = Field(0, ge=0)
 
@@ -94,10 +96,11 @@ class QuantizeConfig(Config):
         return self
 
     def resolved(self) -> QuantizeConfig:
-        """The same with the method's name and its way to activation scales in place of "auto".
+        """The same with the method's name and its way to activation scales in place of "auto", and one name for a
+        target.
 
         Raises:
-            ConfigError: no such method, or a mode of activations that are not quantized.
+            ConfigError: no such method or target, or a mode of activations that are not quantized.
         """
         method = DEFAULT_METHOD if self.method == "auto" else self.method
         METHODS.check(method)
@@ -107,7 +110,8 @@ class QuantizeConfig(Config):
                 mend="Add --act-bits 8, or leave --act-mode out.",
             )
         mode = METHODS.fact(method, "ACT_MODE") if self.act_mode == "auto" and self.act_bits < 16 else self.act_mode
-        return self.model_copy(update={"method": method, "act_mode": mode})
+        target = HERE if self.target == HERE else find_target(self.target).name
+        return self.model_copy(update={"method": method, "act_mode": mode, "target": target})
 
     @property
     def needs_calibration(self) -> bool:
