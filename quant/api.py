@@ -96,7 +96,7 @@ def quantize_pipeline(
             job.source, job.hashes, job.config, job.calibration, device=device, reporter=reporter
         )
     elif job.calibration:
-        reporter.notice(f"{job.config.method} needs no calibration set: {job.calibration.name} is not used.")
+        reporter.notice(f"{job.config.method} needs no calibration set here: {job.calibration.name} is not used.")
     with BundleWriter(
         job.source.path,
         target,
@@ -138,6 +138,8 @@ def prepare(
         reporter.detail("method auto: rtn, the method that needs no calibration set")
     config = config.resolved()
     tell_of_target(config, reporter)
+    if config.is_data_free:
+        reporter.notice(f"{config.method} looks at weights alone, as asked: expect more error than with a calibration set")
     found = source if isinstance(source, Source) else resolve_source(_text(source), reporter=reporter)
     components = select_components(found.path, list(config.component))
     _refuse_other_libraries(found, components)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from ..calibrate.config import CalibrateConfig
 from ..core.config import Config
@@ -114,8 +114,19 @@ class QuantizeConfig(Config):
         return self.model_copy(update={"method": method, "act_mode": mode, "target": target})
 
     @property
+    def is_data_free(self) -> bool:
+        """Whether a method that looks at inputs is asked to do without; of a resolved config."""
+        field = METHODS.fact(self.method, "WITHOUT_DATA")
+        try:
+            return bool(TypeAdapter(bool).validate_python(self.settings.get(field, False)))
+        except ValidationError:  # the method's own config will say what is wrong
+            return False
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether anything about the inputs of the layers has to be known; of a resolved config."""
+        if self.is_data_free:
+            return False
         return bool(METHODS.fact(self.method, "NEEDS", ())) or self.act_mode in FIXED_MODES
 
 
