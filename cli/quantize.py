@@ -106,6 +106,13 @@ def quantize(
         list[str] | None,
         typer.Option(metavar="GLOB=N", help="Activation bits of these layers, likewise; with --act-bits."),
     ] = None,
+    fuse_lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:SCALE]",
+            help="Adapter (LoRA) that is added to the weights before they are quantized; repeatable. Needs peft.",
+        ),
+    ] = None,
     component: options.ComponentOption = None,
     setting: options.SetOption = None,
     cache_gb: Annotated[
@@ -177,7 +184,7 @@ def quantize(
         seed=seed,
     )
     if dry_run:
-        _show_preview(source, config, calib, device, reporter, as_json=json)
+        _show_preview(source, config, calib, device, fuse_lora or [], reporter, as_json=json)
         return
     from ..quant.api import quantize_pipeline
 
@@ -191,17 +198,25 @@ def quantize(
         device=device,
         require=tuple(require or ()),
         keep_failed=keep_failed,
+        fuse_lora=fuse_lora or (),
         reporter=reporter,
     )
     print_path(path, as_json=json, record=_record(path))
 
 
 def _show_preview(
-    source: str | None, config: QuantizeConfig, calib: Path | None, device: str, reporter: Reporter, *, as_json: bool
+    source: str | None,
+    config: QuantizeConfig,
+    calib: Path | None,
+    device: str,
+    fuse_lora: list[str],
+    reporter: Reporter,
+    *,
+    as_json: bool,
 ) -> None:
     from ..quant.preview import preview_quantization
 
-    preview = preview_quantization(source, config, calib=calib, device=device, reporter=reporter)
+    preview = preview_quantization(source, config, calib=calib, device=device, fuse_lora=fuse_lora, reporter=reporter)
     if as_json:
         options.print_document(preview.model_dump(mode="json"))
         return

@@ -98,7 +98,7 @@ def quantize_component(
     return ComponentRecord(
         class_name=type(skeleton).__name__,
         weight_hash="",
-        reference_hash=job.hashes[name],
+        reference_hash=job.float_hashes[name],
         parameters=parameters,
         bytes_fp32=4 * parameters,
         bytes_before=sum(file.stat().st_size for file in resolve_shards(folder).values()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -53,17 +54,19 @@ def preview_quantization(
     *,
     calib: str | Path | None = None,
     device: str = "auto",
+    fuse_lora: Sequence[str | Path] = (),
     reporter: Reporter,
 ) -> Preview:
     """Plan every layer and add up the bytes.
 
     Args:
         device: where the result would run, unless the config names a target.
+        fuse_lora: adapter files; they change no plan, but wrong ones are refused.
 
     Raises:
         DaccError: as `quantize_pipeline` would, before any weight is read.
     """
-    job = prepare(source, config, reporter, calib)
+    job = prepare(source, config, reporter, calib, fuse_lora)
     components = {name: _preview_component(job, name, reporter) for name in job.components}
     target, schemes = target_of(job.config, device), {name for found in components.values() for name in found.schemes}
     runs_as = {name: execution_of(Scheme.from_name(name), target).how for name in sorted(schemes)} if target else {}
