@@ -2,12 +2,12 @@
 bfloat16, some channels with outliers.
 
     python benchmarks/svdquant_size.py --work FOLDER              # all stages; again: those that are not finished
-    python benchmarks/svdquant_size.py --work FOLDER --depth 2    # a trial with fewer blocks
+    python benchmarks/svdquant_size.py --work FOLDER --depth 2 --calls 8    # a trial
 
 Stages: make (the pipeline), calibrate (64 denoiser calls at 256 tokens, in bfloat16), full (svdquant on this set) and
 data-free. Each runs in a process of its own, whose minutes and peak memory it reports; a quantization that was stopped
 goes on at its last finished layer, and reports the minutes of its last run only. Targets, on two cores: 40 minutes and
-6 GB for `full`, 8 minutes for `data-free`.
+6 GB for `full`, 8 minutes for `data-free`. Heavy imports lie in the stages: the process that starts them needs none.
 """
 
 from __future__ import annotations
@@ -25,20 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dacc.benchmarks.full_size import make_pipeline_folder
-from dacc.calibrate.api import calibrate_pipeline
-from dacc.calibrate.config import CalibrateConfig
-from dacc.core.config import build_config
-from dacc.core.machine import describe_machine
-from dacc.core.manifest import read_manifest
-from dacc.core.reporter import Reporter
-from dacc.evaluate.memory import peak_resident_bytes
-from dacc.quant.api import quantize_pipeline
-from dacc.quant.config import QuantizeConfig
-
 MODEL = "pixart-xl"
 DEPTH = 28
-SAMPLES, STEPS = 16, 4  # 64 calls of one row each
+STEPS = 4  # calls of one run; without guidance each has one row
 PIXELS = 256  # 16 x 16 tokens
 OUTLIERS, SIZE = 6, 30.0  # channels, and how much larger they are
 CACHE_GB = 1.0
@@ -58,6 +47,8 @@ def plant_(transformer: nn.Module, *, channels: int = OUTLIERS, size: float = SI
 def make(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     from diffusers import PixArtTransformer2DModel
 
+    from dacc.benchmarks.full_size import make_pipeline_folder
+
     folder = make_pipeline_folder(MODEL, work / "pipeline", depth=options.depth)
     transformer = PixArtTransformer2DModel.from_pretrained(folder / "transformer", dtype=torch.bfloat16)
     plant_(transformer)
@@ -66,19 +57,21 @@ def make(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def calibrate(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    from dacc.calibrate.api import calibrate_pipeline
+    from dacc.calibrate.config import CalibrateConfig
+    from dacc.core.reporter import Reporter
+
     config = CalibrateConfig(
         strategy="every-step",
-        samples=SAMPLES,
+        samples=options.calls // STEPS,
         steps=STEPS,
         batch_size=1,
         guidance_scale=1.0,
         height=PIXELS,
         width=PIXELS,
     )
-    reporter = Reporter()
-    calibrate_pipeline(
-        work / "pipeline", config, output=work / "set", device="cpu", dtype="bfloat16", reporter=reporter
-    )
+    reporter, place = Reporter(), {"output": work / "set", "overwrite": True, "device": "cpu"}
+    calibrate_pipeline(work / "pipeline", config, dtype="bfloat16", reporter=reporter, **place)
     return {"notices": reporter.notices}
 
 
@@ -91,6 +84,12 @@ def data_free(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _quantize(work: Path, options: argparse.Namespace, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    from dacc.core.config import build_config
+    from dacc.core.manifest import read_manifest
+    from dacc.core.reporter import Reporter
+    from dacc.quant.api import quantize_pipeline
+    from dacc.quant.config import QuantizeConfig
+
     config = build_config(
         QuantizeConfig,
         method="svdquant",
@@ -116,6 +115,8 @@ STAGES: dict[str, Stage] = {"make": make, "calibrate": calibrate, "full": full, 
 
 def run_stage(name: str, options: argparse.Namespace) -> None:
     """One stage in this process; its figures go into the report."""
+    from dacc.evaluate.memory import peak_resident_bytes
+
     started, used = time.time(), time.process_time()
     found = STAGES[name](options.work, options)
     found |= {
@@ -128,7 +129,7 @@ def run_stage(name: str, options: argparse.Namespace) -> None:
 
 def asked(options: argparse.Namespace) -> dict[str, Any]:
     """What figures depend on."""
-    return {name: getattr(options, name) for name in ("depth", "bits", "act_bits", "rank", "threads")}
+    return {name: getattr(options, name) for name in ("depth", "calls", "bits", "act_bits", "rank", "threads")}
 
 
 def read_report(work: Path) -> dict[str, Any]:
@@ -153,6 +154,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the pipeline, the set and the results")
     parser.add_argument("--depth", type=int, default=DEPTH, help="blocks")
+    parser.add_argument("--calls", type=int, default=64, help=f"denoiser calls that are looked at, {STEPS} or more")
     parser.add_argument("--bits", type=int, default=8)
     parser.add_argument("--act-bits", type=int, default=8)
     parser.add_argument("--rank", default="32")
@@ -172,6 +174,8 @@ def main() -> None:
         words = [f"--{word.replace('_', '-')}={value}" for word, value in asked(options).items()]
         command = [sys.executable, "-P", "-m", "dacc.benchmarks.svdquant_size", f"--work={options.work}", *words]
         subprocess.run([*command, f"--stage={name}"], check=True)
+    from dacc.core.machine import describe_machine
+
     print(*(f"{name} {fact}" for name, fact in describe_machine().items()), sep=" · ")
     print(f"{options.depth} blocks, W{options.bits}A{options.act_bits}, rank {options.rank}, {options.threads} threads")
     print("| stage | minutes | processor minutes | peak GB |\n|---|---|---|---|")

@@ -21,7 +21,12 @@ def test_planted_channels_stick_out_of_what_attention_and_feed_forward_read():
             lambda _, args, name=name: seen.update({name: args[0].abs().flatten(0, -2).amax(0)})
         )
     with torch.no_grad():
-        model(torch.randn(1, 4, 8, 8), torch.randn(1, 5, 12), torch.tensor([500]), {"resolution": None})
+        model(
+            torch.randn(1, 4, 8, 8),
+            torch.randn(1, 5, 12),
+            torch.tensor([500]),
+            {"resolution": None, "aspect_ratio": None},
+        )
     assert len(seen) == 2
     for absmax in seen.values():
         assert int((absmax > 8 * absmax.median()).sum()) == 2
