@@ -71,7 +71,7 @@ def calibrate(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         width=PIXELS,
     )
     reporter, place = Reporter(), {"output": work / "set", "overwrite": True, "device": "cpu"}
-    calibrate_pipeline(work / "pipeline", config, dtype="bfloat16", reporter=reporter, **place)
+    calibrate_pipeline(work / "pipeline", config, dtype=options.dtype, reporter=reporter, **place)
     return {"notices": reporter.notices}
 
 
@@ -129,7 +129,7 @@ def run_stage(name: str, options: argparse.Namespace) -> None:
 
 def asked(options: argparse.Namespace) -> dict[str, Any]:
     """What figures depend on."""
-    return {name: getattr(options, name) for name in ("depth", "calls", "bits", "act_bits", "rank", "threads")}
+    return {name: getattr(options, name) for name in ("depth", "calls", "dtype", "bits", "act_bits", "rank", "threads")}
 
 
 def read_report(work: Path) -> dict[str, Any]:
@@ -155,6 +155,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for the pipeline, the set and the results")
     parser.add_argument("--depth", type=int, default=DEPTH, help="blocks")
     parser.add_argument("--calls", type=int, default=64, help=f"denoiser calls that are looked at, {STEPS} or more")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16",
+        help="of the calls; float32 for processors without bfloat16 arithmetic, which take many times as long for it",
+    )  # fmt: skip
     parser.add_argument("--bits", type=int, default=8)
     parser.add_argument("--act-bits", type=int, default=8)
     parser.add_argument("--rank", default="32")
