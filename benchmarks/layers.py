@@ -1,5 +1,6 @@
-"""How fast the quantized layers are: `python benchmarks/layers.py --what dit|resnet|w4 [--float32] [--compile]`.
+"""How fast the quantized layers are: `python benchmarks/layers.py --what dit [--float32] [--compile]`.
 
+    svdquant the same blocks as dit: int8 linears beside those with smoothing factors and a branch of rank 32
     dit      8 transformer blocks of DiT-XL/2 width, batch 2, 256 tokens: int8 linears, int8 weights for modulation
     resnet   a ResnetBlock2D, 640 channels, 32x32, batch 2: int8 convolutions, int8 weights for the time projection
     w4       one linear with 4-bit weights, 256 to 2048 rows, packed and unpacked once
@@ -14,6 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import date
 
 import torch
@@ -24,7 +26,9 @@ from torch import Tensor, nn
 from dacc.core.machine import describe_machine
 from dacc.core.schedule_id import ScheduleId
 from dacc.core.scheme import Scheme
+from dacc.quant.low_rank import low_rank_factors
 from dacc.quant.ranges import grid_of
+from dacc.quant.smoothing import weight_factors
 from dacc.runtime.activation import ActivationScale
 from dacc.runtime.layers import QuantizedLayer, set_prefer_, set_step_table_, swap_layers_
 from dacc.runtime.step_table import StepTable
@@ -39,8 +43,10 @@ FIXED = {  # name of a variant -> scheme with fixed activation scales
     "int8 per-step": Scheme(bits=8, act_bits=8, act_mode="per-step", act_steps=50),
     "w4a8 static": Scheme(bits=4, act_bits=8, act_mode="static"),
 }
+W8A8_BRANCH = W8A8.model_copy(update={"rank": 32, "smooth": True})
 W8 = Scheme(bits=8)
 W4 = Scheme(bits=4, group_size=64)
+PRODUCTS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")  # of a block
 
 
 class Blocks(nn.Module):
@@ -70,13 +76,25 @@ class Blocks(nn.Module):
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-    """Symmetric round to nearest."""
+    """Symmetric round to nearest, of what a low-rank branch leaves where the scheme has one."""
     rows = to_rows(weight.detach().float())
+    if scheme.rank is not None:
+        return with_branch(rows, scheme)
     groups = rows.view(len(rows), -1, scheme.group_size or rows.shape[1])  # (O, G, group_size)
     low, high = scheme.code_range
     scale = groups.abs().amax(-1, keepdim=True) / high
     codes = (groups / scale).round().clamp(low, high).view(rows.shape)
     return QuantizedWeight.from_codes(codes, scheme, tuple(weight.shape), scale=scale.squeeze(-1))
+
+
+def with_branch(rows: Tensor, scheme: Scheme) -> QuantizedWeight:
+    """(O, K) with smoothing factors that only look at it and its own low-rank branch."""
+    assert scheme.rank is not None
+    smoothing = weight_factors([rows])
+    whole = rows * smoothing.float()
+    up, down = low_rank_factors(whole, scheme.rank, seed=0, iterations=1)
+    residual = quantize(whole - up.float() @ down.float(), scheme.plain)
+    return replace(residual, scheme=scheme, smoothing=smoothing, low_rank_up=up, low_rank_down=down)
 
 
 def quantized(
@@ -123,14 +141,25 @@ def dit_variants(compiled: bool, dtype: torch.dtype) -> Iterator[tuple[str, Vari
     torch.manual_seed(0)
     model, x = Blocks().eval(), torch.randn(2, 256, 1152)
     modulation = {f"blocks.{i}.norm1.linear": W8 for i in range(8)}
-    products = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
-    names = [f"blocks.{i}.{name}" for i in range(8) for name in products]
+    names = [f"blocks.{i}.{name}" for i in range(8) for name in PRODUCTS]
     ranges = observed(model, names, x)
     models = floats(model, dtype)
     base = list(models.values())[-1]
     models["int8"] = quantized(base, dict.fromkeys(names, W8A8) | modulation)
     for variant, scheme in FIXED.items():
         models[variant] = quantized(base, dict.fromkeys(names, scheme) | modulation, ranges)
+    yield "8 DiT blocks, 2 x 256 tokens", variants_of(models, x, compiled, dtype)
+
+
+def svdquant_variants(compiled: bool, dtype: torch.dtype) -> Iterator[tuple[str, Variants]]:
+    torch.manual_seed(0)
+    model, x = Blocks().eval(), torch.randn(2, 256, 1152)
+    models = floats(model, dtype)
+    base = list(models.values())[-1]
+    modulation = {f"blocks.{i}.norm1.linear": W8 for i in range(8)}
+    names = [f"blocks.{i}.{name}" for i in range(8) for name in PRODUCTS]
+    for variant, scheme in {"int8": W8A8, "int8, factors, rank 32": W8A8_BRANCH}.items():
+        models[variant] = quantized(base, dict.fromkeys(names, scheme) | modulation)
     yield "8 DiT blocks, 2 x 256 tokens", variants_of(models, x, compiled, dtype)
 
 
@@ -221,9 +250,12 @@ def print_profile(repeats: int) -> None:
         print(f"{one.key:45} {one.self_cpu_time_total / repeats / 1e3:8.1f} ms")
 
 
+CASES = {"dit": dit_variants, "svdquant": svdquant_variants, "resnet": resnet_variants, "w4": w4_variants}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=["dit", "resnet", "w4"], required=True)
+    parser.add_argument("--what", choices=list(CASES), required=True)
     parser.add_argument("--float32", action="store_true", help="no bfloat16, for processors without arithmetic for it")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too (needs a C++ compiler)")
     parser.add_argument("--repeats", type=int, default=15)
@@ -236,7 +268,7 @@ def main() -> None:
         return
     report: dict[str, dict] = {"machine": {"date": date.today().isoformat(), **describe_machine()}}
     print(*(f"{name} {fact}" for name, fact in report["machine"].items()), sep=" · ")
-    cases = {"dit": dit_variants, "resnet": resnet_variants, "w4": w4_variants}[options.what]
+    cases = CASES[options.what]
     with torch.no_grad():
         for title, variants in cases(options.compile, torch.float32 if options.float32 else torch.bfloat16):
             report[title] = rows = measure(variants, options.repeats)

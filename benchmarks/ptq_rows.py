@@ -62,6 +62,7 @@ class Row:
     linears: bool = False  # only those, in networks that have convolutions too
     spared: bool = False  # the layers that efficientdm spares have 8 bits, in networks that have such layers
     calibration: dict[str, Any] = field(default_factory=dict)  # options of `dacc calibrate` beside the strategy's
+    swept: bool = False  # one of many that differ in a field: measured when it is named
 
     def is_for(self, pipeline: str, setting: str) -> bool:
         """Whether a pipeline has this row at a setting."""
@@ -94,6 +95,27 @@ ROWS: dict[str, Row] = {
     "tfmq (defaults)": Row({"method": "tfmq"}, settings=("W4A8",)),
     "gptq (linears)": Row({"method": "gptq"}, settings=("W4A16", "W8A8", "W4A8"), linears=True),
 }
+RANKS = (0, 4, 8, 16, "auto")
+
+
+def _svdquant_rows() -> dict[str, Row]:
+    """Every rank, with and without second-order rounding, and with factors that were judged without the branch."""
+    rows = {}
+    for rank in RANKS:
+        for gptq in (True, False):
+            for joint in (True, False) if rank else (True,):
+                settings = {"rank": rank, "gptq": gptq, "joint": joint}
+                words = [f"rank {rank}", *([] if gptq else ["nearest"]), *([] if joint else ["factors alone"])]
+                rows[f"svdquant ({', '.join(words)})"] = Row(
+                    {"method": "svdquant", "settings": settings}, settings=ROUNDED, swept=True
+                )
+    return rows
+
+
+ROWS |= _svdquant_rows()
+ROWS["svdquant (data-free)"] = Row(
+    {"method": "svdquant", "settings": {"data_free": True}}, settings=ROUNDED, swept=True
+)
 DRAWN = (("W4A16", "rtn (defaults)"), ("W4A16", "gptq (defaults)"), ("W2A16", "rtn (defaults)"),
          ("W2A16", "gptq (defaults)"))  # fmt: skip
 

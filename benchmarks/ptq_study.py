@@ -76,7 +76,7 @@ def _parse() -> argparse.Namespace:
     rows = [FLOAT_ROW, *ROWS, *PEERS]
     parser.add_argument("--pipeline", action="append", choices=PIPELINES, help="repeatable; default: all")
     parser.add_argument("--setting", action="append", choices=list(SETTINGS), help="repeatable; default: all")
-    parser.add_argument("--row", action="append", choices=rows, help="repeatable; default: all, peers too")
+    parser.add_argument("--row", action="append", choices=rows, help="repeatable; default: all but sweeps, peers too")
     parser.add_argument("--seeds", type=int, default=256, help="images compared with the float pipeline's")
     parser.add_argument("--fid-samples", type=int, default=2000, help="images for FID, on the digits; 0: no FID")
     parser.add_argument("--only-missing", action="store_true", help="leave every cell alone that is on record")
@@ -94,7 +94,7 @@ def _parse() -> argparse.Namespace:
 
 def _wanted(pipeline: str, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Settings and rows in order, the float pipeline first."""
-    named = options.row or [FLOAT_ROW, *ROWS, *PEERS]
+    named = options.row or [FLOAT_ROW, *(name for name, row in ROWS.items() if not row.swept), *PEERS]
     if FLOAT_ROW in named:
         yield FLOAT_SETTING, FLOAT_ROW
     for setting in options.setting or SETTINGS:

@@ -131,7 +131,7 @@ def _missing(study: Study, pipeline: str) -> dict[str, list[str]]:
         setting: [
             name
             for name, row in ROWS.items()
-            if row.is_for(pipeline, setting) and not study.find(pipeline, setting, name)
+            if row.is_for(pipeline, setting) and not row.swept and not study.find(pipeline, setting, name)
         ]
         for setting in SETTINGS
     }

@@ -10,12 +10,15 @@ import typer
 
 from ..core.config import build_config, parse_settings
 from ..core.errors import ConfigError
+from ..core.target import HERE
+from ..core.target import NAMES as TARGETS
 from . import options
 from .options import print_path
 
 if TYPE_CHECKING:
     from ..core.reporter import Reporter
     from ..quant.config import QuantizeConfig
+    from ..quant.preview import Preview
 
 METHODS = ("auto", *options.files_of("quant/methods"))
 
@@ -103,6 +106,13 @@ def quantize(
         list[str] | None,
         typer.Option(metavar="GLOB=N", help="Activation bits of these layers, likewise; with --act-bits."),
     ] = None,
+    fuse_lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:SCALE]",
+            help="Adapter (LoRA) that is added to the weights before they are quantized; repeatable. Needs peft.",
+        ),
+    ] = None,
     component: options.ComponentOption = None,
     setting: options.SetOption = None,
     cache_gb: Annotated[
@@ -117,6 +127,15 @@ def quantize(
             autocompletion=options.words("auto", "never"),
         ),
     ] = "auto",
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="here|MACHINE",
+            help="Machine that the result is for (hopper, sm90, 'RTX 4090', cpu-int8, ...): says what its products "
+            "will be there.",
+            autocompletion=options.words(HERE, *TARGETS),
+        ),
+    ] = HERE,
     require: options.RequireOption = None,
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Keep what missed --require as OUTPUT.failed.")
@@ -160,11 +179,12 @@ def quantize(
         component=component or (),
         settings=parse_settings(setting or []),
         cache_gb=cache_gb,
+        target=target,
         measure=measure,
         seed=seed,
     )
     if dry_run:
-        _show_preview(source, config, calib, reporter, as_json=json)
+        _show_preview(source, config, calib, device, fuse_lora or [], reporter, as_json=json)
         return
     from ..quant.api import quantize_pipeline
 
@@ -178,17 +198,25 @@ def quantize(
         device=device,
         require=tuple(require or ()),
         keep_failed=keep_failed,
+        fuse_lora=fuse_lora or (),
         reporter=reporter,
     )
     print_path(path, as_json=json, record=_record(path))
 
 
 def _show_preview(
-    source: str | None, config: QuantizeConfig, calib: Path | None, reporter: Reporter, *, as_json: bool
+    source: str | None,
+    config: QuantizeConfig,
+    calib: Path | None,
+    device: str,
+    fuse_lora: list[str],
+    reporter: Reporter,
+    *,
+    as_json: bool,
 ) -> None:
     from ..quant.preview import preview_quantization
 
-    preview = preview_quantization(source, config, calib=calib, reporter=reporter)
+    preview = preview_quantization(source, config, calib=calib, device=device, fuse_lora=fuse_lora, reporter=reporter)
     if as_json:
         options.print_document(preview.model_dump(mode="json"))
         return
@@ -199,9 +227,13 @@ def _show_preview(
             f"{component.bytes_fp32 / 1e6:.1f} MB in float32 -> {component.bytes_after / 1e6:.1f} MB ({share:.3f})\n"
         )
         for scheme, layers in component.schemes.items():
-            sys.stdout.write(f"  {layers:5} layers  {scheme}\n")
+            sys.stdout.write(f"  {layers:5} layers  {scheme}{_runs_as(preview, scheme)}\n")
         for reason, layers in component.skipped.items():
             sys.stdout.write(f"  {layers:5} layers  float: {reason}\n")
+
+
+def _runs_as(preview: Preview, scheme: str) -> str:
+    return f": {preview.runs_as[scheme]}" if scheme in preview.runs_as else ""
 
 
 def _integer(text: str, option: str) -> int:

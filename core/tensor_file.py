@@ -61,9 +61,9 @@ class StoredTensor:
             stream.seek(self.info.start)
             raw = bytearray(stream.read(self.info.end - self.info.start))
         if not raw:
-            return torch.empty(self.shape, dtype=_torch_dtype(self.dtype))
-        tensor = torch.frombuffer(raw, dtype=_torch_dtype(self.info.dtype)).reshape(self.shape)
-        return tensor.to(_torch_dtype(self.dtype))
+            return torch.empty(self.shape, dtype=torch_dtype(self.dtype))
+        tensor = torch.frombuffer(raw, dtype=torch_dtype(self.info.dtype)).reshape(self.shape)
+        return tensor.to(torch_dtype(self.dtype))
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         """Its bytes as they will be written."""
@@ -91,7 +91,7 @@ class LazyTensor:
 
     def load(self) -> Tensor:
         """The tensor in memory."""
-        return self.make().to(_torch_dtype(self.dtype))
+        return self.make().to(torch_dtype(self.dtype))
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         """Its bytes as they will be written."""
@@ -205,7 +205,8 @@ def _dtype_name(tensor: Writable) -> str:
     return TORCH_NAMES[str(tensor.dtype).removeprefix("torch.")]
 
 
-def _torch_dtype(name: str) -> Any:
+def torch_dtype(name: str) -> Any:
+    """The torch dtype of a safetensors name."""
     import torch
 
     return getattr(torch, next(torch_name for torch_name, stored in TORCH_NAMES.items() if stored == name))

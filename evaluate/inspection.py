@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -19,7 +20,9 @@ from ..core.reporter import Reporter, silent
 from ..core.safe_read import component_tensors
 from ..core.scheme import Scheme
 from ..core.source import Source, component_entries, resolve_source, zoo_entry_of
-from ..runtime.load import load_source
+from ..core.target import execution_of
+from ..runtime.here import target_here
+from ..runtime.load import load_source, pick_device
 from ..runtime.request import RunRequest
 from ..runtime.trajectory import capture_calls
 from ..runtime.weight import state_shapes
@@ -27,6 +30,7 @@ from .profile import BlockCost, profile_call
 from .size import bytes_on_disk
 
 GROUP_SIZE = 64  # input features per scale assumed for 4 bits
+SHOWN = {"--bits 4": "w4", "--bits 8 --act-bits 8": "w8a8", "--bits 4 --act-bits 4": "w4a4"}
 PROBE_STEPS = 2  # some solvers cannot do one
 
 
@@ -65,6 +69,7 @@ class Inspection(Document):
     scheduler: str | None
     passes: tuple[str, ...]  # commands that made it, oldest first
     components: dict[str, Component]
+    products: dict[str, str] = Field(default_factory=dict)  # options of quantize -> what they run as on this machine
     absent: tuple[str, ...] = ()  # what was not measured, and why
 
 
@@ -95,8 +100,17 @@ def inspect_pipeline(
         scheduler=type(pipe.scheduler).__name__ if getattr(pipe, "scheduler", None) else None,
         passes=tuple(step.command for step in manifest.passes) if manifest else (),
         components=components,
+        products=_products(pick_device(device)),
         absent=absent,
     )
+
+
+def _products(device: torch.device) -> dict[str, str]:
+    """What quantized layers would run as where the pipeline was run."""
+    target = target_here(device)
+    if target is None:
+        return {}
+    return {options: execution_of(Scheme.from_name(name), target).sentence for options, name in SHOWN.items()}
 
 
 def quantizable_layers(denoiser: nn.Module, stored: dict[str, int]) -> dict[str, Quantizable]:

@@ -126,6 +126,8 @@ def print_inspection(inspection: Inspection) -> None:
             )
         if component.quantization:
             print(f"\n{name} is quantized: {component.quantization}.")
+    for options, products in inspection.products.items():
+        print(f"{options} would run here as {products}")
     for reason in inspection.absent:
         print(f"Not measured: {reason}")
 

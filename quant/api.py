@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from ..core.requirements import Requirements, parse_requirements
 from ..core.safe_read import read_json, weight_hash
 from ..core.source import Source, component_entries, resolve_source
 from .config import METHODS, QuantizeConfig, on_the_fly
+from .fuse import Lora, check_fusing, find_lora, fused
+from .outcome import summarize, tell_of_target
 
 REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}
 
@@ -41,6 +45,13 @@ class Job:
     hashes: dict[str, str]  # component -> weight hash
     calibration: Path | None  # set that was given
     run_key: str  # names this very result
+    loras: tuple[Lora, ...] = ()  # to be added first
+    fused_hashes: dict[str, str] | None = None  # component -> weight hash, when they were added
+
+    @property
+    def float_hashes(self) -> dict[str, str]:
+        """Of the weights that are rounded."""
+        return self.fused_hashes or self.hashes
 
 
 def quantize_pipeline(
@@ -54,6 +65,7 @@ def quantize_pipeline(
     device: str = "auto",
     require: tuple[str, ...] = (),
     keep_failed: bool = False,
+    fuse_lora: Sequence[str | Path] = (),
     reporter: Reporter | None = None,
 ) -> Path:
     """Quantize the denoisers of a pipeline and write a bundle.
@@ -68,6 +80,7 @@ def quantize_pipeline(
         device: where the arithmetic and the comparison with the float pipeline run.
         require: floors such as "psnr>=25"; when one is missed nothing is put in place.
         keep_failed: keep what missed a floor as `<output>.failed`.
+        fuse_lora: adapter files, as "style.safetensors:0.8", that are added to the weights before anything else.
 
     Returns:
         The bundle's folder. If it already holds this very result it is returned at once.
@@ -78,12 +91,52 @@ def quantize_pipeline(
     config, reporter, started = config or QuantizeConfig(), reporter or silent(), time.time()
     earlier = len(reporter.notices)  # a reporter may have served another pass before
     requirements = parse_requirements(require)
-    job = prepare(source, config, reporter, calib)
+    job = prepare(source, config, reporter, calib, fuse_lora)
     target = Path(output) if output else default_output(job)
     if not overwrite and existing_bundle(target, job.run_key):
         return _existing(target, requirements, reporter)
     check_output(job.source.path, target, overwrite=overwrite)
 
+    with ExitStack() as stack:
+        if job.loras:
+            whole = stack.enter_context(fused(job.source, job.loras, target, reporter))
+            hashes = {name: weight_hash(whole.path / name) for name in job.components}
+            job = replace(job, source=whole, fused_hashes=hashes)
+        _write(
+            job,
+            target,
+            requirements,
+            earlier=earlier,
+            started=started,
+            overwrite=overwrite,
+            resume=resume,
+            device=device,
+            keep_failed=keep_failed,
+            reporter=reporter,
+        )
+    summarize(job.config, target, job.components, device, reporter)
+    return target
+
+
+def _write(
+    job: Job,
+    target: Path,
+    requirements: Requirements,
+    *,
+    earlier: int,
+    started: float,
+    overwrite: bool,
+    resume: bool,
+    device: str,
+    keep_failed: bool,
+    reporter: Reporter,
+) -> None:
+    """Quantize the components into a bundle at `target`.
+
+    Args:
+        earlier: notices of other passes that the reporter has served.
+        started: when, in seconds.
+    """
     from ..runtime.measure import measure_bundle
     from .driver import check_plans, quantize_component
     from .inputs import calibration_of
@@ -92,10 +145,10 @@ def quantize_pipeline(
     if job.config.needs_calibration:
         check_plans(job, method, reporter)  # before the minutes that a calibration set takes
         calibration = calibration_of(
-            job.source, job.hashes, job.config, job.calibration, device=device, reporter=reporter
+            job.source, job.float_hashes, job.config, job.calibration, device=device, reporter=reporter
         )
     elif job.calibration:
-        reporter.notice(f"{job.config.method} needs no calibration set: {job.calibration.name} is not used.")
+        reporter.notice(f"{job.config.method} needs no calibration set here: {job.calibration.name} is not used.")
     with BundleWriter(
         job.source.path,
         target,
@@ -111,7 +164,12 @@ def quantize_pipeline(
         }
         writer.carry_unchanged()
         effect = measure_bundle(
-            job.source, writer.folder, measure=config.measure, device=device, seed=config.seed, reporter=reporter
+            job.source,
+            writer.folder,
+            measure=job.config.measure,
+            device=device,
+            seed=job.config.seed,
+            reporter=reporter,
         )
         requirements.check(effect, writer, keep=keep_failed)
         writer.commit(
@@ -121,12 +179,14 @@ def quantize_pipeline(
             {"command": "quantize", "seconds": round(time.time() - started, 1), **describe_machine()},
             lambda manifest: model_card(manifest, job.source.path),
         )
-    _summarize(job, target, effect, reporter)
-    return target
 
 
 def prepare(
-    source: str | Path | Source | None, config: QuantizeConfig, reporter: Reporter, calib: str | Path | None = None
+    source: str | Path | Source | None,
+    config: QuantizeConfig,
+    reporter: Reporter,
+    calib: str | Path | None = None,
+    fuse_lora: Sequence[str | Path] = (),
 ) -> Job:
     """Resolve names and check everything that can be checked without reading weights.
 
@@ -136,10 +196,18 @@ def prepare(
     if config.method == "auto":
         reporter.detail("method auto: rtn, the method that needs no calibration set")
     config = config.resolved()
+    tell_of_target(config, reporter)
+    if config.is_data_free:
+        reporter.notice(
+            f"{config.method} looks at weights alone, as asked: expect more error than with a calibration set"
+        )
     found = source if isinstance(source, Source) else resolve_source(_text(source), reporter=reporter)
     components = select_components(found.path, list(config.component))
     _refuse_other_libraries(found, components)
     _refuse_quantized(found, components)
+    loras = tuple(find_lora(str(text)) for text in fuse_lora)
+    if loras:
+        check_fusing(found)
     hashes = {name: weight_hash(found.path / name) for name in components}
     calibration = Path(calib) if calib else found.calibration
     identity: dict[str, Any] = {"source": hashes, "config": config.model_dump(mode="json"), "dacc": REQUIRES["dacc"]}
@@ -147,8 +215,10 @@ def prepare(
         made = on_the_fly(config, components)
         request = None if calibration else prepare_calibration(found, made, "float32", reporter).request
         identity["calibration"] = _calibration_id(calibration) if calibration else request
+    if loras:
+        identity["loras"] = [(lora.sha256, lora.scale) for lora in loras]
     run_key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Job(found, config, components, hashes, calibration, run_key)
+    return Job(found, config, components, hashes, calibration, run_key, loras)
 
 
 def _calibration_id(folder: Path) -> str:
@@ -236,7 +306,7 @@ def _manifest(
         requires=REQUIRES,
         source=before.source if before else source,
         pipeline=pipeline_class(job.source.path),
-        passes=[*(before.passes if before else []), this],
+        passes=[*(before.passes if before else []), *(lora.record() for lora in job.loras), this],
         history=[*(before.history if before else []), *([before.sha256()] if before else [])],
         components={**(before.components if before else {}), **written},
         files=files,
@@ -247,25 +317,3 @@ def _with_written_files(record: ComponentRecord, name: str, files: dict[str, Fil
     """Fill in hash and size, which are known only when the files are written."""
     facts = {"weight_hash": component_weight_hash(files, name), "bytes_after": component_weight_bytes(files, name)}
     return record.model_copy(update=facts)
-
-
-def _summarize(job: Job, target: Path, effect: Effect, reporter: Reporter) -> None:
-    """The closing lines on stderr: size, damage, and what another option would bring."""
-    manifest = read_manifest(target)
-    assert manifest is not None
-    for name in job.components:
-        record = manifest.components[name]
-        share = record.bytes_after / record.bytes_fp32
-        reporter.say(
-            f"{name}: {record.bytes_before / 1e6:.2f} MB -> {record.bytes_after / 1e6:.2f} MB "
-            f"({share:.3f} of float32, {record.parameters / 1e6:.2f} M parameters)"
-        )
-    if effect.not_measured:
-        reporter.say(f"difference to the float pipeline: not measured ({effect.not_measured})")
-    else:
-        reporter.say(
-            f"difference to the float pipeline: relative L2 {effect.relative_l2:.4f}, PSNR {effect.psnr:.1f} dB, "
-            f"SSIM {effect.ssim:.4f} ({effect.seeds} seeds, {effect.steps} steps)"
-        )
-    if job.config.bits == 8 and job.config.act_bits == 16:
-        reporter.say("--act-bits 8 would also run the products on 8-bit integers: same size, faster")

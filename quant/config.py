@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from ..calibrate.config import CalibrateConfig
 from ..core.config import Config
 from ..core.errors import ConfigError
 from ..core.registry import Registry
+from ..core.target import HERE, find_target
 
 METHODS = Registry("quantization method", f"{__package__}.methods", Path(__file__).parent / "methods")
 FIXED_MODES = ("static", "per-step")  # activation scales that are found on a calibration set
@@ -41,6 +42,7 @@ class QuantizeConfig(Config):
     cache_gb: float = Field(
         4.0, gt=0
     )  # what the calls of a calibration set may hold between the units; less: fewer calls
+    target: str = HERE  # machine that the result is to run on; changes what is said, not what is written
     measure: Literal["auto", "never"] = "auto"  # compare with the float pipeline at the end
     seed: int = Field(0, ge=0)
 
@@ -94,10 +96,11 @@ class QuantizeConfig(Config):
         return self
 
     def resolved(self) -> QuantizeConfig:
-        """The same with the method's name and its way to activation scales in place of "auto".
+        """The same with the method's name and its way to activation scales in place of "auto", and one name for a
+        target.
 
         Raises:
-            ConfigError: no such method, or a mode of activations that are not quantized.
+            ConfigError: no such method or target, or a mode of activations that are not quantized.
         """
         method = DEFAULT_METHOD if self.method == "auto" else self.method
         METHODS.check(method)
@@ -107,11 +110,23 @@ class QuantizeConfig(Config):
                 mend="Add --act-bits 8, or leave --act-mode out.",
             )
         mode = METHODS.fact(method, "ACT_MODE") if self.act_mode == "auto" and self.act_bits < 16 else self.act_mode
-        return self.model_copy(update={"method": method, "act_mode": mode})
+        target = HERE if self.target == HERE else find_target(self.target).name
+        return self.model_copy(update={"method": method, "act_mode": mode, "target": target})
+
+    @property
+    def is_data_free(self) -> bool:
+        """Whether a method that looks at inputs is asked to do without; of a resolved config."""
+        field = METHODS.fact(self.method, "WITHOUT_DATA")
+        try:
+            return bool(TypeAdapter(bool).validate_python(self.settings.get(field, False)))
+        except ValidationError:  # the method's own config will say what is wrong
+            return False
 
     @property
     def needs_calibration(self) -> bool:
         """Whether anything about the inputs of the layers has to be known; of a resolved config."""
+        if self.is_data_free:
+            return False
         return bool(METHODS.fact(self.method, "NEEDS", ())) or self.act_mode in FIXED_MODES
 
 

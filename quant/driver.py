@@ -23,13 +23,14 @@ from ..core.manifest import FORMAT, AttentionRecord, ComponentRecord, ModuleReco
 from ..core.reporter import Reporter
 from ..core.safe_read import resolve_shards
 from ..core.scheme import Scheme
+from ..core.seeds import named_seed
 from ..core.tensor_file import StoredTensor, stored_tensors
 from ..runtime.attention import SOFTMAX_BITS, attention_modules
 from ..runtime.load import pick_device
 from ..runtime.skeleton import build_skeleton
-from ..runtime.weight import QuantizedWeight
 from .api import Job
-from .calibrated import quantize_units
+from .block import Treated
+from .calibrated import first_names, quantize_units
 from .config import QuantizeConfig
 from .layerwise import weight_error_of
 from .plan import LayerPlan, Traits, plan_layers
@@ -77,8 +78,13 @@ def quantize_component(
             continue
         unit = f"{name}/{plan.name}"
         if unit not in writer.finished_units():
-            _quantize_layer(method, method_config, plan, stored, writer, unit, target)
+            seed = named_seed(job.config.seed, plan.name)
+            _quantize_layer(method, method_config, plan, stored, writer, unit, target, seed)
         modules[plan.name] = ModuleRecord(**writer.unit_record(unit))
+    if not calibration and (fallen := [unit for unit, record in modules.items() if record.method]):
+        reporter.notice(
+            f"{job.config.method} was no better than rounding to nearest, which was kept, on {first_names(fallen)}."
+        )
     used = [Scheme.from_name(record.scheme) for record in modules.values() if record.scheme]
     schemes = {scheme.name: scheme for scheme in used}
     steps = _steps(calibration, used)
@@ -93,7 +99,7 @@ def quantize_component(
     return ComponentRecord(
         class_name=type(skeleton).__name__,
         weight_hash="",
-        reference_hash=job.hashes[name],
+        reference_hash=job.float_hashes[name],
         parameters=parameters,
         bytes_fp32=4 * parameters,
         bytes_before=sum(file.stat().st_size for file in resolve_shards(folder).values()),
@@ -173,14 +179,18 @@ def _quantize_layer(
     writer: BundleWriter,
     unit: str,
     device: torch.device,
+    seed: int,
 ) -> None:
     """Read one weight, quantize it, store it with its distance to the float one."""
     assert plan.scheme is not None
     weight = _read_weight(plan, stored).to(device)
-    quantized: QuantizedWeight = method.quantize(weight, plan.scheme, config)
-    error = six_digits(weight_error_of(weight, quantized))
-    record = ModuleRecord(scheme=plan.scheme.name, shape=plan.shape, error=error)
-    tensors = {f"{plan.name}.{key}": value.cpu() for key, value in quantized.tensors().items()}
+    if plan.scheme.absorbs_outliers:
+        treated: Treated = method.quantize_alone(weight, plan.scheme, config, seed)
+    else:
+        treated = Treated(method.quantize(weight, plan.scheme, config))
+    error = six_digits(weight_error_of(weight, treated.weight))
+    record = ModuleRecord(scheme=treated.weight.scheme.name, shape=plan.shape, error=error, method=treated.method)
+    tensors = {f"{plan.name}.{key}": value.cpu() for key, value in treated.tensors().items()}
     writer.save_unit(unit, tensors, record.model_dump())
 
 

@@ -42,7 +42,7 @@ def decompose(matrix: Tensor, rank: int, *, seed: int, iterations: int) -> tuple
 
 def _randomized(matrix: Tensor, width: int, seed: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    sketch = torch.randn(matrix.shape[1], width, generator=generator)  # (K, Q)
+    sketch = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)  # (K, Q)
     basis = _orthonormal(matrix @ sketch)  # (O, Q)
     for _ in range(iterations):
         basis = _orthonormal(matrix @ _orthonormal(matrix.T @ basis))

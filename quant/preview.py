@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+
+from pydantic import Field
 
 from ..calibrate.config import DEFAULT_STEPS
 from ..core.calibration import read_calibration
 from ..core.config import Config, Document, build_config
 from ..core.reporter import Reporter
+from ..core.scheme import Scheme
 from ..core.source import Source, zoo_entry_of
+from ..core.target import execution_of
 from ..core.tensor_file import StoredTensor, stored_tensors
 from ..runtime.activation import activation_shapes
 from ..runtime.weight import state_shapes
 from .api import Job, prepare
 from .config import METHODS, QuantizeConfig
 from .driver import plan_component, traits_of
+from .outcome import target_of
 from .plan import LayerPlan
 
 FLOAT16_BYTES = 2
@@ -39,6 +45,7 @@ class Preview(Document):
     source: str
     method: str
     components: dict[str, ComponentPreview]
+    runs_as: dict[str, str] = Field(default_factory=dict)  # scheme -> its products on the target; empty: not known
 
 
 def preview_quantization(
@@ -46,16 +53,24 @@ def preview_quantization(
     config: QuantizeConfig,
     *,
     calib: str | Path | None = None,
+    device: str = "auto",
+    fuse_lora: Sequence[str | Path] = (),
     reporter: Reporter,
 ) -> Preview:
     """Plan every layer and add up the bytes.
 
+    Args:
+        device: where the result would run, unless the config names a target.
+        fuse_lora: adapter files; they change no plan, but wrong ones are refused.
+
     Raises:
         DaccError: as `quantize_pipeline` would, before any weight is read.
     """
-    job = prepare(source, config, reporter, calib)
+    job = prepare(source, config, reporter, calib, fuse_lora)
     components = {name: _preview_component(job, name, reporter) for name in job.components}
-    return Preview(source=job.source.identity, method=job.config.method, components=components)
+    target, schemes = target_of(job.config, device), {name for found in components.values() for name in found.schemes}
+    runs_as = {name: execution_of(Scheme.from_name(name), target).how for name in sorted(schemes)} if target else {}
+    return Preview(source=job.source.identity, method=job.config.method, components=components, runs_as=runs_as)
 
 
 def _preview_component(job: Job, name: str, reporter: Reporter) -> ComponentPreview:

@@ -24,14 +24,23 @@ def smoothings(absmax: Tensor, weights: Sequence[Tensor], steps: int) -> list[Te
     Args:
         absmax: (K,) of the inputs.
         weights: (O, K) each, of all layers that read them.
-        steps: of alpha; more: closer to the best, slower.
+        steps: of alpha; more: closer to the best, slower; 1: no grid.
     """
-    span = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)  # (K,)
-    x, w = _positive(absmax).log(), _positive(span).log()
-    found: list[Tensor | None] = [None, _stored(-w, DATA_FREE)]
+    x, w = _positive(absmax).log(), _span(weights).log()
+    found: list[Tensor | None] = [None, weight_factors(weights)]
     for alpha in (step / steps for step in range(1, steps)):
         found += [_stored(alpha * x - beta * w, LARGEST) for beta in (0.0, 1 - alpha)]
     return found
+
+
+def weight_factors(weights: Sequence[Tensor]) -> Tensor:
+    """The factors (K,) that only look at the weights, (O, K) each, of all layers that read one tensor."""
+    return _stored(-_span(weights).log(), DATA_FREE)
+
+
+def _span(weights: Sequence[Tensor]) -> Tensor:
+    """Largest weight of each channel, (K,)."""
+    return _positive(torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0))
 
 
 def _positive(spans: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ LIGHT_CORE = (
     "manifest",
     "calibration",
     "scheme",
+    "target",
     "requirements",
     "reporter",
     "source",

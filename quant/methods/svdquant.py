@@ -14,6 +14,7 @@ Letters: O rows, K input features, r rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -24,6 +25,7 @@ from ...core.config import Config
 from ...core.errors import ConfigError
 from ...core.scheme import Scheme
 from ...runtime.weight import QuantizedWeight
+from ..assumed import assumed_inputs
 from ..block import Treated
 from ..entering import Entering
 from ..layerwise import BASELINE
@@ -36,6 +38,7 @@ SCREENED = 256  # inputs that all candidates for s are judged on
 FACTOR_BITS = 16  # of a number in a branch
 
 NEEDS = ("grams",)
+WITHOUT_DATA = "data_free"  # the field that lets it do without them
 UNIT = "group"
 ACT_MODE = "dynamic"
 
@@ -49,6 +52,8 @@ class SVDQuantConfig(Config):
     finalists: int = Field(3, ge=1)  # candidates that are judged on all inputs; more: surer, slower
     refinements: int = Field(3, ge=0, le=10)  # of the branch in turn with the rounding; more: less error, slower
     gptq: bool = True  # false: residuals, and layers without a branch, are rounded to nearest
+    joint: bool = True  # false: factors are judged as if there were no branch; quicker, more error
+    data_free: bool = False  # true: only weights are looked at; quicker, little memory, more error
 
 
 CONFIG = SVDQuantConfig
@@ -73,9 +78,9 @@ def planned_rank(config: SVDQuantConfig) -> int:
     return 0 if config.rank == "auto" else config.rank
 
 
-def quantize(weight: Tensor, scheme: Scheme, config: SVDQuantConfig, gram: Tensor) -> QuantizedWeight:
+def quantize(weight: Tensor, scheme: Scheme, config: SVDQuantConfig, gram: Tensor | None = None) -> QuantizedWeight:
     """A layer without smoothing and branch: a convolution, or one that sees the time step alone."""
-    if config.gptq:
+    if config.gptq and gram is not None:
         return gptq.quantize(weight, scheme, gptq.GPTQConfig(), gram)
     return rtn.quantize(weight, scheme, BASELINE)
 
@@ -98,14 +103,22 @@ def quantize_group(
     return found
 
 
+def quantize_alone(weight: Tensor, scheme: Scheme, config: SVDQuantConfig, seed: int) -> Treated:
+    """Quantize a linear of which nothing is known but its weight (O, K): its factors are those that only look at the
+    weight, or none; rank and factors are judged on assumed inputs, and the residual is rounded to nearest."""
+    alone = config.model_copy(update={"steps": 1, "gptq": False, "refinements": min(config.refinements, 1)})
+    found = quantize_group({"": weight}, {"": scheme}, assumed_inputs(weight, seed), alone, seed)[""]
+    return replace(found, output_error=None)  # assumed inputs measure nothing
+
+
 def choose(layers: Sequence[Layer], absmax: Tensor, config: SVDQuantConfig, seed: int) -> tuple[int, Tensor | None]:
     """Rank and smoothing of a group. With `auto` a branch must do more than the same bytes would do in the codes."""
     if config.rank != "auto":
-        return config.rank, find_smoothing(layers, absmax, config.rank, config, seed)[0]
+        return config.rank, smoothing_beside(layers, absmax, config.rank, config, seed)[0]
     ranks = [rank for rank in RANKS if branch_bits(layers, rank) <= config.budget]
-    found = {rank: find_smoothing(layers, absmax, rank, config, seed) for rank in ranks}
+    found = {rank: smoothing_beside(layers, absmax, rank, config, seed) for rank in ranks}
     smoothing, error = found[0]
-    of_inputs = _mean_error(layers, lambda layer: take_apart(layer, smoothing, 0, seed).unrounded())
+    of_inputs = _mean_error(layers, lambda layer: take_apart(layer, smoothing, 0, seed, rough=True).unrounded())
 
     def left(rank: int) -> float:
         """Share of the error that finer codes would leave: a bit more takes three quarters of what is not of inputs."""
@@ -122,6 +135,16 @@ def branch_bits(layers: Sequence[Layer], rank: int) -> float:
     return FACTOR_BITS * numbers / sum(layer.rows.numel() for layer in layers)
 
 
+def smoothing_beside(
+    layers: Sequence[Layer], absmax: Tensor, rank: int, config: SVDQuantConfig, seed: int
+) -> tuple[Tensor | None, float]:
+    """The smoothing for a branch of this rank, and the error with both."""
+    if config.joint or not rank:
+        return find_smoothing(layers, absmax, rank, config, seed)
+    smoothing, _ = find_smoothing(layers, absmax, 0, config, seed)
+    return smoothing, _mean_error(layers, lambda layer: take_apart(layer, smoothing, rank, seed))
+
+
 def find_smoothing(
     layers: Sequence[Layer], absmax: Tensor, rank: int, config: SVDQuantConfig, seed: int
 ) -> tuple[Tensor | None, float]:
@@ -135,7 +158,7 @@ def find_smoothing(
 
     screened = sorted(range(ALWAYS, len(candidates)), key=lambda place: error(place, few, rough=True))
     finalists = [*range(ALWAYS), *screened[: config.finalists]]
-    errors = {place: error(place, layers, rough=False) for place in finalists}
+    errors = {place: error(place, layers, rough=config.data_free) for place in finalists}
     best = min(finalists, key=errors.__getitem__)
     return candidates[best], errors[best]
 

@@ -20,11 +20,13 @@ from dacc.benchmarks.ptq_rows import LINEAR_GLOBS, PIPELINES, ROWS, SETTINGS, TE
 from dacc.benchmarks.ptq_table import pipeline_block, write_tables
 from dacc.core.config import build_config
 from dacc.core.families import find_family
+from dacc.core.manifest import read_manifest
 from dacc.core.pipeline import denoiser_names, walk_layers
 from dacc.core.reporter import silent
 from dacc.core.zoo import zoo_entry
 from dacc.evaluate.judge import load_judge
 from dacc.evaluate.result import Metric
+from dacc.quant.api import quantize_pipeline
 from dacc.quant.config import METHODS, QuantizeConfig
 from dacc.quant.driver import traits_of
 from dacc.quant.plan import plan_layers
@@ -180,6 +182,45 @@ def test_a_row_of_linears_is_there_where_convolutions_are_too():
     options = row_options("digits-unet", "W8A8", "gptq (linears)")
     assert "*.to_q" in options["include"]
     assert "include" not in row_options("digits-unet", "W8A8", "gptq (defaults)")
+
+
+def test_rows_of_svdquant_are_every_combination_and_can_be_asked_for():
+    swept = {name: row for name, row in ROWS.items() if row.swept}
+    seen = set()
+    for name, row in swept.items():
+        assert row.settings == ("W8A8", "W4A8", "W4A4")
+        config = build_config(QuantizeConfig, **row_options("digits-dit", "W4A4", name)).resolved()
+        fields = build_config(METHODS.load("svdquant").CONFIG, **config.settings)
+        seen.add((fields.rank, fields.gptq, fields.joint, fields.data_free))
+        assert config.needs_calibration != fields.data_free
+    combined = {(rank, gptq, joint, False) for rank in (4, 8, 16, "auto") for gptq in (1, 0) for joint in (1, 0)}
+    combined |= {(0, gptq, True, False) for gptq in (1, 0)}
+    assert seen == combined | {("auto", True, True, True)}
+    assert len(swept) == len(seen)
+
+
+def test_sweeps_are_measured_when_they_are_named(bench):
+    options = argparse.Namespace(row=None, setting=["W4A4"])
+    assert not [row for _, row in ptq_study._wanted("digits-dit", options) if "svdquant" in row]
+    options.row = ["svdquant (rank 8)"]
+    assert list(ptq_study._wanted("digits-dit", options)) == [("W4A4", "svdquant (rank 8)")]
+
+
+def test_bytes_of_a_row_hold_its_branches(dit_folder, tmp_path):
+    sizes = {}
+    for rank in (0, 8):
+        config = QuantizeConfig(
+            method="svdquant", act_bits=4, measure="never", settings={"rank": rank, "data_free": True, "refinements": 0}
+        )
+        record = read_manifest(quantize_pipeline(dit_folder, config, output=tmp_path / str(rank))).components
+        sizes[rank] = record["transformer"]
+    branches = sum(
+        2 * 8 * sum(module.shape)
+        for module in sizes[8].quantization.modules.values()
+        if module.scheme and "-r8" in module.scheme
+    )
+    assert branches > 0
+    assert sizes[8].bytes_after >= sizes[0].bytes_after + branches / 2
 
 
 def test_a_row_spares_what_efficientdm_spares():

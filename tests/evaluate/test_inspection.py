@@ -24,7 +24,10 @@ def test_a_pipeline_is_taken_apart(
     assert inspection.components["scheduler"].parameters == 0
     assert next(iter(json.loads(inspection.model_dump_json()))) == "schema"
     print_inspection(inspection)
-    assert "what quantize could do" in capsys.readouterr().out
+    assert set(inspection.products) == {"--bits 4", "--bits 8 --act-bits 8", "--bits 4 --act-bits 4"}
+    printed = capsys.readouterr().out
+    assert "what quantize could do" in printed
+    assert "4-bit values in" in printed
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # inside diffusers

@@ -10,7 +10,7 @@ from dacc.core.config import build_config
 from dacc.core.errors import ConfigError
 from dacc.core.manifest import read_manifest
 from dacc.core.scheme import Scheme
-from dacc.quant.config import METHODS
+from dacc.quant.config import METHODS, QuantizeConfig
 from dacc.quant.entering import Entering
 from dacc.quant.grid import find_grid
 from dacc.quant.methods import gptq, rtn
@@ -21,6 +21,7 @@ from dacc.quant.methods.svdquant import (
     check,
     find_smoothing,
     quantize,
+    quantize_alone,
     quantize_group,
 )
 from dacc.quant.smoothing import ALWAYS, smoothings
@@ -136,6 +137,16 @@ def test_smoothing_is_chosen_with_the_branch_in_mind():
     (without, _), (beside, least) = (find_smoothing([layer], absmax, rank, config, 0) for rank in (0, 16))
     assert not torch.equal(without, beside)
     assert least < 0.9 * error_of(layer, take_apart(layer, without, 16, 0))
+
+
+@pytest.mark.parametrize("rank", [16, "auto"])
+def test_factors_can_be_judged_without_the_branch(rank):
+    weight, x = planted()
+    without = find_smoothing([Layer.reading(x[:2048], weight, W4A4)], x[:2048].abs().amax(0), 0, SVDQuantConfig(), 0)[0]
+    alone, beside = (one(weight, x[:2048], W4A4, rank=rank, joint=joint, gptq=False) for joint in (False, True))
+    assert torch.equal(alone.weight.smoothing, without)
+    assert alone.weight.scheme.rank
+    assert beside.output_error < 0.95 * alone.output_error
 
 
 @NAMED
@@ -321,6 +332,105 @@ def test_convolutions_of_a_unet_run_beside_linears_with_branches(unet_folder, qu
     assert absorbing
     assert all(isinstance(layer, nn.Linear) for layer in absorbing)
     assert simulation_gap(done, model) < 1e-4
+
+
+# without data
+
+
+def column_outliers(rows=192, features=256, size=40.0):
+    """A weight some columns of which are larger, and inputs that know nothing of it."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(rows, features, generator=generator) / features**0.5
+    weight[:, torch.randperm(features, generator=generator)[:6]] *= size
+    return weight, torch.randn(512, features, generator=generator)
+
+
+@NAMED
+@pytest.mark.parametrize("fields", [{"rank": 16}, {"rank": "auto"}], ids=["rank 16", "rank auto"])
+def test_without_data_columns_that_stick_out_are_kept_out_of_the_integers(scheme, fields):
+    weight, x = column_outliers()
+    plain = Wrapped(rtn.quantize(weight, scheme, rtn.RTNConfig(search="mse")))
+    found = quantize_alone(weight, scheme, SVDQuantConfig(data_free=True, **fields), 0)
+    assert found.method is None
+    assert held_out_error(weight, found, x) < 0.7 * held_out_error(weight, plain, x)
+    assert float((found.weight.dequantize() - weight).norm()) < 0.5 * float((plain.weight.dequantize() - weight).norm())
+
+
+def test_without_data_factors_are_those_of_the_weight_or_none(monkeypatch):
+    weight, _ = planted(rows=40, features=128)
+    seen = []
+    monkeypatch.setattr(
+        "dacc.quant.methods.svdquant.find_smoothing",
+        lambda layers, absmax, rank, config, seed: seen.append(config) or (None, 1.0),
+    )
+    quantize_alone(weight, W4A4, SVDQuantConfig(data_free=True, rank=4), 0)
+    assert len(smoothings(torch.ones(128), [weight], seen[0].steps)) == ALWAYS
+    assert not seen[0].gptq
+
+
+def test_without_data_large_inputs_are_read_off_small_weights():
+    weight, x = planted(rows=96, features=256, outliers=0)
+    large = torch.ones(256)
+    large[:5] = 4
+    weight, x = 3 * weight / large, x * large  # the outputs are those of even channels
+    plain = Wrapped(rtn.quantize(weight, W4A4, rtn.RTNConfig(search="mse")))
+    found = quantize_alone(weight, W4A4, SVDQuantConfig(data_free=True, rank=0), 0)
+    assert found.weight.smoothing is not None
+    assert held_out_error(weight, found, x) < 0.9 * held_out_error(weight, plain, x)
+
+
+def test_without_data_the_same_seed_gives_the_same_bytes():
+    weight, _ = column_outliers(rows=96, features=128)
+    config = SVDQuantConfig(data_free=True, rank=8)
+    first, second = (quantize_alone(weight, W4A4, config, 5).weight.tensors() for _ in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_without_data_a_layer_that_gains_nothing_keeps_its_nearest_rounding():
+    weight = torch.zeros(16, 128)
+    weight[:, ::2] = 15.0  # exact in every format
+    found = quantize_alone(weight, SCHEMES[2], SVDQuantConfig(data_free=True, rank=8), 0)
+    assert found.method == "rtn"
+    assert found.output_error is None
+
+
+@pytest.mark.parametrize("setting", [True, "true"])
+def test_without_data_no_set_is_made_and_a_notice_says_so(setting, dit_folder, tmp_path, monkeypatch):
+    for place in (
+        "dacc.quant.inputs.calibration_of",
+        "dacc.quant.driver.load_float",
+        "dacc.quant.driver.quantize_units",
+    ):
+        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("it looks at inputs"))
+    config = QuantizeConfig(
+        bits=4, act_bits=8, method="svdquant", measure="never", settings={"rank": 4, "data_free": setting}
+    )
+    bundle = dacc.quantize_pipeline(dit_folder, config, output=tmp_path / "out", device="cpu")
+    manifest = read_manifest(bundle)
+    done = manifest.passes[-1]
+    assert done.calibration is None
+    assert [notice for notice in done.notices if "looks at weights alone" in notice]
+    model = DiTTransformer2DModel.from_pretrained(bundle, subfolder="transformer")
+    modules = manifest.components["transformer"].quantization.modules
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)}
+    assert {name: layer.scheme.name for name, layer in layers.items()} == {
+        name: record.scheme for name, record in modules.items() if record.scheme
+    }
+    absorbing = [name for name, layer in layers.items() if layer.scheme.rank == 4]
+    fallen = [name for name, record in modules.items() if record.method == "rtn"]
+    assert absorbing
+    assert not set(absorbing) & set(fallen)
+    assert len([notice for notice in done.notices if "no better than rounding to nearest" in notice]) == bool(fallen)
+    assert all(record.output_error is None for record in modules.values())
+    assert dacc.verify_bundle(bundle) == []
+
+
+def test_a_set_is_asked_for_unless_the_method_is_told_to_do_without():
+    for settings, needed in (({}, True), ({"data_free": "false"}, True), ({"data_free": "1"}, False)):
+        assert QuantizeConfig(method="svdquant", settings=settings).resolved().needs_calibration == needed
+    assert not QuantizeConfig(method="svdquant", settings={"data_free": "maybe"}).resolved().is_data_free
+    assert QuantizeConfig(method="gptq").resolved().needs_calibration
 
 
 def test_it_is_a_method_of_groups_that_needs_calibration():
