@@ -47,10 +47,11 @@ def quantize(
     act_mode: Annotated[
         str,
         typer.Option(
-            metavar="auto|dynamic|static|per-step",
-            help="Where activation scales come from: each input as it comes (dynamic), or a calibration set, one for "
-            "all steps (static) or one for each (per-step). auto: what the method is made for.",
-            autocompletion=options.words("auto", "dynamic", "static", "per-step"),
+            metavar="auto|dynamic|per-group|static|per-step",
+            help="Where activation scales come from: each input as it comes, one for a token (dynamic) or one for each "
+            "group of its features (per-group); or a calibration set, one for all steps (static) or one for each "
+            "(per-step). auto: what the method is made for.",
+            autocompletion=options.words("auto", "dynamic", "per-group", "static", "per-step"),
         ),
     ] = "auto",
     attention_bits: Annotated[

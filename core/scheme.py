@@ -9,10 +9,11 @@ from pydantic import Field, field_validator, model_validator
 
 from .config import Config
 
-ActMode = Literal["none", "dynamic", "static", "per-step"]
+ActMode = Literal["none", "dynamic", "per-group", "static", "per-step"]
 _NAME = re.compile(
     r"w(?P<bits>\d)(a(?P<act_bits>\d))?(-g(?P<group_size>\d+))?(-two-level|-asym)?"
-    r"(-static|-per-step(?P<act_steps>\d+))?(-split(?P<split>\d+))?(-r(?P<rank>\d+))?(-smooth)?"
+    r"(-static|-per-step(?P<act_steps>\d+)|-per-group(?P<act_group_size>\d+))?"
+    r"(-split(?P<split>\d+))?(-r(?P<rank>\d+))?(-smooth)?"
 )
 
 
@@ -30,9 +31,11 @@ class Scheme(Config):
     group_size: int | None = Field(None, ge=1)  # input features per scale; None: one scale per output channel
     two_level: bool = False
     act_bits: int = 16  # 4 to 8; 16: activations stay floating point
-    # dynamic: one scale per token (linear) or per sample (convolution), found at each call; static: one fixed scale and
-    # zero point for the whole tensor; per-step: the same, another one for each denoiser call of a sampling run
+    # dynamic: one scale per token (linear) or per sample (convolution), found at each call; per-group: one per token
+    # and group of features (linear), likewise; static: one fixed scale and zero point for the whole tensor; per-step: the
+    # same, another one for each denoiser call of a sampling run
     act_mode: ActMode = "none"
+    act_group_size: int | None = Field(None, ge=1)  # per-group: input features per activation scale
     act_steps: int | None = Field(None, ge=1)  # per-step: denoiser calls of the grid that the table was made on
     split: int | None = Field(None, ge=1)  # input channels of the first of two parts
     rank: int | None = Field(None, ge=1)  # of the low-rank branch; None: there is none
@@ -51,20 +54,39 @@ class Scheme(Config):
             raise ValueError("act_mode is 'none' exactly when act_bits is 16")
         if (self.act_mode == "per-step") != (self.act_steps is not None):
             raise ValueError("act_steps is given exactly when act_mode is 'per-step'")
+        if (self.act_mode == "per-group") != (self.act_group_size is not None):
+            raise ValueError("act_group_size is given exactly when act_mode is 'per-group'")
         if self.act_bits < 16 and not self.symmetric:
             raise ValueError("quantized activations need symmetric weights")
         if self.two_level and (self.bits > 4 or self.group_size is None or not self.symmetric):
             raise ValueError("two-level scales need symmetric groups of at most 4 bits")
-        if self.act_bits < 16 and self.group_size is not None and not self.two_level:
-            raise ValueError("a float scale per group cannot ride an integer product; use two_level or per channel")
-        if self.split and self.group_size and self.split % self.group_size:
-            raise ValueError(f"group_size {self.group_size} does not divide the first {self.split} channels of a split")
+        self._check_groups()
         return self
+
+    def _check_groups(self) -> None:
+        """Groups of weights and activations against each other, and against the parts."""
+        if self.act_group_size is not None:
+            if self.two_level or self.group_size not in (None, self.act_group_size):
+                raise ValueError(
+                    "beside activations per group, weights have a float scale for each of these very groups, or for "
+                    "each channel"
+                )
+        elif self.act_bits < 16 and self.group_size is not None and not self.two_level:
+            raise ValueError("a float scale per group cannot ride an integer product; use two_level or per channel")
+        for name in ("group_size", "act_group_size"):
+            size = getattr(self, name)
+            if self.split and size and self.split % size:
+                raise ValueError(f"{name} {size} does not divide the first {self.split} channels of a split")
 
     @property
     def has_fixed_acts(self) -> bool:
         """Whether activation scales are stored; dynamic ones are found at run time."""
         return self.act_mode in ("static", "per-step")
+
+    @property
+    def finds_acts(self) -> bool:
+        """Whether activation scales are found in what enters, at each call."""
+        return self.act_mode in ("dynamic", "per-group")
 
     @property
     def parts(self) -> int:
@@ -84,11 +106,16 @@ class Scheme(Config):
     @property
     def name(self) -> str:
         """Short name used in files: `w4-g64-asym`, `w8a8`, `w4a8-g64-two-level`, `w8a6-per-step50-split128`,
-        `w4a4-g64-two-level-r32-smooth`."""
+        `w4a4-g64-per-group64-r32-smooth`."""
         acts = f"a{self.act_bits}" if self.act_bits < 16 else ""
         group = f"-g{self.group_size}" if self.group_size else ""
         kind = "-two-level" if self.two_level else "" if self.symmetric else "-asym"
-        mode = {"static": "-static", "per-step": f"-per-step{self.act_steps}"}.get(self.act_mode, "")
+        modes = {
+            "static": "-static",
+            "per-step": f"-per-step{self.act_steps}",
+            "per-group": f"-per-group{self.act_group_size}",
+        }
+        mode = modes.get(self.act_mode, "")
         split = f"-split{self.split}" if self.split else ""
         absorbed = (f"-r{self.rank}" if self.rank else "") + ("-smooth" if self.smooth else "")
         return f"w{self.bits}{acts}{group}{kind}{mode}{split}{absorbed}"
@@ -104,7 +131,8 @@ class Scheme(Config):
         if found is None:
             raise ValueError(f"{name!r} is not the name of a scheme")
         numbers: dict[str, Any] = {field: int(digits) for field, digits in found.groupdict().items() if digits}
-        rounded: ActMode = "static" if "-static" in name else "per-step" if "act_steps" in numbers else "dynamic"
+        told: dict[str, ActMode] = {"-static": "static", "-per-step": "per-step", "-per-group": "per-group"}
+        rounded = next((mode for part, mode in told.items() if part in name), "dynamic")
         return cls(
             symmetric="-asym" not in name,
             two_level="-two-level" in name,

@@ -302,9 +302,9 @@ def _tell_of_baselines(treatment: Treatment, plans: list[LayerPlan], reporter: R
     fallen = {name: record for name, record in records.items() if record["method"]}
     method = treatment.method.__name__.rpartition(".")[2]
     if blind := [name for name, record in fallen.items() if record["output_error"] is None]:
-        reporter.notice(f"{method} cannot use what enters these layers; rounded to nearest: {_list(blind)}.")
+        reporter.notice(f"{method} cannot use what enters these layers; rounded to nearest: {list_names(blind)}.")
     if lost := [name for name, record in fallen.items() if record["output_error"] is not None]:
-        reporter.notice(f"{method} was no better than rounding to nearest, which was kept, on {_list(lost)}.")
+        reporter.notice(f"{method} was no better than rounding to nearest, which was kept, on {list_names(lost)}.")
 
 
 def six_digits(value: float) -> float:
@@ -312,7 +312,7 @@ def six_digits(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _list(names: list[str]) -> str:
+def list_names(names: list[str]) -> str:
     """The first few names."""
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

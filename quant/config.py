@@ -15,6 +15,7 @@ from ..core.registry import Registry
 
 METHODS = Registry("quantization method", f"{__package__}.methods", Path(__file__).parent / "methods")
 FIXED_MODES = ("static", "per-step")  # activation scales that are found on a calibration set
+FAST_BITS = 8  # of activations: fewer are no faster in an integer product
 ON_THE_FLY_GB = 1.0
 DEFAULT_METHOD = "rtn"  # the one that needs no calibration set
 
@@ -25,7 +26,8 @@ class QuantizeConfig(Config):
 
     bits: int = Field(4, ge=2, le=8)  # weight bits; fewer: smaller file, worse image
     act_bits: int = 16  # activation bits, 4 to 8, or 16: float; 8 runs on integer products and is faster
-    act_mode: Literal["auto", "dynamic", "static", "per-step"] = "auto"  # auto: what the method is made for
+    # auto: what the method is made for
+    act_mode: Literal["auto", "dynamic", "per-group", "static", "per-step"] = "auto"
     attention_bits: int = 16  # of q, k and v in the products of attention, 4 to 8, simulated; 16: float
     method: str = "auto"  # a file of quant/methods
     group_size: int | Literal["auto", "channel"] = (
@@ -106,13 +108,19 @@ class QuantizeConfig(Config):
                 f"--act-mode {self.act_mode} is about quantized activations; these are float.",
                 mend="Add --act-bits 8, or leave --act-mode out.",
             )
-        mode = METHODS.fact(method, "ACT_MODE") if self.act_mode == "auto" and self.act_bits < 16 else self.act_mode
+        mode = _made_for(method, self.act_bits) if self.act_mode == "auto" and self.act_bits < 16 else self.act_mode
         return self.model_copy(update={"method": method, "act_mode": mode})
 
     @property
     def needs_calibration(self) -> bool:
         """Whether anything about the inputs of the layers has to be known; of a resolved config."""
         return bool(METHODS.fact(self.method, "NEEDS", ())) or self.act_mode in FIXED_MODES
+
+
+def _made_for(method: str, act_bits: int) -> str:
+    """The way to activation scales that a method is made for."""
+    usual = METHODS.fact(method, "ACT_MODE")
+    return str(METHODS.fact(method, "FEW_BITS_ACT_MODE", usual) if act_bits < FAST_BITS else usual)
 
 
 def on_the_fly(config: QuantizeConfig, components: Iterable[str]) -> CalibrateConfig:

@@ -29,10 +29,10 @@ from ..runtime.load import pick_device
 from ..runtime.skeleton import build_skeleton
 from ..runtime.weight import QuantizedWeight
 from .api import Job
-from .calibrated import Treatment, load_float, quantize_units, six_digits
+from .calibrated import Treatment, list_names, load_float, quantize_units, six_digits
 from .config import QuantizeConfig
 from .layerwise import weight_error_of
-from .plan import LayerPlan, Traits, plan_layers
+from .plan import LayerPlan, Traits, plan_layers, without_groups
 
 WIDE = ("F32", "F64")
 FLOATS = ("F16", "BF16", *WIDE)
@@ -161,7 +161,13 @@ def plan_component(
     family, known = find_family(type(skeleton).__name__)
     if not known:
         reporter.notice(f"{type(skeleton).__name__} is not a known family; roles of its layers are guessed from names")
-    return skeleton, plan_layers(skeleton, family, config, traits)
+    plans = plan_layers(skeleton, family, config, traits)
+    if names := without_groups(plans, config):
+        reporter.notice(
+            "no group of input features divides these linears; their activations have one scale per token: "
+            f"{list_names(names)}."
+        )
+    return skeleton, plans
 
 
 def _quantize_layer(

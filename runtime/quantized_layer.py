@@ -194,6 +194,12 @@ def check_scheme(layer: nn.Module, scheme: Scheme) -> None:
             "Only linears have smoothing factors and a low-rank branch.",
             "Leave rank and smooth out there.",
         )
+    if scheme.act_group_size is not None and (not isinstance(layer, nn.Linear) or channels % scheme.act_group_size):
+        raise ConfigError(
+            f"scheme {scheme.name} does not fit a {kind} with a weight of shape {tuple(weight.shape)}.",
+            "Only linears have activation scales for groups of input features, which must be equal.",
+            "Use act_mode dynamic there.",
+        )
     if scheme.rank is not None and scheme.rank > min(weight.shape[:2]):
         raise ConfigError(
             f"rank {scheme.rank} is more than a weight of shape {tuple(weight.shape)} can have.",

@@ -59,6 +59,11 @@ BY_HAND = {
         (6, 48, 1, 1),
     ),
     "smoothing": (Scheme(bits=8, act_bits=8, act_mode="dynamic", smooth=True), (6, 48)),
+    "activations per group": (
+        Scheme(bits=4, group_size=8, act_bits=4, act_mode="per-group", act_group_size=8, rank=3, smooth=True),
+        (6, 48),
+    ),
+    "groups of parts": (Scheme(bits=8, act_bits=8, act_mode="per-group", act_group_size=8, split=16), (6, 48)),
     "low rank": (Scheme(bits=4, symmetric=False, group_size=8, rank=5, smooth=True), (6, 48)),
     "low rank alone": (Scheme(bits=4, split=16, rank=6), (6, 48)),
     "wide factors": (Scheme(bits=3, rank=2), (6, 48)),

@@ -12,6 +12,7 @@ from dacc.core.errors import ConfigError, ModelError, QualityError, UnsupportedE
 from dacc.core.manifest import Manifest, read_manifest
 from dacc.core.reporter import Reporter
 from dacc.quant.methods import rtn
+from dacc.quant.preview import preview_quantization
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import sample
 
@@ -287,6 +288,16 @@ def test_strict_refuses_to_guess(sana_folder, tmp_path):
     with pytest.raises(ConfigError, match="not a known family"):
         quantize_pipeline(sana_folder, QUICK, output="out", reporter=Reporter(quiet=True, strict=True))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_linears_that_keep_one_activation_scale_per_token_are_a_notice(dit_folder):
+    reporter, name = Reporter(quiet=True), "transformer_blocks.0.ff.net.2"
+    fields = {"bits": 4, "act_bits": 4, "act_mode": "per-group", "group_size": 48, "include": (name,)}
+    config = QuantizeConfig(layer_bits=((name, 8),), **fields)
+    preview_quantization(dit_folder, config, reporter=reporter)
+    assert reporter.notices == [
+        f"no group of input features divides these linears; their activations have one scale per token: {name}."
+    ]
 
 
 # elsewhere

@@ -44,7 +44,7 @@ def test_what_cannot_be_done_is_refused_with_advice(fields, advice):
         {"act_bits": 4, "layer_act_bits": [["*.ff.*", 16], ["*.attn*", 8]]},
         {"bits": "4", "symmetric": "auto"},
         *({"act_bits": bits} for bits in range(4, 9)),
-        *({"act_bits": 8, "act_mode": mode} for mode in ("auto", "dynamic", "static", "per-step")),
+        *({"act_bits": 8, "act_mode": mode} for mode in ("auto", "dynamic", "per-group", "static", "per-step")),
     ],
 )
 def test_what_can_be_done_is_taken(fields):
@@ -74,6 +74,16 @@ def test_a_resolved_config_says_what_the_method_is_made_for(method, mode):
     assert config.resolved() == config
     asked = QuantizeConfig(method=method, act_bits=8, act_mode="static")
     assert asked.resolved().act_mode == "static"
+
+
+@pytest.mark.parametrize("act_bits", range(4, 9))
+def test_few_bits_of_activations_have_a_mode_of_their_own_where_the_method_says_so(act_bits):
+    config = QuantizeConfig(method="svdquant", act_bits=act_bits)
+    assert config.resolved().act_mode == ("dynamic" if act_bits == 8 else "per-group")
+    asked = config.model_copy(update={"act_mode": "dynamic"}).resolved()
+    assert asked.act_mode == "dynamic"
+    assert QuantizeConfig(method="gptq", act_bits=act_bits).resolved().act_mode == "dynamic"
+    assert not QuantizeConfig(act_bits=act_bits, act_mode="per-group").resolved().needs_calibration
 
 
 def test_modes_of_activations_that_stay_float_are_none():
@@ -111,7 +121,7 @@ def test_a_calibration_set_is_needed_by_methods_that_look_at_inputs_and_by_fixed
 @pytest.mark.parametrize("name", METHODS.names())
 def test_what_is_read_of_a_method_without_importing_it_is_what_it_holds(name):
     module = METHODS.load(name)
-    for constant in ("UNIT", "ACT_MODE", "CALIBRATION", "SPLIT", "TEMPORAL"):
+    for constant in ("UNIT", "ACT_MODE", "FEW_BITS_ACT_MODE", "CALIBRATION", "SPLIT", "TEMPORAL"):
         assert METHODS.fact(name, constant) == getattr(module, constant, None)
     assert METHODS.fact(name, "NEEDS", ()) == module.NEEDS
     assert module.ACT_MODE in ("dynamic", "static", "per-step")
