@@ -107,17 +107,18 @@ def main() -> None:
         ]
         config = CalibrateConfig(samples=arguments.samples)
         sets = [calibrate_pipeline(source, config, output=work / f"set{at}") for at, source in enumerate(sources)]
-        print(f"{arguments.samples} calibration samples; errors as trained, and with outliers\n")
-        print("| row | bytes / float32 |" + "".join(f" {kind} | {kind}, planted |" for kind in SCALES))
-        print("|---" * (2 + 2 * len(SCALES)) + "|", flush=True)
+        modes = SCALES if arguments.act_bits < 16 else {"float": "auto"}
+        print(f"{arguments.samples} calibration samples\n\n| row |", end="")
+        print("".join(f" bytes / float32, {kind} | as trained | planted |" for kind in modes))
+        print("|---" * (1 + 3 * len(modes)) + "|", flush=True)
         for row, fields in ROWS.items():
-            cells = []
-            for mode in SCALES.values() if arguments.act_bits < 16 else ("auto",):
+            print(f"| {row} |", end="", flush=True)
+            for mode in modes.values():
                 asked = {"bits": arguments.bits, "act_bits": arguments.act_bits, "act_mode": mode, **fields}
-                for source, calib in zip(sources, sets, strict=True):
-                    error, share = measure(source, calib, asked, work)
-                    cells.append(f"{error:.4g}")
-            print(f"| {row} | {share:.3f} | {' | '.join(cells)} |", flush=True)
+                found = [measure(source, calib, asked, work) for source, calib in zip(sources, sets, strict=True)]
+                (trained, share), (outliers, _) = found
+                print(f" {share:.3f} | {trained:.4g} | {outliers:.4g} |", end="", flush=True)
+            print(flush=True)
 
 
 if __name__ == "__main__":

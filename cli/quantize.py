@@ -36,6 +36,15 @@ def quantize(
     bits: Annotated[
         str, typer.Option("--bits", "-b", metavar="2-8", help="Weight bits; fewer: smaller file, worse image.")
     ] = "4",
+    number_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="integer|nvfp4",
+            help="Of 4-bit weights; nvfp4: 4-bit floats in linears, a smaller error, floats in the arithmetic.",
+            autocompletion=options.words("integer", "nvfp4"),
+        ),
+    ] = "integer",
     act_bits: Annotated[
         str,
         typer.Option(
@@ -147,6 +156,7 @@ def quantize(
 
     config = build_config(
         QuantizeConfig,
+        format=number_format,
         bits=bits,
         act_bits=_integer(act_bits, "--act-bits"),
         act_mode=act_mode,

@@ -12,6 +12,7 @@ from ..calibrate.config import CalibrateConfig
 from ..core.config import Config
 from ..core.errors import ConfigError
 from ..core.registry import Registry
+from ..core.scheme import NVFP4_GROUP
 
 METHODS = Registry("quantization method", f"{__package__}.methods", Path(__file__).parent / "methods")
 FIXED_MODES = ("static", "per-step")  # activation scales that are found on a calibration set
@@ -24,6 +25,7 @@ class QuantizeConfig(Config):
     """The whole request; equal configs on equal sources give equal bytes, unless a method is left to choose how long it
     learns."""
 
+    format: Literal["integer", "nvfp4"] = "integer"  # of weights; nvfp4: 4-bit floats with scales of 8 bits, in linears
     bits: int = Field(4, ge=2, le=8)  # weight bits; fewer: smaller file, worse image
     act_bits: int = 16  # activation bits, 4 to 8, or 16: float; 8 runs on integer products and is faster
     # auto: what the method is made for
@@ -93,16 +95,31 @@ class QuantizeConfig(Config):
             raise ValueError(
                 "with quantized activations, weights of more than 4 bits are per channel; drop --group-size"
             )
+        if self.format == "nvfp4" and self.bits != 4:
+            raise ValueError(f"nvfp4 has 4 bits, not {self.bits}; drop --bits or --format")
+        if self.format == "nvfp4" and self.act_bits < 16:
+            raise ValueError("beside nvfp4 weights activations stay float; drop --act-bits or --format")
+        if self.format == "nvfp4" and (self.group_size not in ("auto", NVFP4_GROUP) or self.symmetric is False):
+            raise ValueError(
+                "nvfp4 has groups of 16 and no zero points; drop --group-size and --asymmetric, or --format"
+            )
         return self
 
     def resolved(self) -> QuantizeConfig:
         """The same with the method's name and its way to activation scales in place of "auto".
 
         Raises:
-            ConfigError: no such method, or a mode of activations that are not quantized.
+            ConfigError: no such method, one without this format, or a mode of activations that are not quantized.
         """
         method = DEFAULT_METHOD if self.method == "auto" else self.method
         METHODS.check(method)
+        if self.format not in METHODS.fact(method, "FORMATS", ("integer",)):
+            able = [name for name in METHODS.names() if self.format in METHODS.fact(name, "FORMATS", ())]
+            raise ConfigError(
+                f"{method} has no {self.format} weights.",
+                "It is made for integers.",
+                f"Use --method {' or '.join(able)}.",
+            )
         if self.act_bits == 16 and self.act_mode != "auto":
             raise ConfigError(
                 f"--act-mode {self.act_mode} is about quantized activations; these are float.",

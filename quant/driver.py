@@ -32,7 +32,7 @@ from .api import Job
 from .calibrated import Treatment, list_names, load_float, quantize_units, six_digits
 from .config import QuantizeConfig
 from .layerwise import weight_error_of
-from .plan import LayerPlan, Traits, plan_layers, without_groups
+from .plan import LayerPlan, Traits, integers_instead, plan_layers, without_groups
 
 WIDE = ("F32", "F64")
 FLOATS = ("F16", "BF16", *WIDE)
@@ -162,12 +162,27 @@ def plan_component(
     if not known:
         reporter.notice(f"{type(skeleton).__name__} is not a known family; roles of its layers are guessed from names")
     plans = plan_layers(skeleton, family, config, traits)
+    _tell_of_plans(plans, config, reporter)
+    return skeleton, plans
+
+
+def _tell_of_plans(plans: list[LayerPlan], config: QuantizeConfig, reporter: Reporter) -> None:
+    """What the plan could not follow, and what nothing here executes."""
     if names := without_groups(plans, config):
         reporter.notice(
             "no group of input features divides these linears; their activations have one scale per token: "
             f"{list_names(names)}."
         )
-    return skeleton, plans
+    if config.format == "nvfp4":
+        reporter.notice(
+            "NVFP4 weights are turned into floats at each call: no CPU multiplies them as they are, and dacc has no "
+            "kernel for the GPUs that do (NVIDIA Blackwell); this saves memory, not time."
+        )
+    if names := integers_instead(plans, config):
+        reporter.notice(
+            "NVFP4 is for linears whose input features make blocks of 16; these layers have 4-bit integers: "
+            f"{list_names(names)}."
+        )
 
 
 def _quantize_layer(

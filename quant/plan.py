@@ -14,7 +14,7 @@ from ..core.config import nearest
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.families import Family
 from ..core.pipeline import walk_layers
-from ..core.scheme import Scheme
+from ..core.scheme import NVFP4_GROUP, Scheme
 from ..runtime.layers import LAYER_CLASSES
 from .config import QuantizeConfig
 from .splits import find_splits
@@ -141,6 +141,8 @@ def _integers(
     bits = asked or max(config.bits, floor)
     rounded = role == "body" or traits.temporal_acts
     act_bits = _act_bits(name, config, spared=spared) if rounded and isinstance(layer, nn.Linear | nn.Conv2d) else 16
+    if config.format == "nvfp4" and bits == 4 and isinstance(layer, nn.Linear) and not layer.in_features % NVFP4_GROUP:
+        return Scheme(format="nvfp4", bits=bits, group_size=NVFP4_GROUP)
     lifted = asked is None and bits > config.bits
     group_size = _group_size(name, _shape(layer), bits, act_bits, config, lifted=lifted, split=split)
     if act_bits < 16:
@@ -223,3 +225,10 @@ def without_groups(plans: list[LayerPlan], config: QuantizeConfig) -> list[str]:
     size = SMALLEST_GROUP if isinstance(config.group_size, str) else config.group_size
     linears = [plan for plan in plans if plan.scheme and plan.scheme.act_mode == "dynamic" and len(plan.shape) == 2]
     return [plan.name for plan in linears if gcd(plan.shape[1], plan.scheme.split or 0) % size]  # type: ignore[union-attr]
+
+
+def integers_instead(plans: list[LayerPlan], config: QuantizeConfig) -> list[str]:
+    """Layers of 4 bits that cannot have the floats that were asked for."""
+    if config.format == "integer":
+        return []
+    return [plan.name for plan in plans if plan.scheme and plan.scheme.bits == 4 and plan.scheme.format == "integer"]

@@ -38,6 +38,7 @@ FACTOR_BITS = 16  # of a number in a branch
 NEEDS = ("grams",)
 UNIT = "group"
 ACT_MODE = "dynamic"
+FORMATS = ("integer", "nvfp4")
 FEW_BITS_ACT_MODE = "per-group"  # of fewer than 8
 
 

@@ -6,6 +6,8 @@ from dacc.core.scheme import Scheme
 
 PER_GROUP = {"bits": 4, "act_bits": 4, "act_mode": "per-group", "act_group_size": 16}
 
+NVFP4 = {"format": "nvfp4", "bits": 4, "group_size": 16}
+
 
 @pytest.mark.parametrize(
     ("fields", "name"),
@@ -28,6 +30,8 @@ PER_GROUP = {"bits": 4, "act_bits": 4, "act_mode": "per-group", "act_group_size"
             {"bits": 4, "group_size": 64, "act_bits": 4, "act_mode": "per-group", "act_group_size": 64, "rank": 8},
             "w4a4-g64-per-group64-r8",
         ),
+        (NVFP4, "w4-g16-nvfp4"),
+        ({**NVFP4, "rank": 32, "smooth": True}, "w4-g16-nvfp4-r32-smooth"),
         (
             {"bits": 8, "act_bits": 8, "act_mode": "per-group", "act_group_size": 32, "split": 64},
             "w8a8-per-group32-split64",
@@ -85,6 +89,11 @@ def test_codes_are_twos_complement_or_start_at_zero(bits, signed, unsigned):
         ({**PER_GROUP, "group_size": 16, "two_level": True}, "for each of these very groups, or for each channel"),
         ({**PER_GROUP, "split": 40}, "act_group_size 16 does not divide the first 40 channels"),
         ({**PER_GROUP, "symmetric": False}, "need symmetric weights"),
+        *(
+            ({**NVFP4, **fields}, "nvfp4 has 4 bits, groups of 16")
+            for fields in ({"bits": 5}, {"group_size": 32}, {"symmetric": False}, {"two_level": True}, {"split": 16})
+        ),
+        ({**NVFP4, "group_size": None, "act_bits": 8, "act_mode": "dynamic"}, "floating-point activations"),
     ],
 )
 def test_what_cannot_be_stored_or_multiplied_is_refused(fields, advice):

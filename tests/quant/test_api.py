@@ -300,6 +300,21 @@ def test_linears_that_keep_one_activation_scale_per_token_are_a_notice(dit_folde
     ]
 
 
+def test_what_executes_4_bit_floats_and_what_stays_integer_is_said(unet_folder, dit_folder, bundle_of):
+    for folder, component, integers in ((unet_folder, "unet", True), (dit_folder, "transformer", False)):
+        manifest = read_manifest(bundle_of(folder, format="nvfp4"))
+        notices = manifest.passes[-1].notices
+        assert "no CPU multiplies them as they are, and dacc has no kernel" in notices[0]
+        assert len(notices) == 1 + integers
+        assert not integers or "these layers have 4-bit integers: " in notices[1]
+        modules = manifest.components[component].quantization.modules.values()
+        assert any(module.scheme == "w4-g16-nvfp4" for module in modules)
+
+
+def test_the_default_output_names_the_format(dit_folder):
+    assert quantize_pipeline(dit_folder, QuantizeConfig(format="nvfp4", measure="never")).name == "dit-w4a16-nvfp4-rtn"
+
+
 # elsewhere
 
 

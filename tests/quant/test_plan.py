@@ -7,7 +7,7 @@ from dacc.core.errors import ConfigError, UnsupportedError
 from dacc.core.families import Family, find_family
 from dacc.core.scheme import Scheme
 from dacc.quant.config import QuantizeConfig
-from dacc.quant.plan import Traits, plan_layers, without_groups
+from dacc.quant.plan import Traits, integers_instead, plan_layers, without_groups
 
 PLAIN = Family(name="plain", denoisers=(), edge=("first", "last"), temporal=("time.*",), modulation=("mod",))
 BLOCK = "transformer_blocks.0"
@@ -356,6 +356,34 @@ def test_joined_inputs_have_groups_that_end_at_the_split(flux):
         plans = plan_layers(flux, find_family("FluxTransformer2DModel")[0], config, Traits(split=True))
         assert {plan.name: plan.scheme for plan in plans}[name].name == expected
         assert without_groups(plans, config) == ([name] if "split" in expected and "group" not in expected else [])
+
+
+@pytest.mark.parametrize(
+    ("layer", "fields", "name"),
+    [
+        (nn.Linear(64, 8), {}, "w4-g16-nvfp4"),
+        (nn.Linear(16, 8), {"group_size": 16}, "w4-g16-nvfp4"),
+        (nn.Linear(72, 8), {}, "w4"),
+        (nn.Linear(64, 8), {"layer_bits": (("layer", 8),)}, "w8"),
+        (nn.Linear(128, 8), {"layer_bits": (("layer", 3),)}, "w3-g64-asym"),
+        (nn.Conv2d(128, 8, 1), {}, "w4-g64-asym"),
+        (nn.Embedding(16, 64), {}, "w8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_linears_of_four_bits_are_floats_where_their_inputs_make_blocks(layer, fields, name):
+    config = QuantizeConfig(format="nvfp4", **fields)
+    plans = plan_layers(toy(layer=layer, mod=nn.Linear(32, 8), other=nn.Linear(32, 8)), PLAIN, config)
+    found = {plan.name: plan.scheme.name for plan in plans if plan.scheme}
+    assert found == {"layer": name, "mod": "w4-g16-nvfp4", "other": "w4-g16-nvfp4"}
+    assert integers_instead(plans, config) == (["layer"] if name in ("w4", "w4-g64-asym") else [])
+    assert integers_instead(plans, QuantizeConfig()) == []
+
+
+def test_floats_may_have_smoothing_and_a_branch(dit):
+    found = traited(dit, Traits(rank=8), format="nvfp4")
+    assert found[f"{BLOCK}.attn1.to_q"].scheme.name == "w4-g16-nvfp4-r8-smooth"
+    assert found[f"{BLOCK}.norm1.linear"].scheme.name == "w4-g16-nvfp4"
 
 
 @pytest.fixture(scope="module")

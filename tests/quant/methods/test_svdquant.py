@@ -36,6 +36,7 @@ SCHEMES = [
     W4A4_GROUPS,
     Scheme(bits=4, group_size=64, two_level=True, act_bits=8, **DYNAMIC),
     W4A16,
+    Scheme(format="nvfp4", bits=4, group_size=16),
     Scheme(bits=8, act_bits=8, **DYNAMIC),
 ]
 NAMED = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
@@ -285,11 +286,12 @@ PASSES = [
     {"bits": 4, "act_bits": 4, "act_mode": "dynamic", "settings": {"rank": 8}},
     {"bits": 4, "act_bits": 5, "group_size": 16, "settings": {"rank": 0}},
     {"bits": 4, "settings": {"rank": 4}},
+    {"format": "nvfp4", "settings": {"rank": 4}},
     {"bits": 8, "act_bits": 8},
 ]
 
 
-@pytest.mark.parametrize("fields", PASSES, ids=["w4a4", "w4a4 per token", "w4a5", "w4a16", "w8a8 auto"])
+@pytest.mark.parametrize("fields", PASSES, ids=["w4a4", "w4a4 per token", "w4a5", "w4a16", "nvfp4", "w8a8 auto"])
 def test_round_trip_what_is_loaded_computes_as_the_network_that_simulated_it(
     fields, dit_folder, quantize_watched, simulation_gap
 ):
