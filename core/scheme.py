@@ -148,7 +148,7 @@ class Scheme(Config):
             raise ValueError(f"{name!r} is not the name of a scheme")
         numbers: dict[str, Any] = {field: int(digits) for field, digits in found.groupdict().items() if digits}
         told: dict[str, ActMode] = {"-static": "static", "-per-step": "per-step", "-per-group": "per-group"}
-        rounded = next((mode for part, mode in told.items() if part in name), "dynamic")
+        rounded: ActMode = next((mode for part, mode in told.items() if part in name), "dynamic")
         return cls(
             format="nvfp4" if "-nvfp4" in name else "integer",
             symmetric="-asym" not in name,
