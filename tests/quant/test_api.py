@@ -312,7 +312,10 @@ def test_what_executes_4_bit_floats_and_what_stays_integer_is_said(unet_folder, 
 
 
 def test_the_default_output_names_the_format(dit_folder):
-    assert quantize_pipeline(dit_folder, QuantizeConfig(format="nvfp4", measure="never")).name == "tiny-dit-w4a16-nvfp4-rtn"
+    assert (
+        quantize_pipeline(dit_folder, QuantizeConfig(format="nvfp4", measure="never")).name
+        == "tiny-dit-w4a16-nvfp4-rtn"
+    )
 
 
 # elsewhere
