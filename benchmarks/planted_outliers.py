@@ -2,6 +2,7 @@
 
     python benchmarks/planted_outliers.py                       # zoo:digits-dit, 4-bit weights and activations
     python benchmarks/planted_outliers.py --size 100 --act-bits 8
+    python benchmarks/planted_outliers.py --samples 8           # a smaller calibration set: quicker
 
 Some channels of what the attention and the feed-forward part of every DiT block read are made `--size` times as large,
 and the weights that read them smaller by the same factor. The network gives what it gave before, but its layers have
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dacc.calibrate.api import calibrate_pipeline
+from dacc.calibrate.config import CalibrateConfig
 from dacc.core.config import build_config
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import Reporter
@@ -37,6 +40,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "svdquant, rank 16, GPTQ": {"method": "svdquant", "settings": {"rank": 16}},
     "svdquant, rank auto, GPTQ": {"method": "svdquant"},
 }
+SCALES = {"per token": "dynamic", "per token and group": "per-group"}  # of activations
 MODULATION = {"attention": (0, 1), "feed-forward": (3, 4)}  # chunks of norm1.linear that shift and scale its input
 
 
@@ -75,10 +79,10 @@ def planted_folder(source: str, folder: Path, size: float, channels: int) -> Pat
     return folder
 
 
-def measure(source: str, row: dict[str, Any], work: Path, bits: int, act_bits: int) -> tuple[float, float]:
+def measure(source: str, calib: Path, fields: dict[str, Any], work: Path) -> tuple[float, float]:
     """Relative L2 of the images, and bytes against float32."""
-    config = build_config(QuantizeConfig, bits=bits, act_bits=act_bits, **row)
-    bundle = quantize_pipeline(source, config, output=work / "bundle", overwrite=True, device="cpu")
+    config = build_config(QuantizeConfig, **fields)
+    bundle = quantize_pipeline(source, config, calib=calib, output=work / "bundle", overwrite=True, device="cpu")
     manifest = read_manifest(bundle)
     assert manifest is not None
     error, record = manifest.passes[-1].effect["pipeline"].relative_l2, manifest.components["transformer"]
@@ -93,15 +97,28 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=3, help="planted in each input")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--act-bits", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=32, help="of the calibration set")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        planted = str(planted_folder(arguments.source, work / "planted", arguments.size, arguments.channels))
-        print("| row | bytes / float32 | as trained | planted |\n|---|---|---|---|", flush=True)
+        sources = [
+            arguments.source,
+            str(planted_folder(arguments.source, work / "planted", arguments.size, arguments.channels)),
+        ]
+        config = CalibrateConfig(samples=arguments.samples)
+        sets = [calibrate_pipeline(source, config, output=work / f"set{at}") for at, source in enumerate(sources)]
+        modes = SCALES if arguments.act_bits < 16 else {"float": "auto"}
+        print(f"{arguments.samples} calibration samples\n\n| row |", end="")
+        print("".join(f" bytes / float32, {kind} | as trained | planted |" for kind in modes))
+        print("|---" * (1 + 3 * len(modes)) + "|", flush=True)
         for row, fields in ROWS.items():
-            options = (fields, work, arguments.bits, arguments.act_bits)
-            (trained, share), (outliers, _) = (measure(source, *options) for source in (arguments.source, planted))
-            print(f"| {row} | {share:.3f} | {trained:.4g} | {outliers:.4g} |", flush=True)
+            print(f"| {row} |", end="", flush=True)
+            for mode in modes.values():
+                asked = {"bits": arguments.bits, "act_bits": arguments.act_bits, "act_mode": mode, **fields}
+                found = [measure(source, calib, asked, work) for source, calib in zip(sources, sets, strict=True)]
+                (trained, share), (outliers, _) = found
+                print(f" {share:.3f} | {trained:.4g} | {outliers:.4g} |", end="", flush=True)
+            print(flush=True)
 
 
 if __name__ == "__main__":

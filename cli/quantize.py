@@ -39,6 +39,15 @@ def quantize(
     bits: Annotated[
         str, typer.Option("--bits", "-b", metavar="2-8", help="Weight bits; fewer: smaller file, worse image.")
     ] = "4",
+    number_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="integer|nvfp4",
+            help="Of 4-bit weights; nvfp4: 4-bit floats in linears, a smaller error, floats in the arithmetic.",
+            autocompletion=options.words("integer", "nvfp4"),
+        ),
+    ] = "integer",
     act_bits: Annotated[
         str,
         typer.Option(
@@ -50,10 +59,11 @@ def quantize(
     act_mode: Annotated[
         str,
         typer.Option(
-            metavar="auto|dynamic|static|per-step",
-            help="Where activation scales come from: each input as it comes (dynamic), or a calibration set, one for "
-            "all steps (static) or one for each (per-step). auto: what the method is made for.",
-            autocompletion=options.words("auto", "dynamic", "static", "per-step"),
+            metavar="auto|dynamic|per-group|static|per-step",
+            help="Where activation scales come from: each input as it comes, one for a token (dynamic) or one for each "
+            "group of its features (per-group); or a calibration set, one for all steps (static) or one for each "
+            "(per-step). auto: what the method is made for.",
+            autocompletion=options.words("auto", "dynamic", "per-group", "static", "per-step"),
         ),
     ] = "auto",
     attention_bits: Annotated[
@@ -165,6 +175,7 @@ def quantize(
 
     config = build_config(
         QuantizeConfig,
+        format=number_format,
         bits=bits,
         act_bits=_integer(act_bits, "--act-bits"),
         act_mode=act_mode,

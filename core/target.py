@@ -101,6 +101,8 @@ def execution_of(scheme: Scheme, target: Target) -> Execution:
     if scheme.act_bits == 16:
         return Execution("float products, weights unpacked layer by layer")
     integers = "exact float products of the integers" if target is CPU_FLOAT else "int8 products"
+    if scheme.act_group_size is not None:
+        integers = f"{integers}, group by group"
     if scheme.bits <= 4 and scheme.act_bits <= 4:
         return Execution(f"4-bit values in {integers}", _no_int4(target), _instead_of_int4(target))
     if "int8" in target.products:

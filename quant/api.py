@@ -229,8 +229,9 @@ def _calibration_id(folder: Path) -> str:
 
 
 def default_output(job: Job) -> Path:
-    """`./digits-unet-w4a16-rtn`."""
-    return Path(f"{job.source.name}-w{job.config.bits}a{job.config.act_bits}-{job.config.method}")
+    """`./digits-unet-w4a16-rtn`, `./digits-dit-w4a16-nvfp4-rtn`."""
+    form = "" if job.config.format == "integer" else f"-{job.config.format}"
+    return Path(f"{job.source.name}-w{job.config.bits}a{job.config.act_bits}{form}-{job.config.method}")
 
 
 def _text(source: str | Path | None) -> str | None:

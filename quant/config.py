@@ -12,10 +12,12 @@ from ..calibrate.config import CalibrateConfig
 from ..core.config import Config
 from ..core.errors import ConfigError
 from ..core.registry import Registry
+from ..core.scheme import NVFP4_GROUP
 from ..core.target import HERE, find_target
 
 METHODS = Registry("quantization method", f"{__package__}.methods", Path(__file__).parent / "methods")
 FIXED_MODES = ("static", "per-step")  # activation scales that are found on a calibration set
+FAST_BITS = 8  # of activations: fewer are no faster in an integer product
 ON_THE_FLY_GB = 1.0
 DEFAULT_METHOD = "rtn"  # the one that needs no calibration set
 
@@ -24,9 +26,11 @@ class QuantizeConfig(Config):
     """The whole request; equal configs on equal sources give equal bytes, unless a method is left to choose how long it
     learns."""
 
+    format: Literal["integer", "nvfp4"] = "integer"  # of weights; nvfp4: 4-bit floats with scales of 8 bits, in linears
     bits: int = Field(4, ge=2, le=8)  # weight bits; fewer: smaller file, worse image
     act_bits: int = 16  # activation bits, 4 to 8, or 16: float; 8 runs on integer products and is faster
-    act_mode: Literal["auto", "dynamic", "static", "per-step"] = "auto"  # auto: what the method is made for
+    # auto: what the method is made for
+    act_mode: Literal["auto", "dynamic", "per-group", "static", "per-step"] = "auto"
     attention_bits: int = 16  # of q, k and v in the products of attention, 4 to 8, simulated; 16: float
     method: str = "auto"  # a file of quant/methods
     group_size: int | Literal["auto", "channel"] = (
@@ -93,6 +97,14 @@ class QuantizeConfig(Config):
             raise ValueError(
                 "with quantized activations, weights of more than 4 bits are per channel; drop --group-size"
             )
+        if self.format == "nvfp4" and self.bits != 4:
+            raise ValueError(f"nvfp4 has 4 bits, not {self.bits}; drop --bits or --format")
+        if self.format == "nvfp4" and self.act_bits < 16:
+            raise ValueError("beside nvfp4 weights activations stay float; drop --act-bits or --format")
+        if self.format == "nvfp4" and (self.group_size not in ("auto", NVFP4_GROUP) or self.symmetric is False):
+            raise ValueError(
+                "nvfp4 has groups of 16 and no zero points; drop --group-size and --asymmetric, or --format"
+            )
         return self
 
     def resolved(self) -> QuantizeConfig:
@@ -100,16 +112,24 @@ class QuantizeConfig(Config):
         target.
 
         Raises:
-            ConfigError: no such method or target, or a mode of activations that are not quantized.
+            ConfigError: no such method or target, one without this format, or a mode of activations that are not
+                quantized.
         """
         method = DEFAULT_METHOD if self.method == "auto" else self.method
         METHODS.check(method)
+        if self.format not in METHODS.fact(method, "FORMATS", ("integer",)):
+            able = [name for name in METHODS.names() if self.format in METHODS.fact(name, "FORMATS", ())]
+            raise ConfigError(
+                f"{method} has no {self.format} weights.",
+                "It is made for integers.",
+                f"Use --method {' or '.join(able)}.",
+            )
         if self.act_bits == 16 and self.act_mode != "auto":
             raise ConfigError(
                 f"--act-mode {self.act_mode} is about quantized activations; these are float.",
                 mend="Add --act-bits 8, or leave --act-mode out.",
             )
-        mode = METHODS.fact(method, "ACT_MODE") if self.act_mode == "auto" and self.act_bits < 16 else self.act_mode
+        mode = _made_for(method, self.act_bits) if self.act_mode == "auto" and self.act_bits < 16 else self.act_mode
         target = HERE if self.target == HERE else find_target(self.target).name
         return self.model_copy(update={"method": method, "act_mode": mode, "target": target})
 
@@ -128,6 +148,12 @@ class QuantizeConfig(Config):
         if self.is_data_free:
             return False
         return bool(METHODS.fact(self.method, "NEEDS", ())) or self.act_mode in FIXED_MODES
+
+
+def _made_for(method: str, act_bits: int) -> str:
+    """The way to activation scales that a method is made for."""
+    usual = METHODS.fact(method, "ACT_MODE")
+    return str(METHODS.fact(method, "FEW_BITS_ACT_MODE", usual) if act_bits < FAST_BITS else usual)
 
 
 def on_the_fly(config: QuantizeConfig, components: Iterable[str]) -> CalibrateConfig:

@@ -33,7 +33,7 @@ from .block import Treated
 from .calibrated import first_names, quantize_units
 from .config import QuantizeConfig
 from .layerwise import weight_error_of
-from .plan import LayerPlan, Traits, plan_layers
+from .plan import LayerPlan, Traits, integers_instead, plan_layers, without_groups
 from .treatment import Treatment, load_float, six_digits
 
 WIDE = ("F32", "F64")
@@ -168,7 +168,28 @@ def plan_component(
     family, known = find_family(type(skeleton).__name__)
     if not known:
         reporter.notice(f"{type(skeleton).__name__} is not a known family; roles of its layers are guessed from names")
-    return skeleton, plan_layers(skeleton, family, config, traits)
+    plans = plan_layers(skeleton, family, config, traits)
+    _tell_of_plans(plans, config, reporter)
+    return skeleton, plans
+
+
+def _tell_of_plans(plans: list[LayerPlan], config: QuantizeConfig, reporter: Reporter) -> None:
+    """What the plan could not follow, and what nothing here executes."""
+    if names := without_groups(plans, config):
+        reporter.notice(
+            "no group of input features divides these linears; their activations have one scale per token: "
+            f"{first_names(names)}."
+        )
+    if config.format == "nvfp4":
+        reporter.notice(
+            "NVFP4 weights are turned into floats at each call: no CPU multiplies them as they are, and dacc has no "
+            "kernel for the GPUs that do (NVIDIA Blackwell); this saves memory, not time."
+        )
+    if names := integers_instead(plans, config):
+        reporter.notice(
+            "NVFP4 is for linears whose input features make blocks of 16; these layers have 4-bit integers: "
+            f"{first_names(names)}."
+        )
 
 
 def _quantize_layer(

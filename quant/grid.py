@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from ..core.scheme import Scheme
+from ..runtime.nvfp4 import e2m1_codes, e4m3_bytes, round_e2m1
+from ..runtime.packing import pack_codes
 from ..runtime.weight import QuantizedWeight, scale_columns, spread
+from .nvfp4_scales import nvfp4_scales
 
 FLOAT16_SAFE = (2.0**-14, 65504.0)  # normal range: smaller scales would lose mantissa bits
 SHRINK_STEPS = 20  # candidates of the range search: 1.0, 0.98, ... of the full range
@@ -25,13 +28,14 @@ ROWS_VALUES = 1 << 19  # values treated at once: small enough to stay in cache t
 class Grid:
     """The values that a weight may take: scales in their stored precision, and zero points.
 
+    Codes are integers; of NVFP4 the 4-bit floats themselves, so that values are codes times scales as well.
     P: 2 for a scheme with a split (one scale for each part of the input channels), else 1.
     """
 
     scheme: Scheme
-    scale: Tensor  # (O, G); (O, P) for per-channel and two-level schemes
+    scale: Tensor  # (O, G); (O, P) for per-channel and two-level schemes; (O, 1), all equal, for NVFP4
     zero_point: Tensor  # (O, G) float32, zeros when symmetric
-    group_scale: Tensor  # (O, G) float32 multipliers of two-level schemes, else (O, P) ones
+    group_scale: Tensor  # (O, G) float32 multipliers of two-level schemes and scales of NVFP4, else (O, P) ones
 
     def columns(self, features: int) -> tuple[Tensor, Tensor]:
         """Scale and zero point of every value, (O, K) float32 each."""
@@ -39,7 +43,7 @@ class Grid:
         return scale, spread(self.zero_point, features, self.scheme.split)
 
     def nearest(self, rows: Tensor) -> Tensor:
-        """Nearest codes (O, K) int16 of rows (O, K)."""
+        """Nearest codes (O, K) of rows (O, K): int16, or float32 for NVFP4."""
         return torch.cat([part._nearest(chunk) for part, chunk in self._chunks(rows)])
 
     def round(self, rows: Tensor) -> Tensor:
@@ -49,6 +53,9 @@ class Grid:
 
     def pack(self, codes: Tensor, shape: tuple[int, ...]) -> QuantizedWeight:
         """Codes (O, K) with their scales; `shape` is that of the float weight."""
+        if self.scheme.format == "nvfp4":
+            packed, whole = pack_codes(e2m1_codes(codes), self.scheme.bits), self.scale[:1].clone()
+            return QuantizedWeight(self.scheme, shape, packed, whole, group_scale=e4m3_bytes(self.group_scale))
         return QuantizedWeight.from_codes(
             codes.to(torch.int16),
             self.scheme,
@@ -60,7 +67,8 @@ class Grid:
 
     def _nearest(self, rows: Tensor) -> Tensor:
         scale, zero = self.columns(rows.shape[1])
-        return (rows.float() / scale).round_().add_(zero).clamp_(*self.scheme.code_range).to(torch.int16)
+        codes = nearest_codes(rows.float() / scale, zero, self.scheme)
+        return codes.to(torch.int16) if self.scheme.format == "integer" else codes
 
     def _chunks(self, rows: Tensor) -> Iterator[tuple[Grid, Tensor]]:
         step = max(1, ROWS_VALUES // rows.shape[1])
@@ -76,6 +84,9 @@ def find_grid(rows: Tensor, scheme: Scheme, *, search: bool) -> Grid:
         rows: (O, K), any float dtype.
         search: for the range with least squared error; otherwise minimum and maximum.
     """
+    if scheme.format == "nvfp4":
+        whole, blocks = nvfp4_scales(rows, search=search)
+        return Grid(scheme, whole.repeat(len(rows), 1), torch.zeros_like(blocks), blocks)
     if scheme.split and (scheme.two_level or scheme.group_size is None):
         return _grid_of_parts(rows, scheme, search=search)
     step = max(1, ROWS_VALUES // rows.shape[1])
@@ -142,6 +153,13 @@ def minmax_grid(groups: Tensor, bits: int, *, symmetric: bool, shrink: float = 1
     scale = (high - low) / (2**bits - 1)
     scale = torch.where(scale > 0, scale, 1.0)
     return scale, (-low / scale).round().clamp(0, 2**bits - 1)
+
+
+def nearest_codes(units: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
+    """Codes, float32, of values in units of their scale."""
+    if scheme.format == "nvfp4":
+        return round_e2m1(units)
+    return units.round().add_(zero_point).clamp_(*scheme.code_range)
 
 
 def round_codes(groups: Tensor, scale: Tensor, zero_point: Tensor, code_range: tuple[int, int]) -> Tensor:

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import gcd, prod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from ..core.config import nearest
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.families import Family
 from ..core.pipeline import walk_layers
-from ..core.scheme import Scheme
+from ..core.scheme import NVFP4_GROUP, Scheme
 from ..runtime.layers import LAYER_CLASSES
 from .config import QuantizeConfig
 from .splits import find_splits
@@ -140,20 +141,23 @@ def _integers(
     bits = asked or max(config.bits, floor)
     rounded = role == "body" or traits.temporal_acts
     act_bits = _act_bits(name, config, spared=spared) if rounded and isinstance(layer, nn.Linear | nn.Conv2d) else 16
+    if config.format == "nvfp4" and bits == 4 and isinstance(layer, nn.Linear) and not layer.in_features % NVFP4_GROUP:
+        return Scheme(format="nvfp4", bits=bits, group_size=NVFP4_GROUP)
     lifted = asked is None and bits > config.bits
     group_size = _group_size(name, _shape(layer), bits, act_bits, config, lifted=lifted, split=split)
     if act_bits < 16:
         temporal_only = traits.temporal_acts and role == "body"
         mode = "dynamic" if config.act_mode == "auto" else "static" if temporal_only else config.act_mode
-        return Scheme(
-            bits=bits,
-            group_size=group_size,
-            two_level=group_size is not None,
-            act_bits=act_bits,
-            act_mode=mode,
-            act_steps=traits.calls if mode == "per-step" else None,
-            split=split,
-        )
+        acts: dict[str, Any] = {"act_bits": act_bits, "act_mode": mode}
+        if mode == "per-group" and (act_group_size := _act_group_size(layer, group_size, config, split)):
+            split = split if group_size is None else None  # groups have scales of their own anyway
+            acts["act_group_size"] = act_group_size
+            return Scheme(bits=bits, group_size=group_size, split=split, **acts)
+        if mode == "per-group":
+            acts["act_mode"] = "dynamic"
+        if mode == "per-step":
+            acts["act_steps"] = traits.calls
+        return Scheme(bits=bits, group_size=group_size, two_level=group_size is not None, split=split, **acts)
     symmetric = group_size is None if config.symmetric == "auto" else config.symmetric
     return Scheme(bits=bits, symmetric=symmetric, group_size=group_size, split=split if group_size is None else None)
 
@@ -179,12 +183,7 @@ def _group_size(
     if wanted == "channel" or (act_bits < 16 and bits > 4):
         return None
     if wanted == "auto":
-        if bits > GROUPED_BITS:
-            return None
-        size = AUTO_GROUP
-        while whole % size and size > SMALLEST_GROUP:
-            size //= 2
-        return size if whole % size == 0 and features > size else None
+        return None if bits > GROUPED_BITS else _auto_group(features, whole)
     if lifted:  # a layer that has more bits for its role does not follow the asked groups
         return None
     if features % wanted:
@@ -194,3 +193,42 @@ def _group_size(
             f"Use --group-size auto, or --exclude '{name}'.",
         )
     return None if wanted == features or whole % wanted else wanted
+
+
+def _auto_group(features: int, whole: int) -> int | None:
+    """The largest group that divides `whole`, None where it would be all features or too small."""
+    size = AUTO_GROUP
+    while whole % size and size > SMALLEST_GROUP:
+        size //= 2
+    return size if whole % size == 0 and features > size else None
+
+
+def _act_group_size(layer: nn.Module, group_size: int | None, config: QuantizeConfig, split: int | None) -> int | None:
+    """Input features of a linear per activation scale: the groups of its weight, where that has some. None: all of a
+    token have the same."""
+    if not isinstance(layer, nn.Linear):
+        return None
+    if group_size is not None:
+        return group_size
+    features, wanted = layer.in_features, config.group_size
+    whole = gcd(features, split) if split else features
+    if isinstance(wanted, str):
+        return _auto_group(features, whole)
+    return wanted if whole % wanted == 0 and features > wanted else None
+
+
+def without_groups(plans: list[LayerPlan], config: QuantizeConfig) -> list[str]:
+    """Linears that were to have activation scales per group, and have one per token because no group divides their
+    input features."""
+    if config.act_mode != "per-group":
+        return []
+    size = SMALLEST_GROUP if isinstance(config.group_size, str) else config.group_size
+    linears = [plan for plan in plans if plan.scheme and plan.scheme.act_mode == "dynamic" and len(plan.shape) == 2]
+    return [plan.name for plan in linears if gcd(plan.shape[1], plan.scheme.split or 0) % size]  # type: ignore[union-attr]
+
+
+def integers_instead(plans: list[LayerPlan], config: QuantizeConfig) -> list[str]:
+    """Layers of 4 bits that cannot have the floats that were asked for."""
+    if config.format == "integer":
+        return []
+    return [plan.name for plan in plans if plan.scheme and plan.scheme.bits == 4 and plan.scheme.format == "integer"]

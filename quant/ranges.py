@@ -208,5 +208,5 @@ def dynamic_roundings(block: Block) -> dict[str, Rounding | None]:
     return {
         name: rounding_of(block.scheme(name), layer, None)
         for name, layer in block.layers.items()
-        if block.scheme(name).act_mode == "dynamic"
+        if block.scheme(name).finds_acts
     }

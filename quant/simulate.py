@@ -97,7 +97,7 @@ def rounding_of(scheme: Scheme, layer: nn.Module, acts: ActivationScale | None) 
     if scheme.act_bits == 16:
         return None
     axis = channel_axis(layer)
-    if scheme.act_mode == "dynamic":
+    if scheme.finds_acts:
         return lambda x: _straight(x, _by_parts(x, axis, scheme.split, _dynamic_part(scheme, layer)))
     if acts is None:
         raise ValueError(f"scheme {scheme.name} needs activation scales")
@@ -115,16 +115,21 @@ def row_now(rows: int) -> int:
     return min(state.call, rows - 1) if state else rows - 1
 
 
-def round_dynamic(x: Tensor, qmax: int, *, per_sample: bool) -> Tensor:
-    """x through its integers: one scale per token (..., K), or per sample (N, C, H, W)."""
-    rows = x.flatten(1) if per_sample else x.flatten(0, -2)
+def round_dynamic(x: Tensor, qmax: int, *, per_sample: bool, group_size: int | None = None) -> Tensor:
+    """x through its integers: one scale per token (..., K), or per sample (N, C, H, W).
+
+    Args:
+        group_size: features of a token that share a scale; None: all.
+    """
+    rows = x.flatten(1) if per_sample else x.reshape(-1, group_size or x.shape[-1])
     integers, scale = quantize_rows(rows.detach(), qmax)
     return (integers.float() * scale).view(x.shape).to(x.dtype)
 
 
 def _dynamic_part(scheme: Scheme, layer: nn.Module) -> Callable[[Tensor, int], Tensor]:
     qmax = 2 ** (scheme.act_bits - 1) - 1
-    return lambda part, _: round_dynamic(part, qmax, per_sample=isinstance(layer, nn.Conv2d))
+    per_sample, group_size = isinstance(layer, nn.Conv2d), scheme.act_group_size  # groups end where parts end
+    return lambda part, _: round_dynamic(part, qmax, per_sample=per_sample, group_size=group_size)
 
 
 def _fixed_part(scheme: Scheme, acts: ActivationScale) -> Callable[[Tensor, int], Tensor]:

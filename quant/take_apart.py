@@ -24,7 +24,7 @@ class Layer:
     """A linear, and what it should give."""
 
     rows: Tensor  # W, (O, K) float32
-    scheme: Scheme  # of the residual; inputs are float, or rounded token by token
+    scheme: Scheme  # of the residual; inputs are float, or rounded with scales found in each token
     inputs: Tensor  # (N, K) float32
     outputs: Tensor  # (N, O) float32
 
@@ -91,7 +91,9 @@ def take_apart(
 def error_of(layer: Layer, parts: Parts) -> float:
     """||y - y^||^2 / ||y||^2 over the inputs of a layer, with rounded inputs where its scheme has them."""
     x = smoothed(layer.inputs, parts.smoothing)
-    qmax = 2 ** (layer.scheme.act_bits - 1) - 1
-    entering = x if layer.scheme.act_bits == 16 else round_dynamic(x, qmax, per_sample=False)
+    scheme, entering = layer.scheme, x
+    if scheme.act_bits < 16:
+        qmax = 2 ** (scheme.act_bits - 1) - 1
+        entering = round_dynamic(x, qmax, per_sample=False, group_size=scheme.act_group_size)
     found = add_low_rank(entering @ parts.rounded.T, x, parts.down, parts.up)  # (N, O)
     return float((found - layer.outputs).square().sum() / layer.outputs.square().sum().clamp(min=1e-30))

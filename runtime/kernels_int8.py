@@ -110,13 +110,18 @@ def int8_convolution(
     return output.permute(0, 3, 1, 2)
 
 
-def quantize_tokens(x: Tensor, qmax: int = 127) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` of (..., K), done once for a tensor that several layers receive one after the other.
-    In eager mode the result is valid until this thread quantizes other tokens."""
-    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+def quantize_tokens(x: Tensor, qmax: int = 127, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of (..., K), or of its groups of features, done once for a tensor that several layers receive one
+    after the other. In eager mode the result is valid until this thread quantizes other tokens.
+
+    Returns:
+        (M, K) int8 and scale (M, 1) float32; (M * G, group_size) and (M * G, 1) with groups, those of a token together.
+    """
+    rows = x.reshape(-1, group_size or x.shape[-1])
     if not may_use_scratch(x):
         return quantize_rows(rows, qmax)
-    key = None if x.is_inference() else (x._version, x.data_ptr(), qmax)  # inference tensors do not count versions
+    # inference tensors do not count versions
+    key = None if x.is_inference() else (x._version, x.data_ptr(), qmax, group_size or 0)
     if key is not None and key == _last.key and _last.tokens() is x:
         return _last.result[0], _last.result[1]
     _last.key = None  # from here on the memory of the last result is overwritten

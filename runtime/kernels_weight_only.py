@@ -43,7 +43,7 @@ def _reads_int8_rows(x: Tensor, weight: QuantizedWeight) -> bool:
 def float_weight(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """What the integers stand for, in the weight's own shape and the dtype of `x`, for one product with `x`: in eager
     mode it lies in scratch and is valid until the next call."""
-    if not may_use_scratch(x):
+    if not may_use_scratch(x) or weight.scheme.format != "integer":
         return weight.residual(x.dtype)
     work_dtype = torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32
     values, offset = _offset_codes(weight, work_dtype)  # (O, K)

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.scheme import Scheme
+from .kernels_grouped import linear_int8_grouped
 from .kernels_int8 import conv2d_int8_dynamic, linear_int8_dynamic
 from .kernels_static import StaticInput, conv2d_int8_static, linear_int8_static
 from .kernels_weight_only import linear_weight_only
 from .low_rank import add_low_rank, smoothed
 from .quantized_layer import Prefer, QuantizedLayer
 from .step_table import StepTable, hook_step_table_
-from .weight import dequantize_rows
+from .weight import dequantize_rows, spread
 
 
 class _IntegerLayer(QuantizedLayer):
@@ -51,11 +52,21 @@ class QuantizedLinear(_IntegerLayer, nn.Linear):  # type: ignore[override]
         if self.scheme.act_bits == 16 and self.prefer == "speed":
             return functional.linear(hidden_states, self.float_weight(hidden_states), self.bias)
         entering = smoothed(hidden_states, self.smoothing)
-        if self.scheme.act_bits < 16:
+        if self.scheme.act_group_size is not None:
+            y = self._run_groups(entering, self.scheme.act_group_size)
+        elif self.scheme.act_bits < 16:
             y = self.run_integers(entering, -1)
         else:
             y = linear_weight_only(entering, self.stored, self.bias)
         return add_low_rank(y, entering, self.low_rank_down, self.low_rank_up)
+
+    def _run_groups(self, x: Tensor, group_size: int) -> Tensor:
+        """Groups end where the parts of a split end, so that each belongs to one of them."""
+        groups, split = self.features // group_size, self.scheme.split
+        scale = spread(self.scale, groups, split and split // group_size)  # (O, G)
+        bias: Tensor | None = self.bias
+        weight = self.integer_weight(x)
+        return linear_int8_grouped(x, weight, scale, bias, group_size=group_size, qmax=self.act_max)
 
     def run_part(self, part: int, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         scale = self.scale[:, part]

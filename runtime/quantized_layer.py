@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError
-from ..core.scheme import Scheme
+from ..core.scheme import NVFP4_GROUP, Scheme
 from .activation import ACTIVATION_NAMES, ActivationScale, activation_shapes
 from .kernels_weight_only import float_weight, int8_rows
 from .step_table import StepTable
@@ -193,6 +193,18 @@ def check_scheme(layer: nn.Module, scheme: Scheme) -> None:
             f"{kind} cannot have scheme {scheme.name}.",
             "Only linears have smoothing factors and a low-rank branch.",
             "Leave rank and smooth out there.",
+        )
+    if scheme.format == "nvfp4" and (not isinstance(layer, nn.Linear) or channels % NVFP4_GROUP):
+        raise ConfigError(
+            f"scheme {scheme.name} does not fit a {kind} with a weight of shape {tuple(weight.shape)}.",
+            f"NVFP4 is for linears whose input features make whole blocks of {NVFP4_GROUP}.",
+            "Use integers there.",
+        )
+    if scheme.act_group_size is not None and (not isinstance(layer, nn.Linear) or channels % scheme.act_group_size):
+        raise ConfigError(
+            f"scheme {scheme.name} does not fit a {kind} with a weight of shape {tuple(weight.shape)}.",
+            "Only linears have activation scales for groups of input features, which must be equal.",
+            "Use act_mode dynamic there.",
         )
     if scheme.rank is not None and scheme.rank > min(weight.shape[:2]):
         raise ConfigError(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core.scheme import Scheme
 from .low_rank import LOW_RANK_NAMES, low_rank_shapes, whole_weight
+from .nvfp4 import nvfp4_rows
 from .packing import pack_codes, packed_width, unpack_codes
 
 STATE_NAMES = ("qweight", "scale", "zero_point", "group_scale", *LOW_RANK_NAMES)
@@ -30,9 +31,9 @@ class QuantizedWeight:
         scheme: number format.
         shape: shape of the float weight.
         qweight: (O, B) uint8 packed codes.
-        scale: (O, G) float16 or float32; (O, P) for per-channel and two-level schemes.
+        scale: (O, G) float16 or float32; (O, P) for per-channel and two-level schemes; (1, 1) float32 for NVFP4.
         zero_point: (O, G) uint8, asymmetric schemes only; (O, P) when per channel.
-        group_scale: (O, G) uint8 in 1..15, two-level schemes only.
+        group_scale: (O, G) uint8: in 1..15 for two-level schemes, bytes of E4M3 numbers for NVFP4, else none.
         smoothing: (K,) float16, factors of the input features, smooth schemes only.
         low_rank_down: (r, K) float16 or float32, schemes with a rank only; so is
         low_rank_up: (O, r).
@@ -99,9 +100,11 @@ def state_shapes(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, tuple[tupl
         "qweight": ((rows, packed_width(features, scheme.bits)), torch.uint8),
         "scale": ((rows, scheme.parts if scheme.two_level else groups), None),
     }
+    if scheme.format == "nvfp4":
+        shapes["scale"] = ((1, 1), torch.float32)
     if not scheme.symmetric:
         shapes["zero_point"] = ((rows, groups), torch.uint8)
-    if scheme.two_level:
+    if scheme.two_level or scheme.format == "nvfp4":
         shapes["group_scale"] = ((rows, groups), torch.uint8)
     return shapes | low_rank_shapes(scheme, rows, features)
 
@@ -124,6 +127,9 @@ def dequantize_rows(
     features: int,
 ) -> Tensor:
     """(R, K) float32 weights from packed rows; the judge of every kernel."""
+    if scheme.format == "nvfp4":
+        assert group_scale is not None
+        return nvfp4_rows(qweight, scale, group_scale)
     if scheme.symmetric:
         codes = integer_rows(qweight, group_scale, scheme, features).float()
     else:

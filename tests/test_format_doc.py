@@ -29,6 +29,7 @@ BUNDLES = {
     "6 bits": ("unet_folder", {"bits": 6}),
     "4 bits asymmetric": ("unet_folder", {"bits": 4}),
     "two levels": ("unet_folder", {"bits": 4, "act_bits": 8}),
+    "4-bit floats": ("dit_folder", {"format": "nvfp4"}),
     "grouped convolutions": ("sana_folder", {"bits": 3}),
 }
 
@@ -59,6 +60,13 @@ BY_HAND = {
         (6, 48, 1, 1),
     ),
     "smoothing": (Scheme(bits=8, act_bits=8, act_mode="dynamic", smooth=True), (6, 48)),
+    "activations per group": (
+        Scheme(bits=4, group_size=8, act_bits=4, act_mode="per-group", act_group_size=8, rank=3, smooth=True),
+        (6, 48),
+    ),
+    "groups of parts": (Scheme(bits=8, act_bits=8, act_mode="per-group", act_group_size=8, split=16), (6, 48)),
+    "4-bit floats": (Scheme(format="nvfp4", bits=4, group_size=16), (6, 48)),
+    "4-bit floats and more": (Scheme(format="nvfp4", bits=4, group_size=16, rank=4, smooth=True), (6, 48)),
     "low rank": (Scheme(bits=4, symmetric=False, group_size=8, rank=5, smooth=True), (6, 48)),
     "low rank alone": (Scheme(bits=4, split=16, rank=6), (6, 48)),
     "wide factors": (Scheme(bits=3, rank=2), (6, 48)),
@@ -69,8 +77,9 @@ def random_weight(scheme, shape):
     shapes = state_shapes(scheme, shape)
     low, high = scheme.code_range
     codes = torch.randint(low, high + 1, (shape[0], shape[1]))
+    largest = 126 if scheme.format == "nvfp4" else 15
     zero_point = None if scheme.symmetric else torch.randint(0, high + 1, shapes["zero_point"][0])
-    group_scale = torch.randint(1, 16, shapes["group_scale"][0]) if scheme.two_level else None
+    group_scale = torch.randint(1, largest + 1, shapes["group_scale"][0]) if "group_scale" in shapes else None
     scale = torch.rand(shapes["scale"][0])
     packed = QuantizedWeight.from_codes(
         codes, scheme, shape, scale=scale, zero_point=zero_point, group_scale=group_scale

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...core.config import Config
 from ...core.scheme import Scheme
 from ...runtime.weight import QuantizedWeight, to_rows
-from ..grid import Grid, find_grid
+from ..grid import Grid, find_grid, nearest_codes
 from ..ranges import Search
 
 BLOCK_COLUMNS = 128  # columns whose updates are applied together to the rest
@@ -36,6 +36,7 @@ CONFIG = GPTQConfig
 NEEDS = ("grams",)  # E[x x^T] of every layer
 UNIT = "layer"
 ACT_MODE = "dynamic"
+FORMATS = ("integer", "nvfp4")
 
 
 def act_search(config: GPTQConfig) -> Search:
@@ -73,7 +74,7 @@ def round_columns(rows: Tensor, gram: Tensor, grid: Grid, config: GPTQConfig) ->
         errors = torch.empty_like(remaining[:, start:stop])
         for column in range(start, stop):
             s, z = scale[:, column], zero_point[:, column]
-            code = ((remaining[:, column] / s).round() + z).clamp_(*grid.scheme.code_range)
+            code = nearest_codes(remaining[:, column] / s, z, grid.scheme)
             error = (remaining[:, column] - (code - z) * s) / upper[column, column]
             remaining[:, column + 1 : stop] -= error[:, None] * upper[column, column + 1 : stop]
             errors[:, column - start] = error

@@ -32,6 +32,7 @@ CONFIG = RTNConfig
 NEEDS: tuple[str, ...] = ()  # no calibration statistics
 UNIT = "layer"
 ACT_MODE = "dynamic"
+FORMATS = ("integer", "nvfp4")
 
 
 def act_search(config: RTNConfig) -> Search:

@@ -41,6 +41,8 @@ NEEDS = ("grams",)
 WITHOUT_DATA = "data_free"  # the field that lets it do without them
 UNIT = "group"
 ACT_MODE = "dynamic"
+FORMATS = ("integer", "nvfp4")
+FEW_BITS_ACT_MODE = "per-group"  # of fewer than 8
 
 
 class SVDQuantConfig(Config):

@@ -4,6 +4,10 @@ from dacc.core.config import build_config
 from dacc.core.errors import ConfigError
 from dacc.core.scheme import Scheme
 
+PER_GROUP = {"bits": 4, "act_bits": 4, "act_mode": "per-group", "act_group_size": 16}
+
+NVFP4 = {"format": "nvfp4", "bits": 4, "group_size": 16}
+
 
 @pytest.mark.parametrize(
     ("fields", "name"),
@@ -22,6 +26,16 @@ from dacc.core.scheme import Scheme
         ),
         ({"bits": 8, "act_bits": 8, "act_mode": "dynamic", "smooth": True}, "w8a8-smooth"),
         ({"bits": 4, "group_size": 64, "symmetric": False, "rank": 32, "smooth": True}, "w4-g64-asym-r32-smooth"),
+        (
+            {"bits": 4, "group_size": 64, "act_bits": 4, "act_mode": "per-group", "act_group_size": 64, "rank": 8},
+            "w4a4-g64-per-group64-r8",
+        ),
+        (NVFP4, "w4-g16-nvfp4"),
+        ({**NVFP4, "rank": 32, "smooth": True}, "w4-g16-nvfp4-r32-smooth"),
+        (
+            {"bits": 8, "act_bits": 8, "act_mode": "per-group", "act_group_size": 32, "split": 64},
+            "w8a8-per-group32-split64",
+        ),
         (
             {"bits": 4, "act_bits": 4, "act_mode": "per-step", "act_steps": 9, "split": 8, "rank": 1},
             "w4a4-per-step9-split8-r1",
@@ -66,11 +80,41 @@ def test_codes_are_twos_complement_or_start_at_zero(bits, signed, unsigned):
         ({"bits": 4, "two_level": True}, "symmetric groups"),
         ({"bits": 4, "group_size": 16, "two_level": True, "symmetric": False}, "symmetric groups"),
         ({"bits": 4, "group_size": 16, "act_bits": 8, "act_mode": "dynamic"}, "use two_level or per channel"),
+        ({"bits": 8, "act_bits": 8, "act_mode": "per-group"}, "act_group_size is given exactly when"),
+        (
+            {"bits": 8, "act_bits": 8, "act_mode": "dynamic", "act_group_size": 8},
+            "act_group_size is given exactly when",
+        ),
+        ({**PER_GROUP, "group_size": 8}, "for each of these very groups, or for each channel"),
+        ({**PER_GROUP, "group_size": 16, "two_level": True}, "for each of these very groups, or for each channel"),
+        ({**PER_GROUP, "split": 40}, "act_group_size 16 does not divide the first 40 channels"),
+        ({**PER_GROUP, "symmetric": False}, "need symmetric weights"),
+        *(
+            ({**NVFP4, **fields}, "nvfp4 has 4 bits, groups of 16")
+            for fields in ({"bits": 5}, {"group_size": 32}, {"symmetric": False}, {"two_level": True}, {"split": 16})
+        ),
+        ({**NVFP4, "group_size": None, "act_bits": 8, "act_mode": "dynamic"}, "floating-point activations"),
     ],
 )
 def test_what_cannot_be_stored_or_multiplied_is_refused(fields, advice):
     with pytest.raises(ConfigError, match=advice):
         build_config(Scheme, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"bits": 8}, False),
+        ({"bits": 8, "act_bits": 8, "act_mode": "dynamic"}, True),
+        (PER_GROUP, True),
+        ({"bits": 8, "act_bits": 8, "act_mode": "static"}, False),
+        ({"bits": 8, "act_bits": 8, "act_mode": "per-step", "act_steps": 2}, False),
+    ],
+)
+def test_scales_of_activations_are_stored_or_found_at_each_call(fields, found):
+    scheme = Scheme(**fields)
+    assert scheme.finds_acts is found
+    assert scheme.has_fixed_acts is (not found and scheme.act_bits < 16)
 
 
 def test_a_split_makes_two_parts():

@@ -12,6 +12,7 @@ from dacc.core.errors import ConfigError, ModelError, QualityError, UnsupportedE
 from dacc.core.manifest import Manifest, read_manifest
 from dacc.core.reporter import Reporter
 from dacc.quant.methods import rtn
+from dacc.quant.preview import preview_quantization
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import sample
 
@@ -287,6 +288,34 @@ def test_strict_refuses_to_guess(sana_folder, tmp_path):
     with pytest.raises(ConfigError, match="not a known family"):
         quantize_pipeline(sana_folder, QUICK, output="out", reporter=Reporter(quiet=True, strict=True))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_linears_that_keep_one_activation_scale_per_token_are_a_notice(dit_folder):
+    reporter, name = Reporter(quiet=True), "transformer_blocks.0.ff.net.2"
+    fields = {"bits": 4, "act_bits": 4, "act_mode": "per-group", "group_size": 48, "include": (name,)}
+    config = QuantizeConfig(layer_bits=((name, 8),), **fields)
+    preview_quantization(dit_folder, config, reporter=reporter)
+    assert reporter.notices == [
+        f"no group of input features divides these linears; their activations have one scale per token: {name}."
+    ]
+
+
+def test_what_executes_4_bit_floats_and_what_stays_integer_is_said(unet_folder, dit_folder, bundle_of):
+    for folder, component, integers in ((unet_folder, "unet", True), (dit_folder, "transformer", False)):
+        manifest = read_manifest(bundle_of(folder, format="nvfp4"))
+        notices = manifest.passes[-1].notices
+        assert "no CPU multiplies them as they are, and dacc has no kernel" in notices[0]
+        assert len(notices) == 1 + integers
+        assert not integers or "these layers have 4-bit integers: " in notices[1]
+        modules = manifest.components[component].quantization.modules.values()
+        assert any(module.scheme == "w4-g16-nvfp4" for module in modules)
+
+
+def test_the_default_output_names_the_format(dit_folder):
+    assert (
+        quantize_pipeline(dit_folder, QuantizeConfig(format="nvfp4", measure="never")).name
+        == "tiny-dit-w4a16-nvfp4-rtn"
+    )
 
 
 # elsewhere

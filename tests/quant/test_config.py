@@ -26,6 +26,11 @@ def test_the_defaults_are_four_bits_weight_only():
         ({"layer_act_bits": [("*", 8)]}, "need --act-bits for the others"),
         ({"act_bits": 8, "symmetric": False}, "drop --asymmetric or --act-bits"),
         ({"act_bits": 8, "bits": 8, "group_size": 64}, "drop --group-size"),
+        ({"format": "nvfp4", "bits": 8}, "nvfp4 has 4 bits, not 8; drop --bits or --format"),
+        ({"format": "nvfp4", "act_bits": 8}, "activations stay float; drop --act-bits or --format"),
+        ({"format": "nvfp4", "group_size": 64}, "drop --group-size and --asymmetric, or --format"),
+        ({"format": "nvfp4", "symmetric": False}, "drop --group-size and --asymmetric, or --format"),
+        ({"format": "mxfp4"}, "format='mxfp4'"),
         ({"measure": "always"}, "measure='always'"),
         ({"groupsize": 64}, "Did you mean group_size"),
     ],
@@ -41,10 +46,11 @@ def test_what_cannot_be_done_is_refused_with_advice(fields, advice):
         {"act_bits": 8, "bits": 4, "group_size": 64},
         {"act_bits": 8, "bits": 8, "group_size": "channel"},
         {"layer_bits": [["*", 16]]},
+        {"format": "nvfp4", "group_size": 16, "symmetric": True, "layer_bits": [["*.ff.*", 8]]},
         {"act_bits": 4, "layer_act_bits": [["*.ff.*", 16], ["*.attn*", 8]]},
         {"bits": "4", "symmetric": "auto"},
         *({"act_bits": bits} for bits in range(4, 9)),
-        *({"act_bits": 8, "act_mode": mode} for mode in ("auto", "dynamic", "static", "per-step")),
+        *({"act_bits": 8, "act_mode": mode} for mode in ("auto", "dynamic", "per-group", "static", "per-step")),
     ],
 )
 def test_what_can_be_done_is_taken(fields):
@@ -74,6 +80,26 @@ def test_a_resolved_config_says_what_the_method_is_made_for(method, mode):
     assert config.resolved() == config
     asked = QuantizeConfig(method=method, act_bits=8, act_mode="static")
     assert asked.resolved().act_mode == "static"
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_methods_of_integers_refuse_floats_and_name_those_that_take_them(method):
+    config = QuantizeConfig(method=method, format="nvfp4")
+    if method in ("rtn", "gptq", "svdquant"):
+        assert config.resolved().format == "nvfp4"
+        return
+    with pytest.raises(ConfigError, match=f"{method} has no nvfp4 weights.*Use --method gptq or rtn or svdquant"):
+        config.resolved()
+
+
+@pytest.mark.parametrize("act_bits", range(4, 9))
+def test_few_bits_of_activations_have_a_mode_of_their_own_where_the_method_says_so(act_bits):
+    config = QuantizeConfig(method="svdquant", act_bits=act_bits)
+    assert config.resolved().act_mode == ("dynamic" if act_bits == 8 else "per-group")
+    asked = config.model_copy(update={"act_mode": "dynamic"}).resolved()
+    assert asked.act_mode == "dynamic"
+    assert QuantizeConfig(method="gptq", act_bits=act_bits).resolved().act_mode == "dynamic"
+    assert not QuantizeConfig(act_bits=act_bits, act_mode="per-group").resolved().needs_calibration
 
 
 def test_modes_of_activations_that_stay_float_are_none():
@@ -111,7 +137,7 @@ def test_a_calibration_set_is_needed_by_methods_that_look_at_inputs_and_by_fixed
 @pytest.mark.parametrize("name", METHODS.names())
 def test_what_is_read_of_a_method_without_importing_it_is_what_it_holds(name):
     module = METHODS.load(name)
-    for constant in ("UNIT", "ACT_MODE", "CALIBRATION", "SPLIT", "TEMPORAL"):
+    for constant in ("UNIT", "ACT_MODE", "FEW_BITS_ACT_MODE", "FORMATS", "CALIBRATION", "SPLIT", "TEMPORAL"):
         assert METHODS.fact(name, constant) == getattr(module, constant, None)
     assert METHODS.fact(name, "NEEDS", ()) == module.NEEDS
     assert module.ACT_MODE in ("dynamic", "static", "per-step")

@@ -1,13 +1,13 @@
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, UNet2DModel
 from torch import nn
 
 from dacc.core.errors import ConfigError, UnsupportedError
 from dacc.core.families import Family, find_family
 from dacc.core.scheme import Scheme
 from dacc.quant.config import QuantizeConfig
-from dacc.quant.plan import Traits, plan_layers
+from dacc.quant.plan import Traits, integers_instead, plan_layers, without_groups
 
 PLAIN = Family(name="plain", denoisers=(), edge=("first", "last"), temporal=("time.*",), modulation=("mod",))
 BLOCK = "transformer_blocks.0"
@@ -287,15 +287,117 @@ def test_where_temporal_activations_have_tables_the_body_has_fixed_scales(dit):
     assert found[f"{BLOCK}.attn1.to_q"].scheme == Scheme(bits=8, act_bits=8, act_mode="static")
 
 
-@pytest.mark.parametrize("mode", ["auto", "dynamic", "static", "per-step"])
+@pytest.mark.parametrize("mode", ["auto", "dynamic", "per-group", "static", "per-step"])
 @pytest.mark.parametrize("act_bits", [4, 6, 8])
 def test_the_body_has_the_mode_that_was_asked_for(mode, act_bits):
-    layers = toy(layer=nn.Linear(64, 64), mod=nn.Linear(64, 64))
+    layers = toy(layer=nn.Linear(128, 64), mod=nn.Linear(64, 64))
     found = traited(layers, Traits(calls=5), PLAIN, bits=8, act_bits=act_bits, act_mode=mode)
     steps = 5 if mode == "per-step" else None
-    expected = Scheme(bits=8, act_bits=act_bits, act_mode="dynamic" if mode == "auto" else mode, act_steps=steps)
+    mode = "dynamic" if mode == "auto" else mode
+    groups = 64 if mode == "per-group" else None
+    expected = Scheme(bits=8, act_bits=act_bits, act_mode=mode, act_steps=steps, act_group_size=groups)
     assert found["layer"].scheme == expected
     assert found["mod"].scheme.act_mode == "none"
+
+
+PER_GROUP = {"act_bits": 4, "act_mode": "per-group"}
+
+
+@pytest.mark.parametrize(
+    ("features", "fields", "name"),
+    [
+        (256, {}, "w4a4-g64-per-group64"),
+        (96, {}, "w4a4-g32-per-group32"),
+        (48, {}, "w4a4-g16-per-group16"),
+        (64, {}, "w4a4"),  # one group is one scale per token
+        (72, {}, "w4a4"),
+        (256, {"group_size": 32}, "w4a4-g32-per-group32"),
+        (256, {"group_size": 256}, "w4a4"),
+        (256, {"group_size": "channel"}, "w4a4-per-group64"),
+        (256, {"bits": 8}, "w8a4-per-group64"),
+        (256, {"bits": 8, "act_bits": 8}, "w8a8-per-group64"),
+        (256, {"layer_bits": (("layer", 6),), "group_size": 32}, "w6a4-per-group32"),
+        (256, {"layer_act_bits": (("layer", 16),)}, "w4-g64-asym"),
+        (256, {"layer_act_bits": (("layer", 7),)}, "w4a7-g64-per-group64"),
+    ],
+)
+def test_activations_have_the_groups_of_the_weight_or_groups_like_them(features, fields, name):
+    assert scheme_of(nn.Linear(features, 8), **{**PER_GROUP, **fields}).name == name
+
+
+def test_convolutions_and_layers_of_time_have_no_groups_of_activations(unet):
+    found = plans_of(unet, find_family("UNet2DModel")[0], **PER_GROUP)
+    assert {plan.scheme.act_mode for plan in found.values() if plan.scheme and len(plan.shape) == 4} == {"dynamic"}
+    assert {plan.scheme.act_mode for name, plan in found.items() if plan.scheme and "time_emb" in name} == {"none"}
+
+
+def test_linears_that_no_group_divides_are_named():
+    layers = {"a": nn.Linear(72, 8), "b": nn.Linear(64, 8), "c": nn.Linear(100, 8), "d": nn.Conv2d(8, 8, 3)}
+    model = toy(**layers, mod=nn.Linear(100, 8))
+    for fields, names in (
+        (PER_GROUP, ["a", "c"]),
+        ({**PER_GROUP, "group_size": "channel"}, ["a", "c"]),
+        ({**PER_GROUP, "bits": 8, "act_bits": 8}, ["a", "c"]),
+        ({"act_bits": 4}, []),
+        ({}, []),
+    ):
+        config = QuantizeConfig(**fields)
+        assert without_groups(plan_layers(model, PLAIN, config), config) == names
+
+
+def test_joined_inputs_have_groups_that_end_at_the_split(flux):
+    name = "single_transformer_blocks.0.proj_out"  # 32 channels of attention, then 128
+    for fields, expected in (
+        ({"bits": 4}, "w4a4-g32-per-group32"),
+        ({"bits": 8}, "w8a4-per-group32-split32"),
+        ({"bits": 4, "group_size": 20, "include": (name,)}, "w4a4-split32"),
+    ):
+        config = QuantizeConfig(**{**PER_GROUP, **fields})
+        plans = plan_layers(flux, find_family("FluxTransformer2DModel")[0], config, Traits(split=True))
+        assert {plan.name: plan.scheme for plan in plans}[name].name == expected
+        assert without_groups(plans, config) == ([name] if "split" in expected and "group" not in expected else [])
+
+
+@pytest.mark.parametrize(
+    ("layer", "fields", "name"),
+    [
+        (nn.Linear(64, 8), {}, "w4-g16-nvfp4"),
+        (nn.Linear(16, 8), {"group_size": 16}, "w4-g16-nvfp4"),
+        (nn.Linear(72, 8), {}, "w4"),
+        (nn.Linear(64, 8), {"layer_bits": (("layer", 8),)}, "w8"),
+        (nn.Linear(128, 8), {"layer_bits": (("layer", 3),)}, "w3-g64-asym"),
+        (nn.Conv2d(128, 8, 1), {}, "w4-g64-asym"),
+        (nn.Embedding(16, 64), {}, "w8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_linears_of_four_bits_are_floats_where_their_inputs_make_blocks(layer, fields, name):
+    config = QuantizeConfig(format="nvfp4", **fields)
+    plans = plan_layers(toy(layer=layer, mod=nn.Linear(32, 8), other=nn.Linear(32, 8)), PLAIN, config)
+    found = {plan.name: plan.scheme.name for plan in plans if plan.scheme}
+    assert found == {"layer": name, "mod": "w4-g16-nvfp4", "other": "w4-g16-nvfp4"}
+    assert integers_instead(plans, config) == (["layer"] if name in ("w4", "w4-g64-asym") else [])
+    assert integers_instead(plans, QuantizeConfig()) == []
+
+
+def test_floats_may_have_smoothing_and_a_branch(dit):
+    found = traited(dit, Traits(rank=8), format="nvfp4")
+    assert found[f"{BLOCK}.attn1.to_q"].scheme.name == "w4-g16-nvfp4-r8-smooth"
+    assert found[f"{BLOCK}.norm1.linear"].scheme.name == "w4-g16-nvfp4"
+
+
+@pytest.fixture(scope="module")
+def flux():
+    with torch.device("meta"):
+        return FluxTransformer2DModel(
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 6, 6),
+        )
 
 
 @pytest.fixture(scope="module")

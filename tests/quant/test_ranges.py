@@ -171,8 +171,9 @@ def test_each_part_of_a_split_layer_is_watched_by_itself(make_block):
         assert found.zero_point[0, number] == expected.zero_point[0, 0]
 
 
-def test_dynamic_and_weight_only_layers_have_no_scales(make_block):
-    dynamic = Scheme(bits=8, act_bits=8, act_mode="dynamic")
+@pytest.mark.parametrize("mode", [{"act_mode": "dynamic"}, {"act_mode": "per-group", "act_group_size": 4}])
+def test_dynamic_and_weight_only_layers_have_no_scales(mode, make_block):
+    dynamic = Scheme(bits=8, act_bits=8, **mode)
     block = make_block(two_layers(), [torch.randn(5, 8)], {"0": Scheme(bits=4), "1": dynamic})
     assert find_scales(block) == {}
     roundings = dynamic_roundings(block)

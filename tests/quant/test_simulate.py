@@ -166,7 +166,7 @@ FIXED = {
 
 def table(scheme):
     """Scales that differ from row to row and from part to part."""
-    if scheme.act_mode == "dynamic":
+    if scheme.finds_acts:
         return None
     shape = ((scheme.act_steps or 0) + 1, scheme.parts)
     sizes = 1 + torch.arange(shape[0] * shape[1]).view(shape) / 3
@@ -195,7 +195,12 @@ def test_fixed_scales_and_splits_give_what_the_integer_layer_gives(kind, scheme)
     assert (found - model(x)).norm() > 1e-4 * expected.norm()
 
 
+GROUPED = [
+    Scheme(bits=4, group_size=16, act_bits=4, act_mode="per-group", act_group_size=16),
+    Scheme(bits=8, act_bits=6, act_mode="per-group", act_group_size=8, split=32),
+]
 ABSORBING = [
+    *(scheme.model_copy(update={"rank": 5, "smooth": True}) for scheme in GROUPED),
     Scheme(bits=8, smooth=True, **DYNAMIC_8),
     Scheme(bits=4, act_bits=4, rank=5, **DYNAMIC),
     Scheme(bits=4, act_bits=4, rank=5, smooth=True, **DYNAMIC),
@@ -225,6 +230,21 @@ def test_smoothing_and_a_low_rank_branch_give_what_the_integer_layer_gives(kind,
     with inputs.instead({"0": None}):
         assert torch.equal(found(x), unrounded)
     assert (branch_of(weight) is None) == (scheme.rank is None)
+
+
+@pytest.mark.parametrize("scheme", GROUPED, ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("kind", ["linear", "linear on a matrix", "linear on maps"])
+@torch.no_grad()
+def test_scales_per_group_give_what_the_integer_layer_gives(kind, scheme):
+    model, x = make(kind)
+    found, expected = rounded(model, scheme)(x), integer(model, scheme)(x)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    size = scheme.act_group_size
+    groups = x.unflatten(-1, (-1, size))
+    step = groups.abs().amax(-1, keepdim=True) / (2 ** (scheme.act_bits - 1) - 1)
+    entering = rounding_of(scheme, model[0], None)(x)
+    torch.testing.assert_close(entering, ((groups / step).round() * step).flatten(-2))
+    assert not torch.allclose(entering, round_dynamic(x, 2 ** (scheme.act_bits - 1) - 1, per_sample=False))
 
 
 @pytest.mark.parametrize("kind", ["linear", "3x3"])

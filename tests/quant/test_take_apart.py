@@ -11,8 +11,10 @@ from dacc.runtime.layers import QuantizedLinear
 DYNAMIC = {"act_mode": "dynamic"}
 SCHEMES = [
     Scheme(bits=4, group_size=16, symmetric=False),
+    Scheme(format="nvfp4", bits=4, group_size=16),
     Scheme(bits=8, act_bits=8, **DYNAMIC),
     Scheme(bits=4, group_size=16, two_level=True, act_bits=4, **DYNAMIC),
+    Scheme(bits=4, group_size=16, act_bits=4, act_mode="per-group", act_group_size=16),
 ]
 NAMED = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 

@@ -32,6 +32,8 @@ SCHEMES = [
     Scheme(bits=8, **DYNAMIC, smooth=True),
     Scheme(**GROUPED, two_level=True, **DYNAMIC, rank=1),
     Scheme(**GROUPED, two_level=True, act_bits=4, act_mode="dynamic", **BRANCH),
+    Scheme(**GROUPED, act_bits=4, act_mode="per-group", act_group_size=16, **BRANCH),
+    Scheme(bits=8, act_bits=6, act_mode="per-group", act_group_size=8, smooth=True),
     Scheme(bits=8, act_bits=8, act_mode="static", **BRANCH),
     Scheme(bits=8, act_bits=8, act_mode="static", split=16, **BRANCH),
 ]
@@ -77,8 +79,9 @@ def rounded(x, layer):
         return round_static(x, layer.act_scale[0, 0], layer.act_zero_point[0, 0], layer.scheme.act_bits)
     if layer.scheme.act_bits < 16:
         top = 2 ** (layer.scheme.act_bits - 1) - 1
-        scale = x.abs().amax(-1, keepdim=True) / top
-        return (x / scale).round() * scale
+        groups = x.unflatten(-1, (-1, layer.scheme.act_group_size or x.shape[-1]))
+        scale = groups.abs().amax(-1, keepdim=True) / top
+        return ((groups / scale).round() * scale).flatten(-2)
     return x
 
 

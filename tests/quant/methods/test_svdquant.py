@@ -30,10 +30,14 @@ from dacc.runtime.layers import QuantizedLayer, QuantizedLinear
 
 DYNAMIC = {"act_mode": "dynamic"}
 W4A4 = Scheme(bits=4, group_size=64, two_level=True, act_bits=4, **DYNAMIC)
+W4A4_GROUPS = Scheme(bits=4, group_size=64, act_bits=4, act_mode="per-group", act_group_size=64)
+W4A16 = Scheme(bits=4, group_size=64, symmetric=False)
 SCHEMES = [
     W4A4,
+    W4A4_GROUPS,
     Scheme(bits=4, group_size=64, two_level=True, act_bits=8, **DYNAMIC),
-    Scheme(bits=4, group_size=64, symmetric=False),
+    W4A16,
+    Scheme(format="nvfp4", bits=4, group_size=16),
     Scheme(bits=8, act_bits=8, **DYNAMIC),
 ]
 NAMED = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
@@ -82,8 +86,9 @@ def slowly(weight, x, scheme, rank):
         rounded = find_grid(residual, scheme, search=True).round(residual).double()
         integers = entering
         if scheme.act_bits < 16:
-            step = entering.abs().amax(1, keepdim=True) / top
-            integers = (entering / step).round() * step
+            groups = entering.unflatten(1, (-1, scheme.act_group_size or entering.shape[1]))
+            step = groups.abs().amax(-1, keepdim=True) / top
+            integers = ((groups / step).round() * step).flatten(1)
         y = integers @ rounded.T + entering @ down.double().T @ up.double().T
         wanted = x.double() @ weight.double().T
         found.append(float((y - wanted).norm() / wanted.norm()))
@@ -114,6 +119,16 @@ def test_rank_is_strictly_ordered_on_planted_outliers():
     assert errors["smoothing only"] < 0.6 * errors["rtn"]
     assert errors["rank 8"] < 0.5 * errors["smoothing only"]
     assert errors["rank 16"] < 0.9 * errors["rank 8"]
+
+
+@pytest.mark.parametrize("fields", [{"rank": 0}, {"rank": 8}, {"rank": 32}], ids=str)
+def test_rank_of_scales_per_token_and_group_is_below_one_scale_per_token(fields):
+    weight, x = planted()
+    fitted, held_out = x.split(2048)
+    per_token, per_group = (
+        held_out_error(weight, one(weight, fitted, scheme, **fields), held_out) for scheme in (W4A4, W4A4_GROUPS)
+    )
+    assert per_group < 0.95 * per_token
 
 
 class Wrapped:
@@ -170,7 +185,7 @@ def test_repeat_gives_the_same_bytes(scheme):
 @NAMED
 def test_a_layer_that_gains_nothing_keeps_its_nearest_rounding(scheme):
     weight = torch.zeros(16, 128)
-    weight[:, ::2] = 15.0  # exact in every format
+    weight[:, ::2] = 105.0  # 7 * 15: exact in every format
     x = torch.randn(100, 128, generator=torch.Generator().manual_seed(0)).sign()
     found = one(weight, x, scheme, rank=8)
     assert found.method == "rtn"
@@ -215,7 +230,7 @@ def test_a_branch_is_taken_where_it_does_more_than_its_bytes_do_in_the_codes():
     assert one(weight, x[:2048], W4A4).weight.scheme.rank in (8, 16)
     plain = torch.randn(192, 256, generator=torch.Generator().manual_seed(1))
     calm = torch.randn(2048, 256, generator=torch.Generator().manual_seed(2))
-    assert one(plain, calm, SCHEMES[2]).weight.scheme.rank is None
+    assert one(plain, calm, W4A16).weight.scheme.rank is None
 
 
 def test_a_small_budget_allows_no_branch():
@@ -253,10 +268,10 @@ def test_other_layers_are_treated_as_gptq_treats_them():
     weight, x = planted(rows=40, features=128)
     gram = entering(x).gram
     for config, expected in (
-        (SVDQuantConfig(), gptq.quantize(weight, SCHEMES[2], gptq.GPTQConfig(), gram)),
-        (SVDQuantConfig(gptq=False), rtn.quantize(weight, SCHEMES[2], rtn.RTNConfig(search="mse"))),
+        (SVDQuantConfig(), gptq.quantize(weight, W4A16, gptq.GPTQConfig(), gram)),
+        (SVDQuantConfig(gptq=False), rtn.quantize(weight, W4A16, rtn.RTNConfig(search="mse"))),
     ):
-        assert torch.equal(quantize(weight, SCHEMES[2], config, gram).qweight, expected.qweight)
+        assert torch.equal(quantize(weight, W4A16, config, gram).qweight, expected.qweight)
 
 
 @pytest.mark.parametrize("mode", ["static", "per-step"])
@@ -279,12 +294,15 @@ def test_fields_out_of_range_are_refused(fields):
 
 PASSES = [
     {"bits": 4, "act_bits": 4, "settings": {"rank": 8}},
+    {"bits": 4, "act_bits": 4, "act_mode": "dynamic", "settings": {"rank": 8}},
+    {"bits": 4, "act_bits": 5, "group_size": 16, "settings": {"rank": 0}},
     {"bits": 4, "settings": {"rank": 4}},
+    {"format": "nvfp4", "settings": {"rank": 4}},
     {"bits": 8, "act_bits": 8},
 ]
 
 
-@pytest.mark.parametrize("fields", PASSES, ids=["w4a4", "w4a16", "w8a8 auto"])
+@pytest.mark.parametrize("fields", PASSES, ids=["w4a4", "w4a4 per token", "w4a5", "w4a16", "nvfp4", "w8a8 auto"])
 def test_round_trip_what_is_loaded_computes_as_the_network_that_simulated_it(
     fields, dit_folder, quantize_watched, simulation_gap
 ):
@@ -298,6 +316,9 @@ def test_round_trip_what_is_loaded_computes_as_the_network_that_simulated_it(
             assert torch.equal(layer.stored.dequantize(), done.model.get_submodule(name).weight)
             smooth += layer.scheme.smooth
     assert smooth >= 8
+    grouped = [layer for layer in model.modules() if isinstance(layer, QuantizedLayer) and layer.scheme.act_group_size]
+    few = fields.get("act_bits", 16) < 8 and "act_mode" not in fields
+    assert len(grouped) == (0 if not few else 12 if fields.get("group_size") else 2)
     assert simulation_gap(done, model) < 1e-4
     assert dacc.verify_bundle(done.bundle) == []
 
