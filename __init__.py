@@ -17,6 +17,7 @@ _FACE = {
     "CalibrateConfig": "calibrate.config",
     "EvaluateConfig": "evaluate.config",
     "QuantizeConfig": "quant.config",
+    "SearchCacheConfig": "cache.config",
     "attach_clock": "runtime.clock",
     "calibrate_pipeline": "calibrate.api",
     "current_run": "runtime.clock",
@@ -26,6 +27,7 @@ _FACE = {
     "no_cache": "runtime.cached",
     "open_calibration": "calibrate.store",
     "quantize_pipeline": "quant.api",
+    "search_cache": "cache.api",
     "verify_bundle": "core.verify",
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "CalibrateConfig",
     "EvaluateConfig",
     "QuantizeConfig",
+    "SearchCacheConfig",
     "attach_clock",
     "calibrate_pipeline",
     "current_run",
@@ -42,6 +45,7 @@ __all__ = [
     "no_cache",
     "open_calibration",
     "quantize_pipeline",
+    "search_cache",
     "verify_bundle",
 ]
 
