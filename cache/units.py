@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..core.cache_plan import Unit
+from ..core.cache_plan import ModuleUnit, Unit
 from ..core.config import nearest
-from ..core.errors import ConfigError, UnsupportedError
+from ..core.errors import ConfigError, DaccError, UnsupportedError
 from ..core.families import find_family
 from ..runtime.cache_units import block_names, layout_of
 from .config import UNIT_FORMS, parse_unit
@@ -23,6 +23,11 @@ def choose_unit(denoiser: nn.Module, text: str) -> Unit:
         UnsupportedError: no part of this denoiser is known that could be cached.
     """
     stacks = find_family(type(denoiser).__name__)[0].stacks
+    if text.startswith("blocks:") and not stacks:
+        raise UnsupportedError(
+            f"it is not known which lists of blocks a {type(denoiser).__name__} runs in which order.",
+            mend="Name a part with --unit module:NAME.",
+        )
     if text != "auto":
         unit = parse_unit(text, stacks)
         _check(denoiser, unit, text)
@@ -43,9 +48,7 @@ def choose_unit(denoiser: nn.Module, text: str) -> Unit:
 def _check(denoiser: nn.Module, unit: Unit, text: str) -> None:
     try:
         layout_of(denoiser, unit)
-    except Exception as error:
-        if not isinstance(error, (UnsupportedError, ConfigError)) and not hasattr(error, "what"):
-            raise
+    except DaccError as error:
         names = [name for name, _ in denoiser.named_modules() if name]
-        advice = nearest(text.partition(":")[2], names) if text.startswith("module:") else f"Known forms: {UNIT_FORMS}."
-        raise ConfigError(f"--unit {text}: {getattr(error, 'what', error)}", mend=advice) from None
+        advice = nearest(text.partition(":")[2], names) if isinstance(unit, ModuleUnit) else f"Forms: {UNIT_FORMS}."
+        raise ConfigError(f"--unit {text}: {error.what}", mend=advice) from None
