@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffusers.hooks import ModelHook
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -35,7 +35,7 @@ class Frame:
 FRAME: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("dacc_cache_frame", default=None)
 
 
-class SkipHook(ModelHook):  # type: ignore[misc]
+class SkipHook(ModelHook):
     """Stands before one module that units skip as a whole.
 
     Args:
@@ -51,19 +51,19 @@ class SkipHook(ModelHook):  # type: ignore[misc]
     def new_forward(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
         frame = FRAME.get()
         if frame is None or frame.owner is not self.owner:
-            return self.fn_ref.original_forward(*args, **kwargs)
+            return original_of(self)(*args, **kwargs)
         skipping = [unit for unit in self.units if frame.actions[unit] == REUSE]
         if skipping:
             chosen = next((unit for unit in skipping if self.units[unit]), skipping[0])
             return frame.values[chosen, self.path]
-        output = self.fn_ref.original_forward(*args, **kwargs)
+        output = original_of(self)(*args, **kwargs)
         for unit, keeps in self.units.items():
             if unit in frame.storing:
                 frame.values[unit, self.path] = tree_map(_detached if keeps else _hollow, output)
         return output
 
 
-class BlockHook(ModelHook):  # type: ignore[misc]
+class BlockHook(ModelHook):
     """Stands before one block of a range: passes what enters it through where the range is skipped, and adds what the
     range changed at its last block.
 
@@ -93,7 +93,7 @@ class BlockHook(ModelHook):  # type: ignore[misc]
     def new_forward(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
         frame = FRAME.get()
         if frame is None or frame.owner is not self.owner:
-            return self.fn_ref.original_forward(*args, **kwargs)
+            return original_of(self)(*args, **kwargs)
         unit, residual = self.unit.id, self.unit.store == "residual"
         if frame.actions[unit] == REUSE:
             streams = self._entering(args, kwargs)
@@ -103,7 +103,7 @@ class BlockHook(ModelHook):  # type: ignore[misc]
             return self._output(streams)
         if self.first and unit in frame.storing and residual:
             frame.entered[unit] = self._entering(args, kwargs)
-        output = self.fn_ref.original_forward(*args, **kwargs)
+        output = original_of(self)(*args, **kwargs)
         if self.last and unit in frame.storing:
             leaving = self._leaving(output)
             frame.values[unit, self.path] = (
@@ -159,6 +159,11 @@ def block_metadata(block: nn.Module) -> TransformerBlockMetadata:
             "It is not known which of their arguments and results belong together.",
             "Cache single modules of this model.",
         ) from None
+
+
+def original_of(hook: ModelHook) -> Any:
+    """What the module of a hook would run without it."""
+    return hook.fn_ref.original_forward
 
 
 def drop(values: Values, units: Iterable[str]) -> None:

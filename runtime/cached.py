@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from ..core.cache_plan import COMPUTE, REUSE, BlockRange, CachePlan, Unit
 from ..core.pipeline import denoisers
 from ..core.schedule_id import NoiseGrid
-from .cache_hooks import FRAME, BlockHook, Frame, SkipHook, Values, block_metadata, computing, drop
+from .cache_hooks import FRAME, BlockHook, Frame, SkipHook, Values, block_metadata, computing, drop, original_of
 from .cache_units import Layout, containers_of, layout_of
 from .clock import attach_clock, current_grid, current_run, end_run, run_storage, running_order
 from .plan import Row, check_model, codes_on, plan_rows
@@ -73,7 +73,7 @@ class CachedUnits:
     def remove_(self) -> None:
         """Take the hooks away; the denoiser runs as it did."""
         for module in self.denoiser.modules():
-            registry = getattr(module, "_diffusers_hook", None)
+            registry: Any = getattr(module, "_diffusers_hook", None)
             for name in [name for name in registry.hooks if name.startswith(HOOK)] if registry else []:
                 if getattr(registry.hooks[name], "owner", None) is self:
                     registry.remove_hook(name, recurse=False)
@@ -170,7 +170,7 @@ class CachedUnits:
         _registry(self.denoiser).register_hook(_RootHook(self), HOOK)
 
 
-class _RootHook(ModelHook):  # type: ignore[misc]
+class _RootHook(ModelHook):
     """Stands before the denoiser: opens and closes the frame of every evaluation."""
 
     def __init__(self, owner: CachedUnits) -> None:
@@ -181,11 +181,11 @@ class _RootHook(ModelHook):  # type: ignore[misc]
     def new_forward(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
         opened = self.owner.open(args, kwargs)
         if opened is None:
-            return self.fn_ref.original_forward(*args, **kwargs)
+            return original_of(self)(*args, **kwargs)
         frame, row = opened
         token = FRAME.set(frame)
         try:
-            output = self.fn_ref.original_forward(*args, **kwargs)
+            output = original_of(self)(*args, **kwargs)
         except BaseException:
             frame.values.clear()
             raise
@@ -209,7 +209,7 @@ def install_plan_(pipe: Any, component: str, plan: CachePlan) -> CachedUnits:
     attach_clock(pipe)  # first: it counts the call before our hook asks for it
     units = CachedUnits(denoiser, plan.units, plan)
     if not hasattr(type(pipe), "_dacc_cached"):
-        pipe.__class__ = _ending_its_run(type(pipe))
+        pipe.__class__ = _ending_its_run(type(pipe))  # type: ignore[arg-type]
     return units
 
 
@@ -244,10 +244,10 @@ def no_cache(pipe: Any) -> Iterator[None]:
 def _ending_its_run(base: type) -> type:
     """A subclass of a pipeline class, of the same name, whose calls leave no run behind, also where they fail."""
 
-    @functools.wraps(base.__call__)  # type: ignore[operator]
+    @functools.wraps(base.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return base.__call__(self, *args, **kwargs)  # type: ignore[operator]
+            return base.__call__(self, *args, **kwargs)
         finally:
             end_run(self)
 
