@@ -18,6 +18,7 @@ _FACE = {
     "EvaluateConfig": "evaluate.config",
     "ExportConfig": "export.config",
     "QuantizeConfig": "quant.config",
+    "SearchCacheConfig": "cache.config",
     "attach_clock": "runtime.clock",
     "calibrate_pipeline": "calibrate.api",
     "current_run": "runtime.clock",
@@ -25,8 +26,10 @@ _FACE = {
     "export_pipeline": "export.api",
     "inspect_pipeline": "evaluate.inspection",
     "load": "runtime.load",
+    "no_cache": "runtime.cached",
     "open_calibration": "calibrate.store",
     "quantize_pipeline": "quant.api",
+    "search_cache": "cache.api",
     "verify_bundle": "core.verify",
 }
 
@@ -35,6 +38,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "QuantizeConfig",
+    "SearchCacheConfig",
     "attach_clock",
     "calibrate_pipeline",
     "current_run",
@@ -42,8 +46,10 @@ __all__ = [
     "export_pipeline",
     "inspect_pipeline",
     "load",
+    "no_cache",
     "open_calibration",
     "quantize_pipeline",
+    "search_cache",
     "verify_bundle",
 ]
 

@@ -91,7 +91,7 @@ def calibrate_pipeline(
     from .collect import collect
     from .store import SetWriter
 
-    pipe: Any = load_source(job.source, device=device, dtype=dtype, reporter=reporter)
+    pipe: Any = load_source(job.source, device=device, dtype=dtype, cached=False, reporter=reporter)
     same_bytes = [job.request, str(pipe.device), str(torch.get_num_threads())]  # what a resumed run must agree in
     with SetWriter(
         job.source.path,

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from .cache_plan import CacheRecord
 from .config import Config, ConfigT
 from .errors import BundleError
 from .schedule_id import ScheduleId, StepRule
@@ -109,6 +110,7 @@ class ComponentRecord(Config):
     bytes_before: int  # weight files before the chain
     bytes_after: int  # weight files now
     quantization: QuantizationRecord | None = None
+    cache: CacheRecord | None = None  # plan that the loader installs
 
 
 class Manifest(Config):

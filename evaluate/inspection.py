@@ -85,7 +85,7 @@ def inspect_pipeline(
     reporter = reporter or silent()
     found = source if isinstance(source, Source) else resolve_source(str(source) if source else None, reporter=reporter)
     manifest = read_manifest(found.path)
-    pipe: Any = load_source(found, device=device, reporter=reporter)
+    pipe: Any = load_source(found, device=device, cached=False, reporter=reporter)
     components = {
         name: _component(name, entry, pipe, found, manifest) for name, entry in component_entries(found.path).items()
     }

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ..core.reporter import Reporter, silent
+from ..core.reporter import Reporter
 from ..runtime.request import RunRequest
+from ..runtime.timing import measure_in_turns
 from ..runtime.trajectory import sample
 from .result import Speed
 
@@ -28,29 +27,6 @@ def measure_speed(
         _speed([value / images for value in own], None if own is seconds[0] else _ratios(seconds[0], own), request)
         for own in seconds
     ]
-
-
-def measure_in_turns(
-    actions: Sequence[Callable[[], Any]], repeats: int, reporter: Reporter | None = None
-) -> list[list[float]]:
-    """Seconds of every action (outer list) in every repeat (inner list), after one warm-up of each."""
-    for action in actions:
-        action()
-    seconds: list[list[float]] = [[] for _ in actions]
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        for repeat in (reporter or silent()).progress(range(repeats), "timing"):
-            for turn in range(len(actions)):
-                index = (turn + repeat) % len(actions)
-                started = time.perf_counter()
-                actions[index]()
-                seconds[index].append(time.perf_counter() - started)
-    finally:
-        if collecting:
-            gc.enable()
-    return seconds
 
 
 def _ratios(reference: list[float], own: list[float]) -> list[float]:

@@ -11,11 +11,13 @@ from ..core.reporter import Reporter
 
 def losses_of(component: str, record: ComponentRecord) -> dict[str, str]:
     """Kind -> what is lost where a format cannot express it."""
+    found = {}
+    if record.cache is not None:
+        found["cache plan"] = f"the cache plan of {component}: every call computes everything"
     quantization = record.quantization
     if quantization is None:
-        return {}
+        return found
     modes = [scheme.act_mode for scheme in quantization.schemes.values()]
-    found = {}
     if "per-step" in modes:
         found["per-step scales"] = (
             f"the activation scales of every step of {component}, whose layers multiply floats then"

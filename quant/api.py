@@ -172,6 +172,7 @@ def _write(
             reporter=reporter,
         )
         requirements.check(effect, writer, keep=keep_failed)
+        _tell_kept_plans(job, reporter)
         writer.commit(
             lambda files: _manifest(
                 job, records, effect, files, reporter.notices[earlier:], calibration.record.id if calibration else None
@@ -292,7 +293,7 @@ def _manifest(
     import torch
 
     before = read_manifest(job.source.path)
-    written = {name: _with_written_files(record, name, files) for name, record in records.items()}
+    written = {name: _with_written_files(record, name, files, before) for name, record in records.items()}
     this = PassRecord(
         command="quantize",
         config=job.config.model_dump(mode="json"),
@@ -314,7 +315,25 @@ def _manifest(
     )
 
 
-def _with_written_files(record: ComponentRecord, name: str, files: dict[str, FileRecord]) -> ComponentRecord:
-    """Fill in hash and size, which are known only when the files are written."""
-    facts = {"weight_hash": component_weight_hash(files, name), "bytes_after": component_weight_bytes(files, name)}
+def _with_written_files(
+    record: ComponentRecord, name: str, files: dict[str, FileRecord], before: Manifest | None
+) -> ComponentRecord:
+    """Fill in hash and size, which are known only when the files are written, and keep the cache plan."""
+    facts: dict[str, Any] = {
+        "weight_hash": component_weight_hash(files, name),
+        "bytes_after": component_weight_bytes(files, name),
+    }
+    if before and name in before.components:
+        facts["cache"] = before.components[name].cache
     return record.model_copy(update=facts)
+
+
+def _tell_kept_plans(job: Job, reporter: Reporter) -> None:
+    manifest = read_manifest(job.source.path)
+    for name in job.components:
+        record = manifest.components.get(name) if manifest else None
+        if record and record.cache:
+            reporter.notice(
+                f"the cache plan of {name} was searched before its weights were rounded; dacc search-cache on the "
+                "result fits it anew"
+            )

@@ -15,7 +15,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -56,6 +56,7 @@ class _Run:
     started: bool = False  # a denoiser was evaluated in this run
     evaluated: bool = False  # a denoiser was evaluated in this call
     doubled: bool = False  # inputs hold both guidance branches
+    storage: dict[Any, Any] = field(default_factory=dict)  # what others keep for the length of this run
 
 
 _RUN: contextvars.ContextVar[_Run | None] = contextvars.ContextVar("dacc_run", default=None)
@@ -82,6 +83,18 @@ def current_grid() -> NoiseGrid | None:
     return NoiseGrid(run.timesteps, run.sigmas) if run and _FIXED.get() is None else None
 
 
+def run_storage() -> dict[Any, Any] | None:
+    """A place for what has to live as long as the run in this thread; None outside runs and in a fixed one."""
+    run = _RUN.get()
+    return run.storage if run and _FIXED.get() is None else None
+
+
+def running_order() -> int:
+    """Denoiser calls of one solver step of the run in this thread; 1 outside runs."""
+    run = _RUN.get()
+    return run.order if run else 1
+
+
 def running_scheduler(pipe: Any) -> Any | None:
     """The scheduler of a pipeline that the run of this thread belongs to."""
     run = _RUN.get()
@@ -92,6 +105,13 @@ def running_scheduler(pipe: Any) -> Any | None:
 def reset_clock() -> None:
     """Forget the run of this thread."""
     _RUN.set(None)
+
+
+def end_run(pipe: Any) -> None:
+    """Forget the run of this thread and all that was kept for it, also where the schedulers of `pipe` hold on to it."""
+    if (scheduler := running_scheduler(pipe)) is not None:
+        scheduler._dacc_run = None
+    reset_clock()
 
 
 @contextmanager

@@ -10,12 +10,15 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from ..core.errors import ConfigError, ModelError, ResourceError
+from ..core.manifest import Manifest
 from ..core.reporter import Reporter, silent
 from ..core.source import Source, resolve_source
 from ..core.verify import check_bundle
+from .cached import install_plan_
 from .clock import attach_clock
 from .diffusers_quantizer import register
 from .layers import set_prefer_
+from .plan import check_record
 from .quantized_layer import Prefer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,8 +39,8 @@ def load(
         prefer: "memory" keeps weights packed and unpacks them at each call; "speed" unpacks them once.
 
     Raises:
-        ModelError: the source is missing or not a pipeline.
-        BundleError: the bundle is damaged or of a newer format.
+        ModelError: the source is missing or not a pipeline, or its cache plan is for another model.
+        BundleError: the bundle is damaged or of a newer format, or its cache plan was edited.
     """
     return load_source(resolve_source(str(source), reporter=silent()), dtype=dtype, device=device, prefer=prefer)
 
@@ -48,12 +51,17 @@ def load_source(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     prefer: Literal["memory", "speed"] = "memory",
+    cached: bool = True,
     reporter: Reporter | None = None,
 ) -> DiffusionPipeline:
-    """Load a resolved source; see `load`."""
+    """Load a resolved source; see `load`.
+
+    Args:
+        cached: install the cache plans of a bundle; without, every call computes everything.
+    """
     folder = source.path if isinstance(source, Source) else source
     register()
-    check_bundle(folder)  # before anything is mapped; plain pipelines are checked by their headers
+    manifest = check_bundle(folder)  # before anything is mapped; plain pipelines are checked by their headers
     target = pick_device(device)
     pipe = _from_pretrained(folder, pick_dtype(dtype, target))
     for component in pipe.components.values():
@@ -61,7 +69,17 @@ def load_source(
             set_prefer_(component, prefer)
     pipe.set_progress_bar_config(disable=True)
     attach_clock(pipe)
+    if manifest and cached:
+        _install_plans_(pipe, manifest)
     return pipe.to(target) if target.type != "cpu" else pipe
+
+
+def _install_plans_(pipe: DiffusionPipeline, manifest: Manifest) -> None:
+    """Hook the denoisers that have a cache plan."""
+    for name, record in manifest.components.items():
+        if record.cache is not None:
+            check_record(record.cache, name, (record.weight_hash, record.reference_hash))
+            install_plan_(pipe, name, record.cache.plan)
 
 
 def pick_device(device: str) -> torch.device:

@@ -5,11 +5,14 @@ The counter does not know attention on a CPU, nor integer products; those are ad
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 Shape = tuple[int, ...]
@@ -21,6 +24,35 @@ def count_macs(action: Callable[[], Any]) -> int:
         action()
     operations: int = counter.get_total_flops()
     return operations // 2
+
+
+@dataclass
+class DenoiserMacs:
+    """What the calls of a denoiser cost, added up."""
+
+    macs: int = 0
+
+
+@contextmanager
+def counting_calls(denoiser: nn.Module) -> Iterator[DenoiserMacs]:
+    """Count the multiply-accumulates of every call of a denoiser, whatever else a pipeline computes."""
+    total, counters = DenoiserMacs(), list[FlopCounterMode]()
+
+    def begin(*_: Any) -> None:
+        counters.append(FlopCounterMode(display=False, custom_mapping=_EXTRA))
+        counters[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        counter = counters.pop()
+        counter.__exit__(None, None, None)
+        total.macs += counter.get_total_flops() // 2
+
+    handles = denoiser.register_forward_pre_hook(begin), denoiser.register_forward_hook(end, always_call=True)
+    try:
+        yield total
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _matrix_product(first: Shape, second: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:

@@ -36,6 +36,6 @@ def measure_bundle(
         why = "both pipelines together do not fit in memory"
         reporter.notice(f"the effect on images was not measured: {why}")
         return Effect(not_measured=why)
-    pair = [load_source(folder, device=device, reporter=reporter) for folder in (reference, result)]
+    pair = [load_source(folder, device=device, cached=False, reporter=reporter) for folder in (reference, result)]
     request = RunRequest(seeds=(seed,)).with_zoo_defaults(zoo_entry_of(reference))
     return measure_effect(*pair, seed=seed, request=request, reporter=reporter)

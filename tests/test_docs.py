@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import typer
 
+from dacc.cache.config import METHODS as SEARCHES
+from dacc.cache.config import SearchCacheConfig
 from dacc.calibrate.config import STRATEGIES, CalibrateConfig
 from dacc.cli.main import app
 from dacc.core.config import Config
@@ -85,6 +87,7 @@ def test_the_index_names_every_page():
     [
         (CalibrateConfig, "calibrate"),
         (QuantizeConfig, "quantize"),
+        (SearchCacheConfig, "search-cache"),
         (EvaluateConfig, "evaluate"),
         (GenerateConfig, "generate"),
     ],
@@ -98,7 +101,7 @@ def test_every_config_field_is_documented(config: type[Config], page: str):
     ("page", "registry", "name"),
     [
         (page, found, name)
-        for page, found in (("quantize", METHODS), ("calibrate", STRATEGIES))
+        for page, found in (("quantize", METHODS), ("search-cache", SEARCHES), ("calibrate", STRATEGIES))
         for name in found.names()
     ],
 )

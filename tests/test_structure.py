@@ -40,6 +40,8 @@ LIGHT = [
     *(f"core/{name}.py" for name in LIGHT_CORE),
     "calibrate/config.py",
     "calibrate/api.py",
+    "cache/config.py",
+    "cache/api.py",
     "quant/config.py",
     "evaluate/config.py",
     "__init__.py",

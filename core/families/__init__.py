@@ -28,6 +28,7 @@ class Family:
             network are summed.
         blocks: class names, as globs, of the modules that calibrated methods treat as one unit each.
         sensitive: names, as globs, of the few layers of the body that suffer most from low bits.
+        stacks: names of the lists of transformer blocks, in the order in which they run; none for UNets.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Family:
     embedders: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
     sensitive: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
 
     def role(self, module_name: str) -> Role:
         """The role of the layer called `module_name` (dotted path inside the denoiser)."""

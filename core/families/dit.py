@@ -10,4 +10,5 @@ FAMILY = Family(
     temporal=("*.norm1.emb.*",),
     modulation=("*.norm1.linear",),
     blocks=("BasicTransformerBlock",),
+    stacks=("transformer_blocks",),
 )

@@ -10,4 +10,5 @@ FAMILY = Family(
     temporal=("time_text_embed.*",),
     modulation=("*.norm1.linear", "*.norm1_context.linear", "single_transformer_blocks.*.norm.linear"),
     blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+    stacks=("transformer_blocks", "single_transformer_blocks"),
 )

@@ -10,4 +10,5 @@ FAMILY = Family(
     temporal=("adaln_single.emb.*",),
     modulation=("adaln_single.linear",),
     blocks=("BasicTransformerBlock",),
+    stacks=("transformer_blocks",),
 )

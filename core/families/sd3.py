@@ -10,4 +10,5 @@ FAMILY = Family(
     temporal=("time_text_embed.*",),
     modulation=("*.norm1.linear", "*.norm1_context.linear"),
     blocks=("JointTransformerBlock",),
+    stacks=("transformer_blocks",),
 )

@@ -1,6 +1,6 @@
 import time
 
-from dacc.evaluate.timing import measure_in_turns
+from dacc.runtime.timing import measure_in_turns
 
 
 def test_actions_take_turns_after_one_warm_up_each() -> None:

@@ -1,0 +1,1 @@
+"""Searches cache plans: `dacc search-cache`."""

@@ -1,0 +1,271 @@
+"""`dacc search-cache` from request to bundle: prepare, search for each denoiser, measure, write.
+
+Everything that needs no weights happens first and without importing torch, so that a wrong option or a result that
+already exists is answered at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from ..core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
+from ..core.card import model_card
+from ..core.errors import ConfigError
+from ..core.machine import describe_machine
+from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
+from ..core.output import check_output
+from ..core.pipeline import pipeline_class, select_components
+from ..core.reporter import Reporter, silent
+from ..core.requirements import Requirements, parse_requirements
+from ..core.safe_read import component_tensors, read_json, weight_hash
+from ..core.source import Source, component_entries, resolve_source, zoo_entry_of
+from .config import DEFAULT_STEPS, SearchCacheConfig
+
+if TYPE_CHECKING:
+    from .search import Found
+
+REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is decided before the first weight is read."""
+
+    source: Source
+    config: SearchCacheConfig  # resolved, with the steps filled in
+    components: list[str]
+    hashes: dict[str, str]  # component -> weight hash
+    costs: dict[str, Any]  # component -> call times of an earlier search
+    run_key: str  # names this very result
+
+
+def search_cache(
+    source: str | Path | Source | None,
+    config: SearchCacheConfig | None = None,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+    cost_profile: str | Path | None = None,
+    require: tuple[str, ...] = (),
+    keep_failed: bool = False,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Find a cache plan for the denoisers of a pipeline and write a bundle that carries it.
+
+    Args:
+        source: a pipeline folder, bundle, Hub id or `zoo:NAME`; None is the embedded default.
+        config: what to search for; the default is the best plan for twice the speed.
+        output: the folder to make; default `./<source>-cached-<target>-<method>`.
+        overwrite: replace an existing folder (only when the new one is complete).
+        device: where the pipeline runs and is timed.
+        cost_profile: `dacc_run.json` of an earlier result; its call times are taken in place of measuring.
+        require: floors such as "psnr>=25"; when one is missed nothing is put in place.
+        keep_failed: keep what missed a floor as `<output>.failed`.
+
+    Returns:
+        The bundle's folder. If it already holds this very result it is returned at once.
+
+    Raises:
+        DaccError: see its subclasses; nothing of the user's is touched then.
+    """
+    config, reporter, started = config or SearchCacheConfig(), reporter or silent(), time.time()
+    earlier = len(reporter.notices)  # a reporter may have served another pass before
+    requirements = parse_requirements(require)
+    job = prepare(source, config, reporter, cost_profile)
+    target = Path(output) if output else default_output(job)
+    if not overwrite and existing_bundle(target, job.run_key):
+        return _existing(target, requirements, reporter)
+    check_output(job.source.path, target, overwrite=overwrite)
+
+    from ..runtime.load import load_source
+    from .run import search_all
+
+    _tell_replaced(job, reporter)
+    pipe: Any = load_source(job.source, device=device, cached=False, reporter=reporter)
+    with BundleWriter(
+        job.source.path,
+        target,
+        replace=set(),
+        run_key=job.run_key,
+        reporter=reporter,
+        overwrite=overwrite,
+    ) as writer:
+        result = search_all(pipe, job, reporter)
+        requirements.check(result.effect, writer, keep=keep_failed)
+        writer.commit(
+            lambda files: _manifest(job, result.found, result.effect, files, reporter.notices[earlier:]),
+            {
+                "command": "search-cache",
+                "seconds": round(time.time() - started, 1),
+                "speedup_measured": result.speedup,
+                "cost_profile": {
+                    name: found.cost.model_dump() for name, found in result.found.items() if found.cost is not None
+                },
+                **describe_machine(),
+            },
+            lambda manifest: model_card(manifest, job.source.path),
+        )
+    _summarize(result.found, result.effect, result.speedup, reporter)
+    return target
+
+
+def prepare(
+    source: str | Path | Source | None,
+    config: SearchCacheConfig,
+    reporter: Reporter,
+    cost_profile: str | Path | None = None,
+) -> Job:
+    """Resolve names and check everything that can be checked without reading weights.
+
+    Raises:
+        DaccError: unknown method or component, no pipeline, or a profile that cannot be read.
+    """
+    if config.method == "auto":
+        reporter.detail("method auto: dp")
+    config = config.resolved()
+    found = source if isinstance(source, Source) else resolve_source(_text(source), reporter=reporter)
+    entry = zoo_entry_of(found)
+    steps = config.steps or (entry.num_inference_steps if entry else DEFAULT_STEPS)
+    config = config.model_copy(update={"steps": steps})
+    components = select_components(found.path, list(config.component))
+    hashes = {name: weight_hash(found.path / name) for name in components}
+    costs = _read_costs(Path(cost_profile)) if cost_profile else {}
+    identity = {"source": hashes, "config": config.model_dump(mode="json"), "costs": costs, "dacc": REQUIRES["dacc"]}
+    run_key = hashlib.sha256(json.dumps({"search-cache": identity}, sort_keys=True).encode()).hexdigest()
+    return Job(found, config, components, hashes, costs, run_key)
+
+
+def default_output(job: Job) -> Path:
+    """`./digits-unet-cached-2x-dp`."""
+    config = job.config
+    goal = f"{config.speedup:g}x" if config.speedup is not None else f"{config.macs_ratio:g}macs"
+    return Path(f"{job.source.name}-cached-{goal}-{config.method}")
+
+
+def _text(source: str | Path | None) -> str | None:
+    return None if source is None else str(source)
+
+
+def _read_costs(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ConfigError(f"--cost-profile {file} is no file.", mend="Give the dacc_run.json of an earlier result.")
+    raw = read_json(file)
+    costs = raw.get("cost_profile") if isinstance(raw, dict) else None
+    if not isinstance(costs, dict) or not costs:
+        raise ConfigError(f"{file} holds no cost profile.", mend="Give the dacc_run.json of a --speedup result.")
+    return costs
+
+
+def parse_cost(costs: dict[str, Any], component: str) -> Any:
+    """Call times of a component from a profile; None when it has none.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    from .profile import CallCost
+
+    if component not in costs:
+        return None
+    try:
+        return CallCost(**costs[component])
+    except (ValidationError, TypeError):
+        raise ConfigError(
+            f"the cost profile of {component} cannot be read.", mend="Measure anew: leave --cost-profile out."
+        ) from None
+
+
+def _tell_replaced(job: Job, reporter: Reporter) -> None:
+    manifest = read_manifest(job.source.path)
+    for name in job.components:
+        record = manifest.components.get(name) if manifest else None
+        if record and record.cache:
+            reporter.notice(f"the {record.cache.method} plan that {name} had is replaced")
+
+
+def _existing(target: Path, requirements: Requirements, reporter: Reporter) -> Path:
+    """The result of an earlier run, unless it misses a floor."""
+    manifest = read_manifest(target)
+    assert manifest is not None
+    for effect in manifest.passes[-1].effect.values():
+        requirements.check_existing(effect, target)
+    reporter.say(f"{target} already holds this result; nothing to do")
+    return target
+
+
+def _manifest(
+    job: Job, found: dict[str, Found], effect: Effect, files: dict[str, FileRecord], notices: list[str]
+) -> Manifest:
+    """The new manifest: this pass after those of the source, untreated components as they were."""
+    import torch
+
+    before = read_manifest(job.source.path)
+    known = before.components if before else {}
+    treated = {
+        name: (known[name] if name in known else _float_record(job, name, files)).model_copy(
+            update={"cache": own.record}
+        )
+        for name, own in found.items()
+    }
+    this = PassRecord(
+        command="search-cache",
+        config=job.config.model_dump(mode="json"),
+        seed=job.config.seed,
+        threads=torch.get_num_threads(),
+        notices=list(notices),
+        effect={"pipeline": effect},
+    )
+    source = SourceRecord(name=job.source.identity, revision=job.source.revision, weights=job.hashes)
+    return Manifest(
+        requires={**REQUIRES, **(before.requires if before else {})},
+        source=before.source if before else source,
+        pipeline=pipeline_class(job.source.path),
+        passes=[*(before.passes if before else []), this],
+        history=[*(before.history if before else []), *([before.sha256()] if before else [])],
+        components={**known, **treated},
+        files=files,
+    )
+
+
+def _float_record(job: Job, name: str, files: dict[str, FileRecord]) -> ComponentRecord:
+    """A component whose weights no pass has touched."""
+    tensors = component_tensors(job.source.path / name)
+    parameters = sum(prod(info.shape) for _, info in tensors.values())
+    size = component_weight_bytes(files, name)
+    return ComponentRecord(
+        class_name=component_entries(job.source.path)[name][1],
+        weight_hash=component_weight_hash(files, name),
+        reference_hash=job.hashes[name],
+        parameters=parameters,
+        bytes_fp32=4 * parameters,
+        bytes_before=size,
+        bytes_after=size,
+    )
+
+
+def _summarize(found: dict[str, Found], effect: Effect, speedup: float | None, reporter: Reporter) -> None:
+    """The closing lines on stderr."""
+    for name, own in found.items():
+        chosen, plan = own.record.chosen, own.record.plan
+        codes = ", ".join(f"{unit} {codes}" for unit, codes in plan.codes.items())
+        reporter.say(
+            f"{name}: {chosen['computed']} of {chosen['calls']} calls compute everything, "
+            f"{own.record.macs_ratio:.3f} of the MACs; {codes}"
+        )
+    if speedup is not None:
+        reporter.say(f"measured: the denoiser loop is {speedup:.2f} times as fast")
+    if effect.not_measured:
+        reporter.say(f"difference to the source without plan: not measured ({effect.not_measured})")
+    else:
+        reporter.say(
+            f"difference to the source without plan: relative L2 {effect.relative_l2:.4f}, PSNR {effect.psnr:.1f} dB, "
+            f"SSIM {effect.ssim:.4f} ({effect.seeds} seeds, {effect.steps} steps)"
+        )

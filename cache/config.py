@@ -1,0 +1,94 @@
+"""What a user can ask of `dacc search-cache`; one name and one default for flag, field and manifest. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from ..core.cache_plan import BlockRange, ModuleUnit, UnetCut, UnetEncoder, Unit
+from ..core.config import Config
+from ..core.registry import Registry
+from ..core.schedule_id import StepRule
+
+METHODS = Registry("cache search", f"{__package__}.methods", Path(__file__).parent / "methods")
+DEFAULT_METHOD = "dp"
+DEFAULT_SPEEDUP = 2.0
+DEFAULT_STEPS = 50
+UNIT_FORMS = "auto, cut:BLOCK.LAYER, encoder, blocks:FIRST-END or module:NAME"
+
+
+class SearchCacheConfig(Config):
+    """The whole request."""
+
+    speedup: float | None = Field(None, gt=1)  # of the denoiser loop in seconds; larger: less like the source
+    macs_ratio: float | None = Field(None, gt=0, lt=1)  # of all calls, in its place; smaller: faster
+    method: str = "auto"  # a file of cache/methods
+    unit: str = "auto"  # what is reused
+    steps: int | None = Field(None, ge=2)  # solver steps that the plan is for; None: the zoo's own, else 50
+    guidance_scale: float | None = None  # None: the zoo's own, else the pipeline's
+    samples: int = Field(8, ge=1)  # runs that are profiled, for methods that look at the model
+    batch_size: int = Field(8, ge=1)  # of these runs; larger: faster, more memory
+    rule: StepRule = "nearest"  # on another grid: follow the noise levels, or refuse
+    component: tuple[str, ...] = ()  # empty: all denoisers
+    settings: dict[str, Any] = Field(default_factory=dict)  # the method's own fields
+    measure: str = "auto"  # auto or never: compare with the source without plan at the end
+    seed: int = Field(0, ge=0)
+
+    @field_validator("measure")
+    @classmethod
+    def _check_measure(cls, value: str) -> str:
+        if value not in ("auto", "never"):
+            raise ValueError("auto or never")
+        return value
+
+    @field_validator("unit")
+    @classmethod
+    def _check_unit(cls, value: str) -> str:
+        if value != "auto":
+            parse_unit(value, stacks=("blocks",))
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> SearchCacheConfig:
+        if self.speedup is not None and self.macs_ratio is not None:
+            raise ValueError("a speed-up and a ratio of MACs are two targets; give one")
+        return self
+
+    def resolved(self) -> SearchCacheConfig:
+        """The same with the method's name in place of "auto" and a target.
+
+        Raises:
+            ConfigError: no such method.
+        """
+        method = DEFAULT_METHOD if self.method == "auto" else self.method
+        METHODS.check(method)
+        speedup = DEFAULT_SPEEDUP if self.speedup is None and self.macs_ratio is None else self.speedup
+        return self.model_copy(update={"method": method, "speedup": speedup})
+
+
+def parse_unit(text: str, stacks: tuple[str, ...]) -> Unit:
+    """The unit that a text names.
+
+    Args:
+        stacks: the lists of blocks of the denoiser, for `blocks:FIRST-END`.
+
+    Raises:
+        ValueError: another form.
+    """
+    kind, _, where = text.partition(":")
+    try:
+        if kind == "cut":
+            block, _, layer = where.partition(".")
+            return UnetCut(id="deep", block=int(block), layer=int(layer or 0))
+        if kind == "encoder" and not where:
+            return UnetEncoder(id="encoder")
+        if kind == "blocks":
+            first, _, end = where.partition("-")
+            return BlockRange(id="body", stacks=stacks, first=int(first), end=int(end))
+        if kind == "module":
+            return ModuleUnit(id=where, path=where)
+    except ValueError:
+        pass
+    raise ValueError(f"{text!r} is none of {UNIT_FORMS}")

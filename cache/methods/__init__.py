@@ -1,0 +1,1 @@
+"""One search per file; the file name is the value of `--method`."""

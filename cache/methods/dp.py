@@ -1,0 +1,84 @@
+"""Dynamic programme over groups of calls, after CacheQuant (2025), arXiv 2503.01323: each group computes at its first
+call and reuses what that gave until its end. Of all ways to cut a run into K groups the cheapest is found, exactly.
+
+    D(i, j) = sum over t = i ... j - 1 of cost[i, t],    M(n, k) = min over j of M(j, k - 1) + D(j, n)
+
+cost[i, t] is what it does to reuse at call t what call i computed, profiled on runs that compute everything.
+Letters: C calls of a run, K groups, which is also the number of calls that compute.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ...core.config import Config
+from ...core.errors import ConfigError
+
+INFINITE = float("inf")
+
+
+class DPConfig(Config):
+    """Fields of `--set`."""
+
+    cost: Literal["output", "feature"] = "output"  # output: error of the denoiser's output times how far it moves
+    # the final sample; feature: L1 distance of the reused values, as published, which needs no further evaluations
+    bounds: bool = False  # groups of ceil(N / 2) to 2 N calls only, N = ceil(C / K), as the authors' program
+
+
+CONFIG = DPConfig
+NEEDS = ("cost",)
+
+
+def schedule(calls: int, computed: int, config: DPConfig, cost: list[list[float]]) -> tuple[int, ...]:
+    """The calls that compute, ascending, the first of them 0.
+
+    Args:
+        calls: C.
+        computed: K, at most C.
+        cost: (C, C), cost[i][t] of reusing at call t what call i computed; t > i counts.
+
+    Raises:
+        ConfigError: with `bounds` the calls cannot be cut into so many groups.
+    """
+    shortest, longest = _bounds(calls, computed) if config.bounds else (1, calls)
+    segment = segment_costs(cost)
+    best = [[INFINITE] * (computed + 1) for _ in range(calls + 1)]
+    start = [[0] * (computed + 1) for _ in range(calls + 1)]
+    best[0][0] = 0.0
+    for end in range(1, calls + 1):
+        for first in range(max(0, end - longest), end - shortest + 1):
+            for groups in range(1, computed + 1):
+                total = best[first][groups - 1] + segment[first][end]
+                if total < best[end][groups]:
+                    best[end][groups], start[end][groups] = total, first
+    if best[calls][computed] == INFINITE:
+        raise ConfigError(
+            f"{calls} calls cannot be cut into {computed} groups of {shortest} to {longest}.",
+            mend="Leave --set bounds=true out.",
+        )
+    found, end = [], calls
+    for groups in range(computed, 0, -1):
+        end = start[end][groups]
+        found.append(end)
+    return tuple(reversed(found))
+
+
+def segment_costs(cost: list[list[float]]) -> list[list[float]]:
+    """D(i, j) of all groups from call i to call j - 1: (C, C + 1)."""
+    calls = len(cost)
+    found = [[0.0] * (calls + 1) for _ in range(calls)]
+    for first in range(calls):
+        for end in range(first + 2, calls + 1):
+            found[first][end] = found[first][end - 1] + cost[first][end - 1]
+    return found
+
+
+def schedule_cost(places: tuple[int, ...], cost: list[list[float]]) -> float:
+    """What a schedule costs: the sum of D over its groups."""
+    segment, ends = segment_costs(cost), (*places[1:], len(cost))
+    return sum(segment[first][end] for first, end in zip(places, ends, strict=True))
+
+
+def _bounds(calls: int, computed: int) -> tuple[int, int]:
+    interval = -(-calls // computed)
+    return -(-interval // 2), 2 * interval

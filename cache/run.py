@@ -1,0 +1,60 @@
+"""The heavy part of `dacc search-cache`: all denoisers of one loaded pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.manifest import Effect
+from ..core.reporter import Reporter
+from ..core.seeds import seed_stream
+from ..core.source import zoo_entry_of
+from ..runtime.cached import install_plan_, remove_plans_
+from ..runtime.request import RunRequest
+from .api import Job, parse_cost
+from .config import METHODS
+from .search import Found, check_promise, measure_plan, measure_speedup, search_component
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found, and what it does."""
+
+    found: dict[str, Found]
+    effect: Effect
+    speedup: float | None  # None: not measured
+
+
+def search_all(pipe: Any, job: Job, reporter: Reporter) -> Result:
+    """Search for each denoiser with the others computing everything, then measure all plans together.
+
+    Raises:
+        DaccError: see `search_component`; or the speed-up that was asked for is not reached.
+    """
+    config = job.config
+    assert config.steps is not None
+    entry = zoo_entry_of(job.source)
+    request = RunRequest(
+        seeds=seed_stream("search", config.seed, config.samples),
+        num_inference_steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        batch_size=config.batch_size,
+        prompts=entry.calibration_prompts or None if entry else None,
+    ).with_zoo_defaults(entry)
+    method = METHODS.load(config.method)
+    found: dict[str, Found] = {}
+    for name in job.components:
+        remove_plans_(pipe)
+        known = parse_cost(job.costs, name)
+        found[name] = search_component(pipe, name, config, method, request, job.hashes[name], reporter, known)
+    for name, own in found.items():
+        install_plan_(pipe, name, own.record.plan)
+    if config.measure == "never":
+        return Result(found, Effect(not_measured="switched off with --measure never"), None)
+    try:
+        speedup, seconds = measure_speedup(pipe, request, reporter)
+        if config.speedup is not None:
+            check_promise(config.speedup, speedup)
+        return Result(found, measure_plan(pipe, request, seconds, config.seed, reporter), speedup)
+    finally:
+        remove_plans_(pipe)

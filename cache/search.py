@@ -1,0 +1,222 @@
+"""The search for one denoiser: profile, budget, method, plan; then what the plan does, measured.
+
+Letters: C calls of a run, K calls that compute.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from ..core.cache_plan import COMPUTE, REUSE, CachePlan, CacheRecord, Unit, UnitMacs
+from ..core.config import build_config
+from ..core.errors import ConfigError, UnsupportedError
+from ..core.manifest import Effect
+from ..core.pipeline import denoisers
+from ..core.reporter import Reporter
+from ..core.seeds import seed_stream
+from ..runtime.cached import install_plan_, no_cache
+from ..runtime.compare import compare
+from ..runtime.macs import counting_calls
+from ..runtime.plan import denoiser_sha256, planned_macs
+from ..runtime.request import RunRequest
+from ..runtime.timing import measure_in_turns
+from ..runtime.trajectory import call_pipeline, sample
+from .budget import computed_calls
+from .config import SearchCacheConfig
+from .profile import CallCost, count_unit_macs, feature_cost, first_calls, output_cost, time_calls
+from .units import choose_unit
+
+REACH = 4  # groups are looked for up to this many times their mean length, where evaluations have to be paid for
+KEPT_PROMISE = 0.95  # of the speed-up that was asked for must be measured
+TIMED_RUNS = 3
+EFFECT_SEEDS = 4
+BUDGET_SECONDS = 60.0  # for the comparison
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan and what was decided on the way."""
+
+    record: CacheRecord
+    cost: CallCost | None
+
+
+def search_component(
+    pipe: Any,
+    component: str,
+    config: SearchCacheConfig,
+    method: ModuleType,
+    request: RunRequest,
+    weights: str,
+    reporter: Reporter,
+    known_cost: CallCost | None = None,
+) -> Found:
+    """Find the plan of one denoiser of a pipeline that runs without plans.
+
+    Args:
+        config: resolved.
+        request: the runs to profile.
+        weights: hash of the denoiser's weight files.
+        known_cost: call times of an earlier search, in place of measuring.
+
+    Raises:
+        ConfigError: the method's fields, or a profile of another unit.
+        UnsupportedError: the denoiser cannot be cached so, or the target is out of reach.
+    """
+    denoiser: nn.Module = pipe.components[component]
+    settings = build_config(method.CONFIG, **config.settings)
+    unit = choose_unit(denoiser, config.unit)
+    calls, schedule = first_calls(pipe, component, request)
+    macs = count_unit_macs(denoiser, unit, calls)
+    cost = None
+    if config.speedup is not None:
+        cost = _checked(known_cost, unit) if known_cost else time_calls(denoiser, unit, calls, reporter)
+    count = len(schedule.timesteps)
+    computed = _budget(config, count, macs, unit, cost)
+    blank = CachePlan(
+        class_name=type(denoiser).__name__,
+        config_sha256=denoiser_sha256(denoiser),
+        weights=weights,
+        schedule=schedule,
+        rule=config.rule,
+        units=(unit,),
+        codes={unit.id: COMPUTE * count},
+        macs=macs,
+    )
+    profile = _profile(pipe, component, blank, method, settings, request, computed, reporter)
+    places = method.schedule(count, computed, settings, *profile)
+    codes = "".join(COMPUTE if call in places else REUSE for call in range(count))
+    plan = blank.model_copy(update={"codes": {unit.id: codes}})
+    ratio = count_plan(pipe, component, plan, request, reporter)
+    record = CacheRecord(
+        method=config.method,
+        plan=plan,
+        plan_sha256=plan.sha256(),
+        macs_ratio=ratio,
+        chosen={"calls": count, "computed": len(places)},
+    )
+    return Found(record, cost)
+
+
+def count_plan(pipe: Any, component: str, plan: CachePlan, request: RunRequest, reporter: Reporter) -> float:
+    """Install a plan and count what a run of one sample costs with it, over one without.
+
+    A count that is not the predicted one is a notice: guidance that ends before the run does makes calls cheaper.
+    """
+    units = install_plan_(pipe, component, plan)
+    one = request.model_copy(update={"seeds": request.seeds[:1], "batch_size": 1})
+    counted = []
+    for without in (True, False):
+        with no_cache(pipe) if without else nullcontext(), counting_calls(pipe.components[component]) as total:
+            sample(pipe, one)
+        counted.append(total.macs)
+    full, cached = counted
+    predicted = planned_macs(plan, units.containers)
+    if (full, cached) != (plan.macs.full * plan.calls, predicted):
+        reporter.notice(f"{component}: a run counts {cached} of {full} MACs; the plan predicts {predicted}")
+    return cached / full
+
+
+def measure_plan(pipe: Any, request: RunRequest, seconds_per_run: float, seed: int, reporter: Reporter) -> Effect:
+    """Difference of a run with the installed plans to one without, from the same noise."""
+    expected = 2 * EFFECT_SEEDS * seconds_per_run
+    if expected > BUDGET_SECONDS:
+        reporter.say(f"measuring would take about {expected:.0f} s")
+        why = f"it would take more than {BUDGET_SECONDS:.0f} s"
+        reporter.notice(f"the effect on images was not measured: {why}")
+        return Effect(not_measured=why)
+    seeds = seed_stream("effect", seed, EFFECT_SEEDS)
+    runs = request.model_copy(update={"seeds": seeds, "batch_size": EFFECT_SEEDS})
+    with reporter.stage("comparing with the source without plan"):
+        with no_cache(pipe):
+            reference = sample(pipe, runs)
+        return compare(reference, sample(pipe, runs), steps=request.num_inference_steps)
+
+
+def measure_speedup(pipe: Any, request: RunRequest, reporter: Reporter) -> tuple[float, float]:
+    """Seconds of the denoiser loop without the plans over those with them, and seconds without: medians in turns."""
+    one = request.model_copy(update={"seeds": request.seeds[:1], "batch_size": 1})
+    loops: dict[bool, list[float]] = {True: [], False: []}
+
+    def run(without: bool) -> None:
+        with no_cache(pipe) if without else nullcontext():
+            loops[without].append(_loop_seconds(pipe, one))
+
+    measure_in_turns([lambda: run(True), lambda: run(False)], TIMED_RUNS, reporter)
+    full, cached = (statistics.median(loops[without][1:]) for without in (True, False))  # the first runs warm up
+    return full / cached, full
+
+
+def check_promise(asked: float, measured: float) -> None:
+    """Refuse a plan that is slower than was asked for.
+
+    Raises:
+        UnsupportedError: less than 0.95 of the speed-up was measured.
+    """
+    if measured < KEPT_PROMISE * asked:
+        raise UnsupportedError(
+            f"a speed-up of {asked:g} was asked for and {measured:.2f} measured.",
+            "The time of a call was measured before; a busy machine, or work between the calls, makes the difference.",
+            "Try again on a quiet machine, ask for more, or use --macs-ratio.",
+        )
+
+
+def _loop_seconds(pipe: Any, request: RunRequest) -> float:
+    """From the first call of a denoiser to the last step of the solver."""
+    marks: list[float] = []
+
+    def mark(_: Any = None, *__: Any) -> None:
+        marks.append(time.perf_counter())
+
+    handles = [found.register_forward_pre_hook(mark, prepend=True) for found in denoisers(pipe).values()]
+    last: list[float] = []
+    try:
+        call_pipeline(pipe, request, [0], on_step=lambda _: last.append(time.perf_counter()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return last[-1] - marks[0]
+
+
+def _budget(config: SearchCacheConfig, calls: int, macs: UnitMacs, unit: Unit, cost: CallCost | None) -> int:
+    """K."""
+    if cost is not None:
+        assert config.speedup is not None
+        partial = cost.partial_seconds / cost.full_seconds
+        return computed_calls(calls, 1 / config.speedup, partial, wish="speedup")
+    assert config.macs_ratio is not None
+    return computed_calls(calls, config.macs_ratio, 1 - macs.units[unit.id] / macs.full, wish="macs")
+
+
+def _checked(cost: CallCost, unit: Unit) -> CallCost:
+    if cost.unit != unit.model_dump_json():
+        raise ConfigError(
+            f"the cost profile is of another unit ({cost.unit}).", mend="Measure anew: leave --cost-profile out."
+        )
+    return cost
+
+
+def _profile(
+    pipe: Any,
+    component: str,
+    plan: CachePlan,
+    method: ModuleType,
+    settings: Any,
+    request: RunRequest,
+    computed: int,
+    reporter: Reporter,
+) -> tuple[Any, ...]:
+    """What the method needs to know of the model."""
+    if "cost" not in method.NEEDS:
+        return ()
+    if settings.cost == "feature":
+        return (feature_cost(pipe, component, plan.units[0], request, reporter),)
+    longest = min(plan.calls, REACH * -(-plan.calls // computed))
+    return (output_cost(pipe, component, plan, request, reporter, longest=longest),)

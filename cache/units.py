@@ -1,0 +1,54 @@
+"""Which part of a denoiser a search caches when nobody says so."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..core.cache_plan import ModuleUnit, Unit
+from ..core.config import nearest
+from ..core.errors import ConfigError, DaccError, UnsupportedError
+from ..core.families import find_family
+from ..runtime.cache_units import block_names, layout_of
+from .config import UNIT_FORMS, parse_unit
+
+
+def choose_unit(denoiser: nn.Module, text: str) -> Unit:
+    """The unit that a search is to treat.
+
+    "auto" cuts a UNet at its shallowest skip connection, so that its first convolution and last layer stay fresh, and
+    takes all blocks of a transformer but the first and the last.
+
+    Raises:
+        ConfigError: the denoiser has no such part.
+        UnsupportedError: no part of this denoiser is known that could be cached.
+    """
+    stacks = find_family(type(denoiser).__name__)[0].stacks
+    if text.startswith("blocks:") and not stacks:
+        raise UnsupportedError(
+            f"it is not known which lists of blocks a {type(denoiser).__name__} runs in which order.",
+            mend="Name a part with --unit module:NAME.",
+        )
+    if text != "auto":
+        unit = parse_unit(text, stacks)
+        _check(denoiser, unit, text)
+        return unit
+    if hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks"):
+        unit = parse_unit("cut:0.0", stacks)
+        layout_of(denoiser, unit)  # refuses a UNet of unusual blocks
+        return unit
+    if not stacks or len(block_names(denoiser, stacks)) < 2:
+        raise UnsupportedError(
+            f"it is not known which blocks of a {type(denoiser).__name__} could be cached.",
+            mend="Name a part with --unit module:NAME; dacc inspect shows them.",
+        )
+    count = len(block_names(denoiser, stacks))
+    return parse_unit(f"blocks:1-{count - 1 if count > 2 else count}", stacks)
+
+
+def _check(denoiser: nn.Module, unit: Unit, text: str) -> None:
+    try:
+        layout_of(denoiser, unit)
+    except DaccError as error:
+        names = [name for name, _ in denoiser.named_modules() if name]
+        advice = nearest(text.partition(":")[2], names) if isinstance(unit, ModuleUnit) else f"Forms: {UNIT_FORMS}."
+        raise ConfigError(f"--unit {text}: {error.what}", mend=advice) from None

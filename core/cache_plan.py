@@ -1,0 +1,126 @@
+"""A cache plan: which part of a denoiser is computed and which one reused at every call of a run. Nothing here imports
+torch; `runtime/plan.py` checks a plan against a model and a grid, `runtime/cached.py` runs it.
+
+Letters: C calls, the denoiser slots of a run (evaluations of several guidance branches share a slot).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .config import Config
+from .schedule_id import ScheduleId, StepRule
+
+PLAN_FORMAT = 1
+COMPUTE, REUSE = "C", "R"  # the codes of a call
+
+
+class UnetCut(Config):
+    """All of a UNet that lies deeper than one skip connection; what enters the up layer that reads it is kept.
+
+    Skips are numbered in groups, one for each down block: layer 0 of a group is what enters the block, layer n the
+    output of its n-th residual layer.
+    """
+
+    kind: Literal["unet_cut"] = "unet_cut"
+    id: str = Field(min_length=1)
+    block: int = Field(ge=0)
+    layer: int = Field(ge=0)
+
+
+class UnetEncoder(Config):
+    """First convolution, down blocks and middle of a UNet; all that they hand to the up blocks is kept."""
+
+    kind: Literal["unet_encoder"] = "unet_encoder"
+    id: str = Field(min_length=1)
+
+
+class ModuleUnit(Config):
+    """One submodule; its output is kept."""
+
+    kind: Literal["module"] = "module"
+    id: str = Field(min_length=1)
+    path: str = Field(min_length=1)  # dotted name inside the denoiser
+
+
+class BlockRange(Config):
+    """The blocks first ... end - 1 of a transformer, counted through its stacks one after the other."""
+
+    kind: Literal["block_range"] = "block_range"
+    id: str = Field(min_length=1)
+    stacks: tuple[str, ...] = Field(min_length=1)  # names of the lists of blocks, in the order in which they run
+    first: int = Field(ge=0)
+    end: int = Field(ge=1)  # the first block behind the range
+    store: Literal["residual", "output"] = "residual"  # what the range adds to what enters it, or what leaves it
+
+    @model_validator(mode="after")
+    def _check(self) -> BlockRange:
+        if self.end <= self.first:
+            raise ValueError(f"blocks {self.first} to {self.end} are none")
+        return self
+
+
+Unit = Annotated[UnetCut | UnetEncoder | ModuleUnit | BlockRange, Field(discriminator="kind")]
+
+
+class UnitMacs(Config):
+    """Multiply-accumulates of one call for one sample, all its guidance branches together."""
+
+    full: int = Field(ge=0)  # of a call that computes everything
+    units: dict[str, int]  # unit -> what a call saves that skips it alone
+
+
+class CachePlan(Config):
+    """One plan for one denoiser on one grid. A unit inside a skipped one is not evaluated and keeps its own value."""
+
+    format: int = PLAN_FORMAT
+    class_name: str  # of the denoiser
+    config_sha256: str  # of its config
+    weights: str  # hash of the weight files that it was searched on
+    schedule: ScheduleId
+    rule: StepRule = "nearest"  # on another grid: refuse, or follow the noise levels
+    min_calls: int = Field(8, ge=1)  # another grid of fewer calls runs without the plan
+    units: tuple[Unit, ...] = Field(min_length=1)
+    codes: dict[str, str]  # unit -> one code per call: C compute, R reuse
+    macs: UnitMacs
+
+    @model_validator(mode="after")
+    def _check(self) -> CachePlan:
+        names = [unit.id for unit in self.units]
+        if len(set(names)) != len(names):
+            raise ValueError("two units have the same id")
+        for what, given in (("codes", self.codes), ("macs.units", self.macs.units)):
+            if set(given) != set(names):
+                raise ValueError(f"{what} are of {sorted(given)}, the units are {sorted(names)}")
+        for name, codes in self.codes.items():
+            if len(codes) != self.calls:
+                raise ValueError(f"unit {name!r} has codes for {len(codes)} calls, the grid has {self.calls}")
+            if set(codes) - {COMPUTE, REUSE}:
+                raise ValueError(f"unit {name!r} has codes other than {COMPUTE} and {REUSE}")
+            if codes[0] != COMPUTE:
+                raise ValueError(f"unit {name!r} reuses at the first call, when there is nothing to reuse")
+        return self
+
+    @property
+    def calls(self) -> int:
+        """C."""
+        return len(self.schedule.timesteps)
+
+    def sha256(self) -> str:
+        """Hash of the whole plan."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class CacheRecord(Config):
+    """The plan of a component in the manifest, and what it was found to do."""
+
+    method: str
+    plan: CachePlan
+    plan_sha256: str  # tells that the plan was not edited
+    macs_ratio: float  # multiply-accumulates of a run with the plan over those without, all denoiser calls, counted
+    chosen: dict[str, int | float | str] = Field(default_factory=dict)  # what the search decided, e.g. computed calls

@@ -1,0 +1,197 @@
+"""The hooks that stand before the modules of cached units: they compute, keep and give back as the frame says.
+
+A frame is one evaluation of a denoiser. It lives in a context variable, so threads that share a denoiser do not meet.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks.hooks import ModelHook
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..core.cache_plan import COMPUTE, REUSE, BlockRange
+from ..core.errors import UnsupportedError
+
+Values = dict[tuple[str, str], Any]  # (unit, module) -> its kept or hollow output; of a block range: its change
+
+
+@dataclass
+class Frame:
+    """One evaluation of one denoiser."""
+
+    owner: object  # the runner that opened it
+    actions: dict[str, str]  # unit -> C, R or -
+    storing: frozenset[str]  # computed units whose values a later evaluation needs
+    values: Values
+    entered: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # block range -> the streams that entered it
+
+
+FRAME: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("dacc_cache_frame", default=None)
+
+
+class SkipHook(ModelHook):
+    """Stands before one module that units skip as a whole.
+
+    Args:
+        owner: the runner whose frames count.
+        path: name of the module.
+        units: the units that skip it -> whether they keep its output.
+    """
+
+    def __init__(self, owner: object, path: str, units: dict[str, bool]) -> None:
+        super().__init__()
+        self.owner, self.path, self.units = owner, path, units
+
+    def new_forward(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        frame = FRAME.get()
+        if frame is None or frame.owner is not self.owner:
+            return original_of(self)(*args, **kwargs)
+        skipping = [unit for unit in self.units if frame.actions[unit] == REUSE]
+        if skipping:
+            chosen = next((unit for unit in skipping if self.units[unit]), skipping[0])
+            return frame.values[chosen, self.path]
+        output = original_of(self)(*args, **kwargs)
+        for unit, keeps in self.units.items():
+            if unit in frame.storing:
+                frame.values[unit, self.path] = tree_map(_detached if keeps else _hollow, output)
+        return output
+
+
+class BlockHook(ModelHook):
+    """Stands before one block of a range: passes what enters it through where the range is skipped, and adds what the
+    range changed at its last block.
+
+    Args:
+        owner: the runner whose frames count.
+        unit: the range.
+        path: name of the block.
+        metadata: the names and places of its streams, image and text.
+        first: whether the range begins here.
+        last: whether it ends here.
+    """
+
+    def __init__(
+        self,
+        owner: object,
+        unit: BlockRange,
+        path: str,
+        metadata: TransformerBlockMetadata,
+        *,
+        first: bool,
+        last: bool,
+    ) -> None:
+        super().__init__()
+        self.owner, self.unit, self.path, self.metadata = owner, unit, path, metadata
+        self.first, self.last = first, last
+
+    def new_forward(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        frame = FRAME.get()
+        if frame is None or frame.owner is not self.owner:
+            return original_of(self)(*args, **kwargs)
+        unit, residual = self.unit.id, self.unit.store == "residual"
+        if frame.actions[unit] == REUSE:
+            streams = self._entering(args, kwargs)
+            if self.last:
+                kept = frame.values[unit, self.path]
+                streams = _added(streams, kept) if residual else kept
+            return self._output(streams)
+        if self.first and unit in frame.storing and residual:
+            frame.entered[unit] = self._entering(args, kwargs)
+        output = original_of(self)(*args, **kwargs)
+        if self.last and unit in frame.storing:
+            leaving = self._leaving(output)
+            frame.values[unit, self.path] = (
+                self._change(frame.entered.pop(unit), leaving) if residual else tree_map(_detached, leaving)
+            )
+        return output
+
+    def _entering(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The image and text streams that enter the block; no text where it has no stream of its own."""
+        read = self.metadata._get_parameter_from_args_kwargs
+        image = read(self.metadata.hidden_states_argument_name, args, kwargs)
+        if self.metadata.return_encoder_hidden_states_index is None:
+            return image, None
+        return image, read(self.metadata.encoder_hidden_states_argument_name, args, kwargs)
+
+    def _leaving(self, output: Any) -> tuple[Any, Any]:
+        if not isinstance(output, tuple):
+            return output, None
+        place = self.metadata.return_encoder_hidden_states_index
+        return output[self.metadata.return_hidden_states_index], None if place is None else output[place]
+
+    def _output(self, streams: tuple[Any, Any]) -> Any:
+        """The streams in the order in which the block returns them."""
+        place = self.metadata.return_encoder_hidden_states_index
+        if place is None:
+            return streams[0]
+        output = [None, None]
+        output[self.metadata.return_hidden_states_index], output[place] = streams
+        return tuple(output)
+
+    def _change(self, entered: tuple[Any, Any], leaving: tuple[Any, Any]) -> tuple[Any, Any]:
+        for before, after in zip(entered, leaving, strict=True):
+            if before is not None and after is not None and before.shape != after.shape:
+                raise UnsupportedError(
+                    f"the blocks of {self.unit.id!r} turn {tuple(before.shape)} into {tuple(after.shape)}.",
+                    "What a range adds can be kept only where it leaves the shape alone.",
+                    "Let the unit store its output, or choose other blocks.",
+                )
+        return _difference(leaving[0], entered[0]), _difference(leaving[1], entered[1])
+
+
+def block_metadata(block: nn.Module) -> TransformerBlockMetadata:
+    """Where a transformer block takes and returns its streams.
+
+    Raises:
+        UnsupportedError: diffusers does not tell for blocks of this class.
+    """
+    try:
+        return TransformerBlockRegistry.get(type(block))
+    except ValueError:
+        raise UnsupportedError(
+            f"blocks of class {type(block).__name__} cannot be cached as a range.",
+            "It is not known which of their arguments and results belong together.",
+            "Cache single modules of this model.",
+        ) from None
+
+
+def original_of(hook: ModelHook) -> Any:
+    """What the module of a hook would run without it."""
+    return hook.fn_ref.original_forward
+
+
+def drop(values: Values, units: Iterable[str]) -> None:
+    """Free the values of some units."""
+    units = set(units)
+    for key in [key for key in values if key[0] in units]:
+        del values[key]
+
+
+def computing(units: Iterable[str]) -> dict[str, str]:
+    """The actions of an evaluation that computes everything."""
+    return dict.fromkeys(units, COMPUTE)
+
+
+def _added(streams: tuple[Any, Any], change: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Streams plus what a range adds to them; a stream that ends in the range is not there behind it."""
+    image, text = change
+    return streams[0] + image, None if text is None else streams[1] + text
+
+
+def _difference(after: Tensor | None, before: Tensor | None) -> Tensor | None:
+    return None if after is None or before is None else (after - before).detach()
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _hollow(value: Any) -> Any:
+    """Zeros of the same shape that hold one element."""
+    return value.new_zeros(()).expand(value.shape) if isinstance(value, Tensor) else value

@@ -1,0 +1,280 @@
+"""Run a denoiser with a cache plan, by diffusers' own hooks: nothing of the model's code is changed.
+
+A hook on the denoiser opens a frame for each evaluation: which units are computed and which reused, by the call that
+the run clock counts. What is kept belongs to the run (`clock.run_storage`), to each guidance branch its own, and is
+freed when no later call needs it, when the run ends, and when it fails. A value that is not there, at the first call
+of a run that begins in the middle or after a change of shape, makes that evaluation compute everything.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.hooks.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+
+from ..core.cache_plan import COMPUTE, REUSE, BlockRange, CachePlan, Unit
+from ..core.pipeline import denoisers
+from ..core.schedule_id import NoiseGrid
+from .cache_hooks import FRAME, BlockHook, Frame, SkipHook, Values, block_metadata, computing, drop, original_of
+from .cache_units import Layout, containers_of, layout_of
+from .clock import attach_clock, current_grid, current_run, end_run, run_storage, running_order
+from .plan import Row, check_model, codes_on, plan_rows
+
+HOOK = "dacc_cache"
+_OFF: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("dacc_no_cache", default=frozenset())
+_FORCED: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("dacc_forced_frame", default=None)
+
+
+class CachePlanWarning(UserWarning):
+    """A cache plan serves a grid that it was not searched on, or does not serve it."""
+
+
+@dataclass
+class _Branch:
+    """What one guidance branch of a run keeps."""
+
+    signature: tuple[Any, ...]  # shape, type and device of its inputs
+    values: Values = field(default_factory=dict)
+
+
+class CachedUnits:
+    """The units of one denoiser with their hooks; `plan` says what the calls of a run do with them.
+
+    Args:
+        denoiser: a UNet or transformer.
+        units: what can be skipped.
+        plan: None: units are skipped only by `reusing`.
+
+    Raises:
+        ModelError: the denoiser has no such module.
+        UnsupportedError: the denoiser is not built as a unit needs it.
+    """
+
+    def __init__(self, denoiser: nn.Module, units: Iterable[Unit], plan: CachePlan | None = None) -> None:
+        self.denoiser, self.plan = denoiser, plan
+        self.layouts: dict[str, Layout] = {unit.id: layout_of(denoiser, unit) for unit in units}
+        self.containers = containers_of(self.layouts.values())
+        self._told: set[str] = set()
+        self._hook()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Ids of the units."""
+        return tuple(self.layouts)
+
+    def remove_(self) -> None:
+        """Take the hooks away; the denoiser runs as it did."""
+        for module in self.denoiser.modules():
+            registry: Any = getattr(module, "_diffusers_hook", None)
+            for name in [name for name in registry.hooks if name.startswith(HOOK)] if registry else []:
+                if getattr(registry.hooks[name], "owner", None) is self:
+                    registry.remove_hook(name, recurse=False)
+
+    @contextmanager
+    def recording(self, values: Values) -> Iterator[None]:
+        """Evaluate by hand: everything is computed, and the value of every unit goes to `values`."""
+        with self._forced(Frame(self, computing(self.names), frozenset(self.names), values)):
+            yield
+
+    @contextmanager
+    def reusing(self, values: Values, units: Iterable[str]) -> Iterator[None]:
+        """Evaluate by hand: `units`, of which none lies in another, take their values from `values`."""
+        skipped = set(units)
+        actions = {
+            name: REUSE if name in skipped else "-" if self.containers[name] & skipped else COMPUTE
+            for name in self.names
+        }
+        with self._forced(Frame(self, actions, frozenset(), values)):
+            yield
+
+    def open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Frame, Row | None] | None:
+        """The frame of an evaluation that begins; None where nothing is cached."""
+        if (forced := _FORCED.get()) is not None and forced.owner is self:
+            return forced, None
+        storage, state, grid = run_storage(), current_run(), current_grid()
+        if self.plan is None or id(self) in _OFF.get() or storage is None or state is None or grid is None:
+            return None
+        if (self, "rows") not in storage:
+            storage[self, "rows"] = self._rows(self.plan, grid)
+        rows: list[Row] | None = storage[self, "rows"]
+        if rows is None:
+            return None
+        row, signature = rows[state.call], _signature(args, kwargs)
+        key = (self, state.branch, state.evaluation)
+        branch: _Branch | None = storage.get(key)
+        if branch is None or branch.signature != signature:
+            branch = storage[key] = _Branch(signature)
+        missing = {unit for unit, action in row.actions.items() if action == REUSE} - {key[0] for key in branch.values}
+        actions = computing(self.names) if missing else row.actions
+        storing = frozenset(unit for unit in row.needed if actions[unit] == COMPUTE)
+        return Frame(self, actions, storing, branch.values), row
+
+    def close(self, frame: Frame, row: Row | None) -> None:
+        """Free what no later call needs."""
+        if row is not None:
+            drop(frame.values, set(self.names) - row.needed)
+
+    def _rows(self, plan: CachePlan, grid: NoiseGrid) -> list[Row] | None:
+        """What each call of the run that begins does; None when the plan does not serve its grid.
+
+        Raises:
+            ConfigError: another grid, and the plan's rule is "exact".
+        """
+        codes = codes_on(plan, grid, order=running_order())
+        calls = len(grid.timesteps)
+        searched = f"the cache plan was searched for {plan.calls} {plan.schedule.scheduler} calls"
+        if codes is None:
+            self._tell(f"{searched}; this run of {calls} calls is too short for it and runs without")
+            return None
+        if codes != plan.codes:
+            self._tell(f"{searched}; this run of {calls} calls on another grid follows its noise levels")
+        return plan_rows(codes, self.containers)
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            warnings.warn(text, CachePlanWarning, stacklevel=2)
+
+    @contextmanager
+    def _forced(self, frame: Frame) -> Iterator[None]:
+        token = _FORCED.set(frame)
+        try:
+            yield
+        finally:
+            _FORCED.reset(token)
+
+    def _hook(self) -> None:
+        """Register the hooks: those of outer units last, so that they stand outside."""
+        modules = dict(self.denoiser.named_modules())
+        skipping: dict[str, dict[str, bool]] = {}
+        for layout in sorted(self.layouts.values(), key=lambda layout: -len(self.containers[layout.unit.id])):
+            unit = layout.unit
+            for number, path in enumerate(layout.skipped):
+                if isinstance(unit, BlockRange):
+                    first, last = number == 0, number == len(layout.skipped) - 1
+                    metadata = block_metadata(modules[path])
+                    hook: ModelHook = BlockHook(self, unit, path, metadata, first=first, last=last)
+                    _registry(modules[path]).register_hook(hook, f"{HOOK}.{unit.id}")
+                else:
+                    skipping.setdefault(path, {})[unit.id] = path in layout.kept
+        for path, units in skipping.items():
+            _registry(modules[path]).register_hook(SkipHook(self, path, units), HOOK)
+        _registry(self.denoiser).register_hook(_RootHook(self), HOOK)
+
+
+class _RootHook(ModelHook):
+    """Stands before the denoiser: opens and closes the frame of every evaluation."""
+
+    def __init__(self, owner: CachedUnits) -> None:
+        super().__init__()
+        self.owner = owner
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def new_forward(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        opened = self.owner.open(args, kwargs)
+        if opened is None:
+            return original_of(self)(*args, **kwargs)
+        frame, row = opened
+        token = FRAME.set(frame)
+        try:
+            output = original_of(self)(*args, **kwargs)
+        except BaseException:
+            frame.values.clear()
+            raise
+        finally:
+            FRAME.reset(token)
+        self.owner.close(frame, row)
+        return output
+
+
+def install_plan_(pipe: Any, component: str, plan: CachePlan) -> CachedUnits:
+    """Let a denoiser of a pipeline run with a plan, in place of an earlier one.
+
+    Raises:
+        ModelError: the plan was made for another model.
+        UnsupportedError: this denoiser cannot be cached in this way.
+    """
+    denoiser = pipe.components[component]
+    check_model(plan, component, denoiser)
+    if (old := installed_units(denoiser)) is not None:
+        old.remove_()
+    attach_clock(pipe)  # first: it counts the call before our hook asks for it
+    units = CachedUnits(denoiser, plan.units, plan)
+    if not hasattr(type(pipe), "_dacc_cached"):
+        pipe.__class__ = _ending_its_run(type(pipe))  # type: ignore[arg-type]
+    return units
+
+
+def remove_plans_(pipe: Any) -> None:
+    """Let all denoisers of a pipeline run as they did before a plan was installed."""
+    for denoiser in denoisers(pipe).values():
+        if (units := installed_units(denoiser)) is not None:
+            units.remove_()
+    if hasattr(type(pipe), "_dacc_cached"):
+        pipe.__class__ = type(pipe).__mro__[1]
+
+
+def installed_units(denoiser: nn.Module) -> CachedUnits | None:
+    """The units that a denoiser is hooked for; None where it is not."""
+    registry = getattr(denoiser, "_diffusers_hook", None)
+    hook = registry.get_hook(HOOK) if registry else None
+    return hook.owner if isinstance(hook, _RootHook) else None
+
+
+@contextmanager
+def no_cache(pipe: Any) -> Iterator[None]:
+    """Run a pipeline without its cache plans, in this thread: `with dacc.no_cache(pipe): pipe(...)`."""
+    units = [installed_units(denoiser) for denoiser in denoisers(pipe).values()]
+    token = _OFF.set(_OFF.get() | {id(found) for found in units if found is not None})
+    try:
+        yield
+    finally:
+        _OFF.reset(token)
+
+
+@functools.cache
+def _ending_its_run(base: type) -> type:
+    """A subclass of a pipeline class, of the same name, whose calls leave no run behind, also where they fail."""
+
+    @functools.wraps(base.__call__)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return base.__call__(self, *args, **kwargs)
+        finally:
+            end_run(self)
+
+    def __reduce__(self: Any) -> tuple[Any, ...]:
+        return _bare, (base,), vars(self)
+
+    members: Mapping[str, Any] = {
+        "__call__": __call__,
+        "__reduce__": __reduce__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_dacc_cached": True,
+    }
+    return type(base.__name__, (base,), dict(members))
+
+
+def _bare(base: type) -> Any:
+    """An empty pipeline, filled by copy or pickle."""
+    return object.__new__(base)
+
+
+def _registry(module: nn.Module) -> HookRegistry:
+    return HookRegistry.check_if_exists_or_initialize(module)
+
+
+def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Shape, type and device of what enters a denoiser first: the noisy sample."""
+    sample = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    return () if sample is None else (sample.shape, sample.dtype, sample.device)

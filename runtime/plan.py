@@ -1,0 +1,142 @@
+"""A cache plan against a model and a grid: whether it belongs there, what each call does, what it costs.
+
+Letters: C calls of the plan's grid, C' calls of the grid that runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..core.cache_plan import COMPUTE, PLAN_FORMAT, REUSE, CachePlan, CacheRecord
+from ..core.errors import BundleError, ConfigError, ModelError
+from ..core.schedule_id import NoiseGrid, nearest_calls, same_levels
+
+NOT_EVALUATED = "-"  # a unit inside a skipped one
+Containers = Mapping[str, frozenset[str]]  # unit -> the units that it lies in
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one call does with every unit."""
+
+    actions: dict[str, str]  # unit -> C, R or -
+    needed: frozenset[str]  # units whose value a later call reuses
+
+
+def denoiser_sha256(denoiser: nn.Module) -> str:
+    """Hash of a denoiser's config, the same for the float model and its quantized versions."""
+    config = dict(getattr(denoiser, "config", {}))
+    kept = {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_record(record: CacheRecord, component: str, weights: tuple[str, ...]) -> None:
+    """Refuse a plan that is not what was written, or was searched on other weights.
+
+    Args:
+        weights: hashes of the weight files that the component has, and of the float ones that it came from.
+
+    Raises:
+        BundleError: a newer format, or edited.
+        ModelError: other weights.
+    """
+    plan = record.plan
+    if plan.format > PLAN_FORMAT:
+        raise BundleError(
+            f"the cache plan of {component} has format {plan.format}; this dacc reads up to {PLAN_FORMAT}.",
+            mend="Upgrade: pip install -U dacc-diffusion.",
+        )
+    if plan.sha256() != record.plan_sha256:
+        raise BundleError(
+            f"the cache plan of {component} was edited: its content is not what its hash says.",
+            mend="Copy the bundle again, or make the plan anew with dacc search-cache.",
+        )
+    if plan.weights not in weights:
+        raise ModelError(
+            f"the cache plan of {component} was searched on other weights ({plan.weights[:12]}; here are "
+            f"{' and '.join(sorted({known[:12] for known in weights}))}).",
+            mend="Make a plan for this model with dacc search-cache.",
+        )
+
+
+def check_model(plan: CachePlan, component: str, denoiser: nn.Module) -> None:
+    """Refuse a plan that was made for another kind of model.
+
+    Raises:
+        ModelError: another class, or another config.
+    """
+    made_for, found = plan.class_name, type(denoiser).__name__
+    advice = "Make a plan for this model with dacc search-cache."
+    if made_for != found:
+        raise ModelError(f"the cache plan of {component} is for a {made_for}; this is a {found}.", mend=advice)
+    if plan.config_sha256 != denoiser_sha256(denoiser):
+        raise ModelError(f"the cache plan of {component} is for a {made_for} with another config.", mend=advice)
+
+
+def codes_on(plan: CachePlan, grid: NoiseGrid, *, order: int = 1) -> dict[str, str] | None:
+    """The codes of every unit (C' letters each) for a run on `grid`; None when the plan does not serve it.
+
+    On another grid than its own a plan computes a unit in a call when it does so anywhere in the stretch of noise
+    levels that the call covers, so that between two levels no fewer calls compute than were searched.
+
+    Args:
+        order: denoiser calls of one solver step. The second call of a step does not reuse what the first one computed,
+            unless the plan was made for such a solver.
+
+    Raises:
+        ConfigError: another grid, and the plan's rule is "exact".
+    """
+    if same_levels(plan.schedule, grid):
+        return dict(plan.codes)
+    if plan.rule == "exact":
+        raise ConfigError(
+            f"the cache plan is for {plan.calls} {plan.schedule.scheduler} calls, running {len(grid.timesteps)} on "
+            "another grid.",
+            "Its rule is exact: it holds on its own grid only.",
+            "Run the scheduler and the number of steps of the search, or use dacc.no_cache.",
+        )
+    if len(grid.timesteps) < plan.min_calls:
+        return None
+    places = nearest_calls(plan.schedule, grid)
+    return {unit: _remapped(codes, places, order) for unit, codes in plan.codes.items()}
+
+
+def _remapped(codes: str, places: list[int], order: int) -> str:
+    """Codes of a run whose calls stand at `places` (C',) of the plan."""
+    found = COMPUTE
+    for call in range(1, len(places)):
+        corrects = order > 1 and call % order and found[call - 1] == COMPUTE
+        passed = codes[places[call - 1] + 1 : places[call] + 1]
+        found += COMPUTE if corrects or COMPUTE in passed else REUSE
+    return found
+
+
+def plan_rows(codes: Mapping[str, str], containers: Containers) -> list[Row]:
+    """What every call does, from its codes: units inside skipped ones are not evaluated."""
+    calls = len(next(iter(codes.values())))
+    actions = [
+        {
+            unit: NOT_EVALUATED if any(codes[outer][call] == REUSE for outer in containers[unit]) else own[call]
+            for unit, own in codes.items()
+        }
+        for call in range(calls)
+    ]
+    rows: list[Row] = []
+    needed: frozenset[str] = frozenset()
+    for current in reversed(actions):
+        rows.append(Row(current, needed))
+        computed = {unit for unit, action in current.items() if action == COMPUTE}
+        needed = (needed - computed) | {unit for unit, action in current.items() if action == REUSE}
+    return rows[::-1]
+
+
+def planned_macs(plan: CachePlan, containers: Containers) -> int:
+    """Multiply-accumulates of a run with the plan on its own grid, for one sample."""
+    rows = plan_rows(plan.codes, containers)
+    saved = (plan.macs.units[unit] for row in rows for unit, action in row.actions.items() if action == REUSE)
+    return plan.macs.full * plan.calls - sum(saved)

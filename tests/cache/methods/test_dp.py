@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from dacc.cache.methods import deepcache
+from dacc.cache.methods.dp import DPConfig, schedule, schedule_cost
+from dacc.core.errors import ConfigError
+
+
+def random_cost(calls: int, seed: int) -> list[list[float]]:
+    draw = random.Random(seed)
+    return [
+        [draw.random() * (call - first) if call > first else 0.0 for call in range(calls)] for first in range(calls)
+    ]
+
+
+def obvious_cost(places: tuple[int, ...], cost: list[list[float]]) -> float:
+    """Call by call: what the last computed call before it gives."""
+    return sum(cost[max(place for place in places if place <= call)][call] for call in range(len(cost)))
+
+
+def all_schedules(calls: int, computed: int, shortest: int, longest: int) -> list[tuple[int, ...]]:
+    every = ((0, *rest) for rest in itertools.combinations(range(1, calls), computed - 1))
+    return [
+        places
+        for places in every
+        if all(shortest <= end - start <= longest for start, end in zip(places, (*places[1:], calls), strict=True))
+    ]
+
+
+@pytest.mark.parametrize("bounds", [False, True])
+@pytest.mark.parametrize("calls", range(1, 11))
+def test_no_way_to_cut_a_short_run_is_cheaper(calls, bounds):
+    for computed in range(1, calls + 1):
+        cost = random_cost(calls, seed=100 * calls + computed)
+        interval = -(-calls // computed)
+        limits = (-(-interval // 2), 2 * interval) if bounds else (1, calls)
+        candidates = all_schedules(calls, computed, *limits)
+        config = DPConfig(bounds=bounds)
+        if not candidates:
+            with pytest.raises(ConfigError, match="cannot be cut"):
+                schedule(calls, computed, config, cost)
+            continue
+        found = schedule(calls, computed, config, cost)
+        assert found in candidates
+        assert obvious_cost(found, cost) == pytest.approx(min(obvious_cost(places, cost) for places in candidates))
+        assert schedule_cost(found, cost) == pytest.approx(obvious_cost(found, cost))
+
+
+def test_it_is_never_worse_than_fixed_schedules_on_its_own_cost():
+    for seed in range(20):
+        cost = random_cost(30, seed)
+        for computed in (3, 7, 15):
+            best = schedule_cost(schedule(30, computed, DPConfig(), cost), cost)
+            for fields in ({"form": "even"}, {"form": "paper", "center": 0, "power": 1.5}):
+                other = deepcache.schedule(30, computed, deepcache.DeepCacheConfig(**fields))
+                assert best <= schedule_cost(other, cost) + 1e-12
+
+
+def test_more_computed_calls_never_cost_more():
+    cost = random_cost(25, seed=7)
+    costs = [schedule_cost(schedule(25, computed, DPConfig(), cost), cost) for computed in range(1, 26)]
+    assert all(second <= first + 1e-12 for first, second in itertools.pairwise(costs))
+    assert costs[-1] == 0
+
+
+def test_what_was_not_profiled_is_not_chosen():
+    cost = random_cost(12, seed=1)
+    for first in range(12):
+        cost[first][first + 4 :] = [float("inf")] * len(cost[first][first + 4 :])
+    places = schedule(12, 3, DPConfig(), cost)
+    assert places == (0, 4, 8)

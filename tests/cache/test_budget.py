@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+
+from dacc.cache.budget import computed_calls
+from dacc.core.errors import UnsupportedError
+
+
+@pytest.mark.parametrize("partial", [0.0, 0.1, 0.25, 0.5])
+@pytest.mark.parametrize("calls", [4, 20, 50])
+def test_it_is_the_most_that_fits(calls, partial):
+    for ratio in (0.65, 0.75, 0.9):
+        found = computed_calls(calls, ratio, partial, wish="macs")
+        assert found + (calls - found) * partial <= ratio * calls + 1e-9
+        assert found == calls or (found + 1) + (calls - found - 1) * partial > ratio * calls
+
+
+def test_a_target_out_of_reach_names_the_best_one():
+    with pytest.raises(UnsupportedError, match=r"speed-up of 4: .* costs 0.500 .* 50 calls is --speedup 1.96"):
+        computed_calls(50, 0.25, 0.5, wish="speedup")
+    with pytest.raises(UnsupportedError, match=r"MAC ratio of 0.3: .* --macs-ratio 0.510"):
+        computed_calls(50, 0.3, 0.5, wish="macs")
+
+
+def test_a_unit_that_saves_nothing_reaches_nothing():
+    with pytest.raises(UnsupportedError, match="1.100 of a full one.*--speedup 1.00"):
+        computed_calls(10, 0.5, 1.1, wish="speedup")
