@@ -11,10 +11,11 @@ from ..core.config import Config, build_config
 from ..core.errors import ModelError, UnsupportedError
 from ..core.manifest import ComponentRecord, Manifest, read_manifest
 from ..core.output import check_output
-from ..core.pipeline import denoiser_names, select_components
+from ..core.pipeline import select_components
 from ..core.reference import find_reference, is_reference
 from ..core.reporter import Reporter, silent
-from ..core.source import Source, component_entries, resolve_source
+from ..core.source import Source, resolve_source
+from ..core.treatable import quantized_by, refuse_other_libraries
 from ..core.verify import check_bundle
 from .config import TARGETS, ExportConfig
 from .losses import check_losses
@@ -106,13 +107,12 @@ def prepare(source: SourceLike | None, config: ExportConfig, reporter: Reporter)
     found = source if isinstance(source, Source) else resolve_source(text, reporter=reporter)
     manifest = check_bundle(found.path)
     components = select_components(found.path, list(config.component))
-    classes = component_entries(found.path)
+    refuse_other_libraries(found, components)
     for name in components:
-        library, class_name = classes[name]
-        if library != "diffusers" or not (found.path / name / "config.json").is_file():
+        if (method := quantized_by(found.path / name)) not in (None, "dacc"):
             raise UnsupportedError(
-                f"{name} of {found.name} is a {class_name} of {library}, not a diffusers model.",
-                mend=f"Choose from {', '.join(denoiser_names(found.path))} with --component.",
+                f"{name} of {found.name} is quantized by {method}, whose weights dacc does not read.",
+                mend="Give the float pipeline, or a bundle.",
             )
     return Job(found, manifest, config, target, settings, components)
 

@@ -19,15 +19,16 @@ from ..calibrate.api import prepare as prepare_calibration
 from ..core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
 from ..core.calibration import read_calibration
 from ..core.card import model_card
-from ..core.errors import ModelError, UnsupportedError
+from ..core.errors import ModelError
 from ..core.machine import describe_machine
 from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
 from ..core.output import check_output
-from ..core.pipeline import denoiser_names, pipeline_class, select_components
+from ..core.pipeline import pipeline_class, select_components
 from ..core.reporter import Reporter, silent
 from ..core.requirements import Requirements, parse_requirements
-from ..core.safe_read import read_json, weight_hash
-from ..core.source import Source, component_entries, resolve_source
+from ..core.safe_read import weight_hash
+from ..core.source import Source, resolve_source
+from ..core.treatable import refuse_other_libraries, refuse_quantized
 from .config import METHODS, QuantizeConfig, on_the_fly
 from .fuse import Lora, check_fusing, find_lora, fused
 from .outcome import summarize, tell_of_target
@@ -204,8 +205,8 @@ def prepare(
         )
     found = source if isinstance(source, Source) else resolve_source(_text(source), reporter=reporter)
     components = select_components(found.path, list(config.component))
-    _refuse_other_libraries(found, components)
-    _refuse_quantized(found, components)
+    refuse_other_libraries(found, components)
+    refuse_quantized(found, components)
     loras = tuple(find_lora(str(text)) for text in fuse_lora)
     if loras:
         check_fusing(found)
@@ -237,38 +238,6 @@ def default_output(job: Job) -> Path:
 
 def _text(source: str | Path | None) -> str | None:
     return None if source is None else str(source)
-
-
-def _refuse_other_libraries(source: Source, components: list[str]) -> None:
-    """Schedulers, tokenizers and text encoders have no layers that a diffusers loader would unpack."""
-    classes = component_entries(source.path)
-    for name in components:
-        library, class_name = classes[name]
-        if library != "diffusers" or not (source.path / name / "config.json").is_file():
-            raise UnsupportedError(
-                f"{name} of {source.name} is a {class_name} of {library}, not a diffusers model.",
-                mend=f"Choose from {', '.join(denoiser_names(source.path))} with --component.",
-            )
-
-
-def _refuse_quantized(source: Source, components: list[str]) -> None:
-    manifest = read_manifest(source.path)
-    for name in components:
-        if method := _quantized_by(source.path / name):
-            origin = f" ({manifest.source.name})" if manifest else ""
-            raise UnsupportedError(
-                f"{name} of {source.name} is already quantized by {method}.",
-                "Quantizing rounded weights again would add their errors.",
-                f"Run dacc quantize on the float source{origin}.",
-            )
-
-
-def _quantized_by(folder: Path) -> str | None:
-    """The method in a component's config.json, whoever made it; None for a float component."""
-    file = folder / "config.json"
-    config = read_json(file) if file.is_file() else None
-    found = config.get("quantization_config") if isinstance(config, dict) else None
-    return str(found.get("quant_method", "an unknown method")) if isinstance(found, dict) else None
 
 
 def _existing(target: Path, requirements: Requirements, reporter: Reporter) -> Path:

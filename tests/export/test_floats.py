@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +121,15 @@ def test_unknown_formats_and_fields_are_refused(dit_folder):
 def test_other_libraries_are_refused(sd_folder):
     with pytest.raises(UnsupportedError, match="CLIPTextModel of transformers"):
         export_pipeline(sd_folder, ExportConfig(format="safetensors-bf16", component=("text_encoder",)))
+
+
+def test_weights_that_others_quantized_are_refused(dit_folder, tmp_path):
+    folder = Path(shutil.copytree(dit_folder, tmp_path / "other"))
+    file = folder / "transformer" / "config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    file.write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="quantized by bitsandbytes"):
+        export_pipeline(folder, ExportConfig(format="safetensors-bf16"), output="x")
 
 
 def test_a_vae_can_be_exported(sd_folder):

@@ -1,0 +1,52 @@
+"""Components that a pass cannot treat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import UnsupportedError
+from .manifest import read_manifest
+from .pipeline import denoiser_names
+from .safe_read import read_json
+from .source import Source, component_entries
+
+
+def refuse_other_libraries(source: Source, components: list[str]) -> None:
+    """Schedulers, tokenizers and text encoders have no layers that a diffusers loader would unpack.
+
+    Raises:
+        UnsupportedError: a component is no diffusers model.
+    """
+    classes = component_entries(source.path)
+    for name in components:
+        library, class_name = classes[name]
+        if library != "diffusers" or not (source.path / name / "config.json").is_file():
+            raise UnsupportedError(
+                f"{name} of {source.name} is a {class_name} of {library}, not a diffusers model.",
+                mend=f"Choose from {', '.join(denoiser_names(source.path))} with --component.",
+            )
+
+
+def refuse_quantized(source: Source, components: list[str]) -> None:
+    """Rounded weights are not rounded again.
+
+    Raises:
+        UnsupportedError: a component has integers, whoever made them.
+    """
+    manifest = read_manifest(source.path)
+    for name in components:
+        if method := quantized_by(source.path / name):
+            origin = f" ({manifest.source.name})" if manifest else ""
+            raise UnsupportedError(
+                f"{name} of {source.name} is already quantized by {method}.",
+                "Quantizing rounded weights again would add their errors.",
+                f"Run dacc quantize on the float source{origin}.",
+            )
+
+
+def quantized_by(folder: Path) -> str | None:
+    """The method in a component's config.json, whoever made it; None for a float component."""
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else None
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return str(found.get("quant_method", "an unknown method")) if isinstance(found, dict) else None
