@@ -118,7 +118,7 @@ def quantize_watched(
 
     def make(folder: Path, method: str, *, strategy: str | None = None, **fields: Any) -> Pass:
         from dacc import QuantizeConfig, quantize_pipeline
-        from dacc.quant import calibrated, driver
+        from dacc.quant import calibrated, driver, treatment
         from dacc.quant.config import METHODS
 
         config = QuantizeConfig(method=method, measure="never", **fields)
@@ -128,23 +128,23 @@ def quantize_watched(
             return made[key]
         done = Pass(root / str(len(made)), calibration_of(folder, strategy))
         layers: dict[int, Any] = {}
-        quantize_units, rounding_of, treat = calibrated.quantize_units, calibrated.rounding_of, calibrated._treat
+        quantize_units, rounding_of, treat = calibrated.quantize_units, treatment.rounding_of, calibrated._treat
 
-        def watch_model(treatment: Any, model: nn.Module, *arguments: Any) -> Any:
+        def watch_model(asked: Any, model: nn.Module, *arguments: Any) -> Any:
             done.model = model
-            return quantize_units(treatment, model, *arguments)
+            return quantize_units(asked, model, *arguments)
 
         def watch_acts(scheme: Any, layer: nn.Module, acts: Any) -> Any:
             layers[id(layer)] = acts
             return rounding_of(scheme, layer, acts)
 
-        def watch_blocks(treatment: Any, block: Any, chosen: Any) -> Any:
+        def watch_blocks(asked: Any, block: Any, chosen: Any) -> Any:
             done.blocks.append(block)
-            return treat(treatment, block, chosen)
+            return treat(asked, block, chosen)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(driver, "quantize_units", watch_model)
-            patch.setattr(calibrated, "rounding_of", watch_acts)
+            patch.setattr(treatment, "rounding_of", watch_acts)
             patch.setattr(calibrated, "_treat", watch_blocks)
             quantize_pipeline(folder, config, calib=done.calibration, output=done.bundle, device="cpu")
         if done.model is not None:

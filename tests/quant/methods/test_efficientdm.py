@@ -14,7 +14,7 @@ from dacc.core.families import find_family
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import silent
 from dacc.core.scheme import Scheme
-from dacc.quant import calibrated, distill
+from dacc.quant import distill
 from dacc.quant.config import QuantizeConfig
 from dacc.quant.distill import Training
 from dacc.quant.methods.efficientdm import CONFIG, INSIDE, EfficientDMConfig, QALoRA, base_of, decide, student_of
@@ -22,6 +22,7 @@ from dacc.quant.methods.rtn import RTNConfig, quantize
 from dacc.quant.plan import Traits, plan_layers
 from dacc.quant.reconstruct import ReconstructionConfig, reconstruct_weights
 from dacc.quant.simulate import put_weight_
+from dacc.quant.treatment import Treatment
 from dacc.quant.units import find_units
 from dacc.runtime.load import load_source
 from dacc.runtime.packing import unpack_codes
@@ -310,7 +311,7 @@ def test_an_interrupted_pass_goes_on_and_ends_with_equal_bytes(
 ):
     done = quick(quantize_watched, dit_folder)
     monkeypatch.setattr(distill, "SAVE_SECONDS", 0.0)
-    place = {"training": (distill.Training, "update", 17), "storing": (calibrated, "_put_stored", len(done.acts) + 5)}
+    place = {"training": (distill.Training, "update", 17), "storing": (Treatment, "put_stored", len(done.acts) + 5)}
     owner, name, at = place[stage]
     original, count = getattr(owner, name), itertools.count(1)
 
@@ -334,7 +335,7 @@ def test_what_the_training_told_is_told_again_by_a_run_that_goes_on_behind_it(
     still = {"updates": 2, "learning_rate": 1e-12, "scale_learning_rate": 0.0, "act_learning_rate": 0.0}
     still |= {"bias_learning_rate": 0.0}
     config = QuantizeConfig(method="efficientdm", measure="never", **FIELDS | {"settings": still})
-    calib, original = calibration_of(dit_folder, "every-step"), calibrated._put_stored
+    calib, original = calibration_of(dit_folder, "every-step"), Treatment.put_stored
 
     def notices(output):
         bundle = quantize_pipeline(dit_folder, config, calib=calib, output=tmp_path / output, device="cpu")
@@ -348,7 +349,7 @@ def test_what_the_training_told_is_told_again_by_a_run_that_goes_on_behind_it(
     expected = notices("whole")
     assert any("did not lower the error" in notice for notice in expected)
     with monkeypatch.context() as patch:
-        patch.setattr(calibrated, "_put_stored", stopping)
+        patch.setattr(Treatment, "put_stored", stopping)
         with pytest.raises(KeyboardInterrupt):
             notices("parts")
     assert notices("parts") == expected

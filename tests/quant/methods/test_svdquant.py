@@ -374,7 +374,10 @@ def test_without_data_columns_that_stick_out_are_kept_out_of_the_integers(scheme
     found = quantize_alone(weight, scheme, SVDQuantConfig(data_free=True, **fields), 0)
     assert found.method is None
     assert held_out_error(weight, found, x) < 0.7 * held_out_error(weight, plain, x)
-    assert float((found.weight.dequantize() - weight).norm()) < 0.5 * float((plain.weight.dequantize() - weight).norm())
+    # a block of 16 floats keeps a column that sticks out from the others by itself: there is less to win
+    share = 0.7 if scheme.format == "nvfp4" else 0.5
+    before = float((plain.weight.dequantize() - weight).norm())
+    assert float((found.weight.dequantize() - weight).norm()) < share * before
 
 
 def test_without_data_factors_are_those_of_the_weight_or_none(monkeypatch):
@@ -411,7 +414,7 @@ def test_without_data_the_same_seed_gives_the_same_bytes():
 def test_without_data_a_layer_that_gains_nothing_keeps_its_nearest_rounding():
     weight = torch.zeros(16, 128)
     weight[:, ::2] = 15.0  # exact in every format
-    found = quantize_alone(weight, SCHEMES[2], SVDQuantConfig(data_free=True, rank=8), 0)
+    found = quantize_alone(weight, W4A16, SVDQuantConfig(data_free=True, rank=8), 0)
     assert found.method == "rtn"
     assert found.output_error is None
 
