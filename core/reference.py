@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from .manifest import Manifest, read_manifest
+from .manifest import read_manifest
 from .reporter import Reporter
 from .safe_read import weight_hash
 from .source import PIPELINE_INDEX, Source, resolve_source
@@ -27,12 +28,9 @@ def find_reference(source: Source, reporter: Reporter) -> Source | None:
     if not name.startswith(PREFIX) and not (Path(place) / PIPELINE_INDEX).is_file():
         return None
     origin = resolve_source(place, reporter=reporter)
-    return origin if is_reference(origin.path, manifest) else None
+    return origin if has_weights(origin.path, manifest.source.weights) else None
 
 
-def is_reference(folder: Path, manifest: Manifest) -> bool:
-    """Whether a pipeline has the very weights that a bundle was made from."""
-    return all(
-        (folder / component).is_dir() and weight_hash(folder / component) == value
-        for component, value in manifest.source.weights.items()
-    )
+def has_weights(folder: Path, hashes: Mapping[str, str]) -> bool:
+    """Whether a pipeline has these very weights, component -> hash."""
+    return all((folder / name).is_dir() and weight_hash(folder / name) == value for name, value in hashes.items())

@@ -5,7 +5,7 @@ Letters: O output channels, K input features per row, as in runtime/weight.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,6 @@ class Contents:
         if name in self.floats:
             return self.floats[name].load()
         return self.layers[name.removesuffix(".weight")].load().dequantize()
-
-    def loaded(self) -> Iterator[tuple[str, Tensor]]:
-        """All of them, one at a time."""
-        return ((name, self.load(name)) for name in self.shapes())
 
 
 def read_contents(component: Path, record: ComponentRecord | None, exported: ComponentRecord | None) -> Contents:

@@ -1,8 +1,8 @@
 """8-bit floats (E4M3) without scales, for loaders that keep weights so in memory and compute in 16 bits: diffusers'
 layerwise casting, ComfyUI.
 
-Weights of linears and convolutions have 3 bits of mantissa; first and last layers, embeddings of time and class, norms
-and biases stay bfloat16.
+Weights of the layers that a bundle has as integers have 3 bits of mantissa, of a float pipeline those of all linears
+and convolutions but the first, the last and those that embed time and class; all else stays bfloat16.
 """
 
 from __future__ import annotations

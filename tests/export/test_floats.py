@@ -104,6 +104,22 @@ def test_without_the_float_pipeline_rounded_weights_are_rounded_again(bundle, di
     assert torch.equal(weights_of(again)[name].float(), weights_of(dit_folder)[name].to(torch.float8_e4m3fn).float())
 
 
+def test_the_pipeline_before_its_adapters_were_fused_is_no_reference(bundle, dit_folder):
+    small, reporter = bundle(dit_folder, bits=4), silent()
+    file = small / "dacc_manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["components"]["transformer"]["reference_hash"] = "of the weights with the adapters in them"
+    file.write_text(json.dumps(manifest))
+    config = ExportConfig(format="safetensors-fp8")
+    folder = export_pipeline(small, config, output="eight", reporter=reporter)
+    assert any("once more" in notice for notice in reporter.notices)
+    name = "transformer_blocks.0.attn1.to_q"
+    rounded = dacc.load(small).transformer.get_submodule(name).weight
+    assert torch.equal(weights_of(folder)[f"{name}.weight"].float(), rounded.to(torch.float8_e4m3fn).float())
+    with pytest.raises(ModelError, match="other weights"):
+        export_pipeline(small, config, output="again", reference=dit_folder)
+
+
 def test_another_pipeline_is_no_reference(bundle, dit_folder, unet_folder):
     with pytest.raises(ModelError, match="other weights"):
         export_pipeline(
