@@ -24,7 +24,7 @@ from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassR
 from ..core.output import check_output
 from ..core.pipeline import pipeline_class, select_components
 from ..core.reporter import Reporter, silent
-from ..core.requirements import Requirements, parse_requirements
+from ..core.requirements import parse_requirements
 from ..core.safe_read import component_tensors, read_json, weight_hash
 from ..core.source import Source, component_entries, resolve_source, zoo_entry_of
 from .config import DEFAULT_STEPS, SearchCacheConfig
@@ -83,7 +83,7 @@ def search_cache(
     job = prepare(source, config, reporter, cost_profile)
     target = Path(output) if output else default_output(job)
     if not overwrite and existing_bundle(target, job.run_key):
-        return _existing(target, requirements, reporter)
+        return requirements.accept(target, reporter)
     check_output(job.source.path, target, overwrite=overwrite)
 
     from ..runtime.load import load_source
@@ -189,16 +189,6 @@ def _tell_replaced(job: Job, reporter: Reporter) -> None:
         record = manifest.components.get(name) if manifest else None
         if record and record.cache:
             reporter.notice(f"the {record.cache.method} plan that {name} had is replaced")
-
-
-def _existing(target: Path, requirements: Requirements, reporter: Reporter) -> Path:
-    """The result of an earlier run, unless it misses a floor."""
-    manifest = read_manifest(target)
-    assert manifest is not None
-    for effect in manifest.passes[-1].effect.values():
-        requirements.check_existing(effect, target)
-    reporter.say(f"{target} already holds this result; nothing to do")
-    return target
 
 
 def _manifest(

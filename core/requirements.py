@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError, QualityError
-from .manifest import Effect
+from .manifest import Effect, read_manifest
+from .reporter import Reporter
 
 if TYPE_CHECKING:
     from .bundle import BundleWriter
@@ -34,14 +35,19 @@ class Requirements:
             kept = writer.abandon(keep=keep)
             raise QualityError(missed, f"The result is kept in {kept}." if kept else "Nothing was written.", ADVICE)
 
-    def check_existing(self, effect: Effect, output: Path) -> None:
-        """Refuse a result of an earlier run that misses a floor; it stays where it is.
+    def accept(self, output: Path, reporter: Reporter) -> Path:
+        """The bundle of an earlier run of the same command; it stays where it is.
 
         Raises:
-            QualityError: as `check`.
+            QualityError: it misses a floor.
         """
-        if missed := self._first_missed(effect):
-            raise QualityError(missed, f"{output} already holds this result and is left as it is.", ADVICE)
+        manifest = read_manifest(output)
+        assert manifest is not None
+        for effect in manifest.passes[-1].effect.values():
+            if missed := self._first_missed(effect):
+                raise QualityError(missed, f"{output} already holds this result and is left as it is.", ADVICE)
+        reporter.say(f"{output} already holds this result; nothing to do")
+        return output
 
     def _first_missed(self, effect: Effect) -> str | None:
         for field, relation, limit in self.floors:

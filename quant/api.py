@@ -95,7 +95,7 @@ def quantize_pipeline(
     job = prepare(source, config, reporter, calib, fuse_lora)
     target = Path(output) if output else default_output(job)
     if not overwrite and existing_bundle(target, job.run_key):
-        return _existing(target, requirements, reporter)
+        return requirements.accept(target, reporter)
     check_output(job.source.path, target, overwrite=overwrite)
 
     with ExitStack() as stack:
@@ -238,16 +238,6 @@ def default_output(job: Job) -> Path:
 
 def _text(source: str | Path | None) -> str | None:
     return None if source is None else str(source)
-
-
-def _existing(target: Path, requirements: Requirements, reporter: Reporter) -> Path:
-    """The result of an earlier run, unless it misses a floor."""
-    manifest = read_manifest(target)
-    assert manifest is not None
-    for effect in manifest.passes[-1].effect.values():
-        requirements.check_existing(effect, target)
-    reporter.say(f"{target} already holds this result; nothing to do")
-    return target
 
 
 def _manifest(
