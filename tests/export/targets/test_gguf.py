@@ -16,8 +16,6 @@ from dacc.export.api import export_pipeline
 from dacc.export.config import ExportConfig
 from dacc.export.targets.gguf import GGUFConfig, type_of
 
-from .test_floats import _flux_inputs
-
 TO_Q = "transformer_blocks.0.attn.to_q.weight"
 
 
@@ -63,7 +61,7 @@ def test_blocks_hold_what_the_format_defines(flux_folder):
     assert numpy.allclose(decoded, expected, atol=0, rtol=1e-6)
 
 
-def test_diffusers_loads_it_and_computes_with_the_decoded_weights(flux_folder, flux_pipeline):
+def test_diffusers_loads_it_and_computes_with_the_decoded_weights(flux_folder, flux_pipeline, flux_inputs):
     folder, file = exported(flux_folder, type="q4_1")
     lines = (folder / "README.md").read_text().split("```")[1].removeprefix("python\n").replace("bfloat16", "float32")
     scope = {}
@@ -78,7 +76,7 @@ def test_diffusers_loads_it_and_computes_with_the_decoded_weights(flux_folder, f
     }
     plain.load_state_dict(decoded)
     with torch.no_grad():
-        outputs = [model(**_flux_inputs(torch.float32)).sample for model in (found, plain)]
+        outputs = [model(**flux_inputs(torch.float32)).sample for model in (found, plain)]
     # diffusers multiplies codes and scales in float16
     assert (outputs[0] - outputs[1]).norm() < 2e-4 * outputs[1].norm()
 
