@@ -15,7 +15,7 @@ NVFP4_GROUP = 16  # input features per scale
 _NAME = re.compile(
     r"w(?P<bits>\d)(a(?P<act_bits>\d))?(-g(?P<group_size>\d+))?(-two-level|-asym|-nvfp4)?"
     r"(-static|-per-step(?P<act_steps>\d+)|-per-group(?P<act_group_size>\d+))?"
-    r"(-split(?P<split>\d+))?(-r(?P<rank>\d+))?(-smooth)?"
+    r"(-split(?P<split>\d+))?(-r(?P<rank>\d+))?(-smooth)?(-shifted)?"
 )
 
 
@@ -46,6 +46,7 @@ class Scheme(Config):
     split: int | None = Field(None, ge=1)  # input channels of the first of two parts
     rank: int | None = Field(None, ge=1)  # of the low-rank branch; None: there is none
     smooth: bool = False  # inputs are divided by a factor for each feature before everything else
+    shifted: bool = False  # a constant is added to what the integers stand for, which then need no sign
 
     @field_validator("act_bits")
     @classmethod
@@ -64,6 +65,8 @@ class Scheme(Config):
             raise ValueError("act_group_size is given exactly when act_mode is 'per-group'")
         if self.act_bits < 16 and not self.symmetric:
             raise ValueError("quantized activations need symmetric weights")
+        if self.shifted and not (self.finds_acts and self.act_bits < 8 and self.split is None):
+            raise ValueError("inputs are shifted where their scales are found at each call, below 8 bits, in one part")
         if self.two_level and (self.bits > 4 or self.group_size is None or not self.symmetric):
             raise ValueError("two-level scales need symmetric groups of at most 4 bits")
         self._check_groups()
@@ -104,6 +107,12 @@ class Scheme(Config):
         return self.act_mode in ("dynamic", "per-group")
 
     @property
+    def act_max(self) -> int:
+        """Largest integer of an activation whose scale is found at each call; the smallest is its negative, or 0 where
+        inputs are shifted."""
+        return int(2 ** (self.act_bits - (0 if self.shifted else 1)) - 1)
+
+    @property
     def parts(self) -> int:
         """Parts of input channels with scales of their own."""
         return 1 if self.split is None else 2
@@ -115,8 +124,8 @@ class Scheme(Config):
 
     @property
     def plain(self) -> Scheme:
-        """The same for integers that hold the whole weight."""
-        return self.model_copy(update={"rank": None, "smooth": False})
+        """The same for integers that hold the whole weight, of inputs as they are."""
+        return self.model_copy(update={"rank": None, "smooth": False, "shifted": False})
 
     @property
     def name(self) -> str:
@@ -134,6 +143,7 @@ class Scheme(Config):
         mode = modes.get(self.act_mode, "")
         split = f"-split{self.split}" if self.split else ""
         absorbed = (f"-r{self.rank}" if self.rank else "") + ("-smooth" if self.smooth else "")
+        absorbed += "-shifted" if self.shifted else ""
         return f"w{self.bits}{acts}{group}{kind}{mode}{split}{absorbed}"
 
     @classmethod
@@ -155,6 +165,7 @@ class Scheme(Config):
             two_level="-two-level" in name,
             act_mode=rounded if "act_bits" in numbers else "none",
             smooth="-smooth" in name,
+            shifted="-shifted" in name,
             **numbers,
         )
 

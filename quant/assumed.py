@@ -25,4 +25,4 @@ def assumed_inputs(weight: Tensor, seed: int) -> Entering:
     sizes = weight_factors([rows]).float()  # (K,)
     drawn = torch.randn(ROWS, rows.shape[1], generator=torch.Generator().manual_seed(seed))
     inputs = drawn.to(sizes.device) * sizes
-    return Entering(inputs.abs().amax(0), sizes.square().diag(), inputs)
+    return Entering(inputs.abs().amax(0), float(inputs.min()), sizes.square().diag(), inputs)

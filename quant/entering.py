@@ -1,4 +1,5 @@
-"""What enters layers that read one tensor: the largest value of each channel, second moments, and some rows of it.
+"""What enters layers that read one tensor: the largest value of each channel, the lowest of all, second moments, and
+some rows of it.
 
 Moments tell how an error of a weight grows in the outputs; rounding the inputs itself can only be judged on inputs.
 Letters: K input features, N rows.
@@ -25,6 +26,7 @@ class Entering:
     """Statistics over all calls of a calibration set, float32."""
 
     absmax: Tensor  # (K,)
+    lowest: float  # of all values
     gram: Tensor  # (K, K), mean of x x^T
     rows: Tensor  # (N, K) of x, in random order
 
@@ -59,12 +61,14 @@ class _Watched:
     def __init__(self, counted: int, kept: int) -> None:
         self._counted, self._kept_at_once = counted, kept
         self._absmax = self._sums = torch.zeros(())
+        self._lowest = torch.tensor(float("inf"))
         self._count = 0
         self.kept: list[Tensor] = []
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach().flatten(0, -2)
         self._absmax = torch.maximum(self._absmax, x.abs().amax(0).float())
+        self._lowest = torch.minimum(self._lowest.to(x.device), x.amin().float())
         rows = some_rows(layer, x, self._counted, seed=self._count).float()
         self._sums = self._sums + rows.T @ rows
         self._count += len(rows)
@@ -75,4 +79,4 @@ class _Watched:
         check_finite(name, self._sums)
         rows = torch.cat(self.kept)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        return Entering(self._absmax, self._sums / self._count, rows[order])
+        return Entering(self._absmax, float(self._lowest), self._sums / self._count, rows[order])

@@ -14,7 +14,7 @@ from ..core.scheme import Scheme
 from ..runtime.activation import ActivationScale, round_static
 from ..runtime.clock import current_run
 from ..runtime.kernels_int8 import quantize_rows
-from ..runtime.low_rank import add_low_rank, smoothed
+from ..runtime.low_rank import add_low_rank, shifted, smoothed
 from ..runtime.weight import QuantizedWeight
 
 Rounding = Callable[[Tensor], Tensor]
@@ -85,11 +85,18 @@ def branch_of(weight: QuantizedWeight) -> Branch | None:
     return lambda x: add_low_rank(x.new_zeros(()), smoothed(x, weight.smoothing), down, up)
 
 
-def on_smoothed(rounding: Rounding | None, smoothing: Tensor | None) -> Rounding | None:
-    """The same way of rounding, in a layer that divides its inputs by factors (K,) first."""
-    if rounding is None or smoothing is None:
+def rounding_before(weight: QuantizedWeight, rounding: Rounding | None) -> Rounding | None:
+    """The same way of rounding, in a layer that shifts its inputs first and divides them by factors."""
+    smoothing, shift = weight.smoothing, weight.act_shift
+    if rounding is None or (smoothing is None and shift is None):
         return rounding
-    return lambda x: rounding(smoothed(x, smoothing)) * smoothing.to(x.dtype)
+
+    def around(x: Tensor) -> Tensor:
+        rounded = rounding(smoothed(shifted(x, shift), smoothing))
+        rounded = rounded if smoothing is None else rounded * smoothing.to(x.dtype)
+        return rounded if shift is None else rounded - shift.to(x.dtype)
+
+    return around
 
 
 def rounding_of(scheme: Scheme, layer: nn.Module, acts: ActivationScale | None) -> Rounding | None:
@@ -127,7 +134,7 @@ def round_dynamic(x: Tensor, qmax: int, *, per_sample: bool, group_size: int | N
 
 
 def _dynamic_part(scheme: Scheme, layer: nn.Module) -> Callable[[Tensor, int], Tensor]:
-    qmax = 2 ** (scheme.act_bits - 1) - 1
+    qmax = scheme.act_max
     per_sample, group_size = isinstance(layer, nn.Conv2d), scheme.act_group_size  # groups end where parts end
     return lambda part, _: round_dynamic(part, qmax, per_sample=per_sample, group_size=group_size)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..core.scheme import Scheme
-from ..runtime.low_rank import add_low_rank, smoothed
+from ..runtime.low_rank import add_low_rank, shift_outputs, shifted, smoothed
 from ..runtime.weight import QuantizedWeight
 from .grid import Grid, find_grid
 from .low_rank import low_rank_factors
@@ -27,12 +27,18 @@ class Layer:
     scheme: Scheme  # of the residual; inputs are float, or rounded with scales found in each token
     inputs: Tensor  # (N, K) float32
     outputs: Tensor  # (N, O) float32
+    shift: Tensor | None = None  # c, (1,): added to inputs before they are rounded
 
     @classmethod
     def reading(cls, inputs: Tensor, weight: Tensor, scheme: Scheme) -> Layer:
         """A weight (O, K) of any float dtype behind inputs (N, K)."""
         rows = weight.detach().float()
         return cls(rows, scheme.plain, inputs, inputs @ rows.T)
+
+    def shifted(self, shift: float) -> Layer:
+        """The same with a constant added to what is rounded."""
+        scheme = self.scheme.model_copy(update={"shifted": True})
+        return replace(self, scheme=scheme, shift=self.rows.new_tensor([shift]))
 
     def first(self, count: int) -> Layer:
         """The same, judged on fewer inputs."""
@@ -49,6 +55,7 @@ class Parts:
     residual: Tensor  # R, (O, K) float32
     grid: Grid  # of R
     rounded: Tensor  # Q(R), (O, K) float32
+    shift: Tensor | None  # c, (1,)
 
     def with_codes(self, codes: Tensor) -> Parts:
         """The residual rounded to other codes (O, K)."""
@@ -64,7 +71,9 @@ class Parts:
         rank = None if self.down is None else len(self.down)
         scheme = self.grid.scheme.model_copy(update={"rank": rank, "smooth": self.smoothing is not None})
         packed = replace(self.grid, scheme=scheme).pack(codes, tuple(self.residual.shape))
-        return replace(packed, smoothing=self.smoothing, low_rank_down=self.down, low_rank_up=self.up)
+        return replace(
+            packed, smoothing=self.smoothing, low_rank_down=self.down, low_rank_up=self.up, act_shift=self.shift
+        )
 
 
 def take_apart(
@@ -85,15 +94,18 @@ def take_apart(
         up, down = low_rank_factors(left, min(rank, *whole.shape), seed=seed, iterations=ITERATIONS[rough])
         residual = whole - up.float() @ down.float()
     grid = find_grid(residual, layer.scheme, search=not rough)
-    return Parts(smoothing, up, down, residual, grid, grid.round(residual))
+    return Parts(smoothing, up, down, residual, grid, grid.round(residual), layer.shift)
 
 
 def error_of(layer: Layer, parts: Parts) -> float:
     """||y - y^||^2 / ||y||^2 over the inputs of a layer, with rounded inputs where its scheme has them."""
-    x = smoothed(layer.inputs, parts.smoothing)
-    scheme, entering = layer.scheme, x
+    x = entering = smoothed(layer.inputs, parts.smoothing)
+    scheme = layer.scheme
     if scheme.act_bits < 16:
-        qmax = 2 ** (scheme.act_bits - 1) - 1
-        entering = round_dynamic(x, qmax, per_sample=False, group_size=scheme.act_group_size)
-    found = add_low_rank(entering @ parts.rounded.T, x, parts.down, parts.up)  # (N, O)
+        moved = x if layer.shift is None else smoothed(shifted(layer.inputs, layer.shift), parts.smoothing)
+        entering = round_dynamic(moved, scheme.act_max, per_sample=False, group_size=scheme.act_group_size)
+    y = entering @ parts.rounded.T  # (N, O)
+    if layer.shift is not None:
+        y -= shift_outputs(parts.rounded, parts.smoothing, layer.shift)
+    found = add_low_rank(y, x, parts.down, parts.up)
     return float((found - layer.outputs).square().sum() / layer.outputs.square().sum().clamp(min=1e-30))

@@ -16,7 +16,7 @@ from .kernels_grouped import linear_int8_grouped
 from .kernels_int8 import conv2d_int8_dynamic, linear_int8_dynamic
 from .kernels_static import StaticInput, conv2d_int8_static, linear_int8_static
 from .kernels_weight_only import linear_weight_only
-from .low_rank import add_low_rank, smoothed
+from .low_rank import add_low_rank, shifted, smoothed
 from .quantized_layer import Prefer, QuantizedLayer
 from .step_table import StepTable, hook_step_table_
 from .weight import dequantize_rows, spread
@@ -27,13 +27,19 @@ class _IntegerLayer(QuantizedLayer):
 
     def run_integers(self, hidden_states: Tensor, channels: int) -> Tensor:
         """The output; in a split layer the sum of those of the parts of axis `channels` of the input."""
-        weight, split = self.integer_weight(hidden_states), self.scheme.split
-        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        weight, split, bias = self.integer_weight(hidden_states), self.scheme.split, self.integer_bias()
         if split is None:
             return self.run_part(0, hidden_states, weight, bias, hidden_states.dtype)
         first, second = hidden_states.tensor_split([split], channels)
         y = self.run_part(0, first, weight[:, :split], bias, torch.float32)
         return (y + self.run_part(1, second, weight[:, split:], None, torch.float32)).to(hidden_states.dtype)
+
+    def integer_bias(self) -> Tensor | None:
+        """(O,) what is added to the products: the bias, less what shifted inputs have too much."""
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        if (surplus := self.shift_outputs()) is None:
+            return bias
+        return -surplus if bias is None else bias.float() - surplus
 
     def run_part(self, part: int, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The output of one part of the input channels with its columns of the integer weight (O, K of the part)."""
@@ -52,10 +58,13 @@ class QuantizedLinear(_IntegerLayer, nn.Linear):  # type: ignore[override]
         if self.scheme.act_bits == 16 and self.prefer == "speed":
             return functional.linear(hidden_states, self.float_weight(hidden_states), self.bias)
         entering = smoothed(hidden_states, self.smoothing)
+        rounded = entering
+        if self.act_shift is not None:
+            rounded = smoothed(shifted(hidden_states, self.act_shift), self.smoothing)
         if self.scheme.act_group_size is not None:
-            y = self._run_groups(entering, self.scheme.act_group_size)
+            y = self._run_groups(rounded, self.scheme.act_group_size)
         elif self.scheme.act_bits < 16:
-            y = self.run_integers(entering, -1)
+            y = self.run_integers(rounded, -1)
         else:
             y = linear_weight_only(entering, self.stored, self.bias)
         return add_low_rank(y, entering, self.low_rank_down, self.low_rank_up)
@@ -64,14 +73,15 @@ class QuantizedLinear(_IntegerLayer, nn.Linear):  # type: ignore[override]
         """Groups end where the parts of a split end, so that each belongs to one of them."""
         groups, split = self.features // group_size, self.scheme.split
         scale = spread(self.scale, groups, split and split // group_size)  # (O, G)
-        bias: Tensor | None = self.bias
         weight = self.integer_weight(x)
-        return linear_int8_grouped(x, weight, scale, bias, group_size=group_size, qmax=self.act_max)
+        return linear_int8_grouped(
+            x, weight, scale, self.integer_bias(), group_size=group_size, qmax=self.scheme.act_max
+        )
 
     def run_part(self, part: int, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         scale = self.scale[:, part]
         if self.scheme.act_mode == "dynamic":
-            return linear_int8_dynamic(x, weight, scale, bias, qmax=self.act_max, dtype=dtype)
+            return linear_int8_dynamic(x, weight, scale, bias, qmax=self.scheme.act_max, dtype=dtype)
         return linear_int8_static(x, weight, scale, bias, act=self.static_input(part), dtype=dtype)
 
 
@@ -107,7 +117,7 @@ class QuantizedConv2d(_QuantizedConv, _IntegerLayer, nn.Conv2d):  # type: ignore
         }
         options |= {"padding": (0, 0) if self._pads_before() else self.padding, "dtype": dtype}
         if self.scheme.act_mode == "dynamic":
-            return conv2d_int8_dynamic(x, weight, scale, bias, qmax=self.act_max, **options)
+            return conv2d_int8_dynamic(x, weight, scale, bias, qmax=self.scheme.act_max, **options)
         return conv2d_int8_static(x, weight, scale, bias, act=self.static_input(part), **options)
 
 

@@ -5,6 +5,11 @@ arXiv 2411.05007):
 
 The smoothing s moves outliers of the inputs into the weight; the low-rank branch, in floating point, takes them out of
 it again, and the integers hold R. Either of the two may be absent.
+
+Inputs that are never far below 0, as those behind a GELU, have a constant c added before they are rounded, so that no
+code stands for a sign. What it adds to the outputs is known beforehand:
+
+    Q(R) (x / s) ~ Q(R) Q((x + c) / s) - Q(R) (c / s)
 Letters: O output features, K input features, r rank of the branch.
 """
 
@@ -16,7 +21,7 @@ from torch.nn import functional
 
 from ..core.scheme import Scheme
 
-LOW_RANK_NAMES = ("smoothing", "low_rank_down", "low_rank_up")
+LOW_RANK_NAMES = ("smoothing", "low_rank_down", "low_rank_up", "act_shift")
 
 
 def low_rank_shapes(scheme: Scheme, rows: int, features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
@@ -27,6 +32,8 @@ def low_rank_shapes(scheme: Scheme, rows: int, features: int) -> dict[str, tuple
     if scheme.rank is not None:
         shapes["low_rank_down"] = ((scheme.rank, features), torch.float16)
         shapes["low_rank_up"] = ((rows, scheme.rank), torch.float16)
+    if scheme.shifted:
+        shapes["act_shift"] = ((1,), torch.float32)
     return shapes
 
 
@@ -41,6 +48,17 @@ def whole_weight(residual: Tensor, smoothing: Tensor | None, down: Tensor | None
 def smoothed(x: Tensor, smoothing: Tensor | None) -> Tensor:
     """x / s, (..., K) in the dtype of `x`."""
     return x if smoothing is None else x / smoothing.to(x.dtype)
+
+
+def shifted(x: Tensor, shift: Tensor | None) -> Tensor:
+    """x + c, nowhere below 0, in the dtype of `x`."""
+    return x if shift is None else (x + shift.to(x.dtype)).clamp(min=0)
+
+
+def shift_outputs(residual: Tensor, smoothing: Tensor | None, shift: Tensor) -> Tensor:
+    """What a shift adds to the outputs, (O,) float32: Q(R) (c / s) for the residual (O, K)."""
+    columns = torch.ones_like(residual[0]) if smoothing is None else smoothing.float().reciprocal()
+    return (residual.double() @ columns.double() * shift.double()).float()
 
 
 def add_low_rank(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from ..core.errors import ConfigError
 from ..core.scheme import NVFP4_GROUP, Scheme
 from .activation import ACTIVATION_NAMES, ActivationScale, activation_shapes
 from .kernels_weight_only import float_weight, int8_rows
+from .low_rank import shift_outputs
 from .step_table import StepTable
 from .weight import STATE_NAMES, QuantizedWeight, integer_rows, state_shapes
 
@@ -36,9 +37,11 @@ class QuantizedLayer(nn.Module):
     smoothing: Tensor | None
     low_rank_down: Tensor | None
     low_rank_up: Tensor | None
+    act_shift: Tensor | None
     act_scale: Tensor | None
     act_zero_point: Tensor | None
     _row_sums: Tensor | None
+    _shift_outputs: Tensor | None
 
     def __init__(self, original: nn.Module, scheme: Scheme) -> None:
         """Take over the hyperparameters and the bias of `original`; the stored tensors start on the meta device."""
@@ -54,6 +57,7 @@ class QuantizedLayer(nn.Module):
         self.step_table: StepTable | None = None
         self._unpacked: Tensor | None = None
         self.register_buffer("_row_sums", None, persistent=False)
+        self.register_buffer("_shift_outputs", None, persistent=False)
         for name in SCALE_NAMES:
             self.register_buffer(name, None)
         for name, (shape, dtype) in (state_shapes(scheme, self.weight_shape) | activation_shapes(scheme)).items():
@@ -81,7 +85,7 @@ class QuantizedLayer(nn.Module):
 
     def _forget(self) -> None:
         """What was computed from stored tensors is out of date."""
-        self._unpacked = self._row_sums = None
+        self._unpacked = self._row_sums = self._shift_outputs = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget()
@@ -91,11 +95,6 @@ class QuantizedLayer(nn.Module):
     def features(self) -> int:
         """Values per row of the flattened weight."""
         return math.prod(self.weight_shape[1:])
-
-    @property
-    def act_max(self) -> int:
-        """Largest integer of a quantized activation."""
-        return int(2 ** (self.scheme.act_bits - 1) - 1)
 
     @property
     def weight(self) -> Tensor:
@@ -138,6 +137,17 @@ class QuantizedLayer(nn.Module):
         rows = integer_rows(self.qweight, self.group_scale, self.scheme, self.features)
         parts = rows.tensor_split([self.scheme.split], 1) if self.scheme.split else [rows]
         return torch.stack([part.sum(1, dtype=torch.int32) for part in parts])
+
+    def shift_outputs(self) -> Tensor | None:
+        """(O,) float32, what the shift of the inputs adds to the outputs, kept from the first eager call on."""
+        if self.act_shift is None or self._shift_outputs is not None:
+            return self._shift_outputs
+        stored = self.stored
+        if torch.compiler.is_compiling():
+            return shift_outputs(stored.residual(), self.smoothing, self.act_shift)
+        with torch.inference_mode(False):  # it outlives the call
+            self._shift_outputs = shift_outputs(stored.residual(), self.smoothing, self.act_shift)
+        return self._shift_outputs
 
     def activation_scale(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point (P,) of what enters the layer in this call."""
@@ -193,6 +203,10 @@ def check_scheme(layer: nn.Module, scheme: Scheme) -> None:
             f"{kind} cannot have scheme {scheme.name}.",
             "Only linears have smoothing factors and a low-rank branch.",
             "Leave rank and smooth out there.",
+        )
+    if scheme.shifted and not isinstance(layer, nn.Linear):
+        raise ConfigError(
+            f"{kind} cannot have scheme {scheme.name}.", "Only linears shift their inputs.", "Leave shifted out there."
         )
     if scheme.format == "nvfp4" and (not isinstance(layer, nn.Linear) or channels % NVFP4_GROUP):
         raise ConfigError(

@@ -37,6 +37,7 @@ class QuantizedWeight:
         smoothing: (K,) float16, factors of the input features, smooth schemes only.
         low_rank_down: (r, K) float16 or float32, schemes with a rank only; so is
         low_rank_up: (O, r).
+        act_shift: (1,) float32, added to inputs before they are rounded, shifted schemes only.
     """
 
     scheme: Scheme
@@ -48,6 +49,7 @@ class QuantizedWeight:
     smoothing: Tensor | None = None
     low_rank_down: Tensor | None = None
     low_rank_up: Tensor | None = None
+    act_shift: Tensor | None = None
 
     @classmethod
     def from_codes(

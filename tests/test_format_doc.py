@@ -68,6 +68,10 @@ BY_HAND = {
     "4-bit floats": (Scheme(format="nvfp4", bits=4, group_size=16), (6, 48)),
     "4-bit floats and more": (Scheme(format="nvfp4", bits=4, group_size=16, rank=4, smooth=True), (6, 48)),
     "low rank": (Scheme(bits=4, symmetric=False, group_size=8, rank=5, smooth=True), (6, 48)),
+    "shifted": (
+        Scheme(bits=4, group_size=8, act_bits=4, act_mode="per-group", act_group_size=8, smooth=True, shifted=True),
+        (6, 48),
+    ),
     "low rank alone": (Scheme(bits=4, split=16, rank=6), (6, 48)),
     "wide factors": (Scheme(bits=3, rank=2), (6, 48)),
 }
@@ -84,7 +88,9 @@ def random_weight(scheme, shape):
     packed = QuantizedWeight.from_codes(
         codes, scheme, shape, scale=scale, zero_point=zero_point, group_scale=group_scale
     )
-    beside = {name: (torch.rand(shapes[name][0]) + 0.1).half() for name in LOW_RANK_NAMES if name in shapes}
+    beside = {
+        name: (torch.rand(shapes[name][0]) + 0.1).to(shapes[name][1]) for name in LOW_RANK_NAMES if name in shapes
+    }
     return replace(packed, **beside)
 
 

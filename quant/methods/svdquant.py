@@ -8,6 +8,9 @@
 2. Low rank: up down is the leading part of W diag(s), then of W diag(s) - Q(R), as long as that helps.
 3. R is rounded as GPTQ does it, for smoothed inputs.
 
+Inputs below 8 bits that come from an activation function with a lower bound are shifted above 0 where that lowers the
+error, so that none of their codes stands for a sign.
+
 Letters: O rows, K input features, r rank.
 """
 
@@ -36,6 +39,8 @@ from . import gptq, rtn
 RANKS = (0, 8, 16, 32, 64)  # what `auto` chooses from
 SCREENED = 256  # inputs that all candidates for s are judged on
 FACTOR_BITS = 16  # of a number in a branch
+# lower bounds of activation functions, as whole 128ths, so that bfloat16 holds them: ReLU, GELU, SiLU, Mish
+SHIFTS = (0.0, 22 / 128, 36 / 128, 40 / 128)
 
 NEEDS = ("grams",)
 WITHOUT_DATA = "data_free"  # the field that lets it do without them
@@ -55,6 +60,7 @@ class SVDQuantConfig(Config):
     refinements: int = Field(3, ge=0, le=10)  # of the branch in turn with the rounding; more: less error, slower
     gptq: bool = True  # false: residuals, and layers without a branch, are rounded to nearest
     joint: bool = True  # false: factors are judged as if there were no branch; quicker, more error
+    shift: bool = True  # false: inputs behind a GELU or the like have signed integers as all others
     data_free: bool = False  # true: only weights are looked at; quicker, little memory, more error
 
 
@@ -97,12 +103,32 @@ def quantize_group(
         schemes: as planned; rank and smoothing are decided here.
     """
     layers = {name: Layer.reading(entering.rows, weight, schemes[name]) for name, weight in weights.items()}
+    if config.shift:
+        layers = shifted_where_better(layers, entering.lowest)
     rank, smoothing = choose(list(layers.values()), entering.absmax, config, seed)
     found = {}
     for name, layer in layers.items():
         parts = refined(layer, smoothing, rank, config.refinements, seed)
         found[name] = _rounded(layer, parts, entering.gram, config)
     return found
+
+
+def shifted_where_better(layers: Mapping[str, Layer], lowest: float) -> Mapping[str, Layer]:
+    """The layers with the least shift that lifts all inputs above 0, or as they are where signed integers do better.
+
+    Args:
+        lowest: of all inputs.
+    """
+    schemes = [layer.scheme for layer in layers.values()]
+    shift = next((bound for bound in SHIFTS if bound >= -lowest), None)
+    if shift is None or not all(scheme.act_bits < 8 and scheme.split is None for scheme in schemes):
+        return layers
+    moved = {name: layer.shifted(shift) for name, layer in layers.items()}
+
+    def error(which: Mapping[str, Layer]) -> float:
+        return _mean_error(list(which.values()), lambda layer: take_apart(layer, None, 0, 0, rough=True).unrounded())
+
+    return moved if error(moved) < error(layers) else layers
 
 
 def quantize_alone(weight: Tensor, scheme: Scheme, config: SVDQuantConfig, seed: int) -> Treated:

@@ -30,6 +30,8 @@ NVFP4 = {"format": "nvfp4", "bits": 4, "group_size": 16}
             {"bits": 4, "group_size": 64, "act_bits": 4, "act_mode": "per-group", "act_group_size": 64, "rank": 8},
             "w4a4-g64-per-group64-r8",
         ),
+        ({"bits": 4, "act_bits": 4, "act_mode": "dynamic", "shifted": True}, "w4a4-shifted"),
+        ({**PER_GROUP, "rank": 8, "smooth": True, "shifted": True}, "w4a4-per-group16-r8-smooth-shifted"),
         (NVFP4, "w4-g16-nvfp4"),
         ({**NVFP4, "rank": 32, "smooth": True}, "w4-g16-nvfp4-r32-smooth"),
         (
@@ -93,6 +95,15 @@ def test_codes_are_twos_complement_or_start_at_zero(bits, signed, unsigned):
             ({**NVFP4, **fields}, "nvfp4 has 4 bits, groups of 16")
             for fields in ({"bits": 5}, {"group_size": 32}, {"symmetric": False}, {"two_level": True}, {"split": 16})
         ),
+        *(
+            ({"bits": 4, "shifted": True, **fields}, "inputs are shifted where")
+            for fields in (
+                {},
+                {"act_bits": 8, "act_mode": "dynamic"},
+                {"act_bits": 4, "act_mode": "static"},
+                {"act_bits": 4, "act_mode": "dynamic", "split": 8},
+            )
+        ),
         ({**NVFP4, "group_size": None, "act_bits": 8, "act_mode": "dynamic"}, "floating-point activations"),
     ],
 )
@@ -126,6 +137,15 @@ def test_a_split_makes_two_parts():
 def test_a_scheme_survives_json(mode):
     scheme = Scheme(bits=4, group_size=32, two_level=True, act_bits=5, **mode)
     assert Scheme.model_validate_json(scheme.model_dump_json()) == scheme
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_shifted_activations_use_all_codes_on_one_side(bits):
+    scheme = Scheme(bits=8, act_bits=bits, act_mode="dynamic")
+    assert scheme.act_max == 2 ** (bits - 1) - 1
+    shifted = scheme.model_copy(update={"shifted": True})
+    assert shifted.act_max == 2**bits - 1
+    assert shifted.plain == scheme
 
 
 def test_smoothing_and_a_branch_absorb_outliers():

@@ -37,6 +37,7 @@ def test_statistics_are_those_of_all_rows(make_block):
         }
     for name, rows in expected.items():
         torch.testing.assert_close(found[name].absmax, rows.abs().amax(0))
+        assert found[name].lowest == pytest.approx(float(rows.min()))
         torch.testing.assert_close(found[name].gram, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-4)
         assert torch.equal(found[name].rows.sort(0).values, rows.sort(0).values)
     assert not any(layer._forward_pre_hooks for layer in block.layers.values())
@@ -47,8 +48,10 @@ def test_many_rows_are_drawn_and_the_largest_value_is_found_all_the_same(make_bl
     monkeypatch.setattr("dacc.quant.entering.KEPT", 60)
     inputs = [torch.randn(1, 400, 6) for _ in range(3)]
     inputs[1][0, 7, 2] = 99.0
+    inputs[2][0, 3, 1] = -98.0
     found = entering_of(block_of(make_block, inputs), ["first"])["first"]
     assert found.absmax[2] == 99
+    assert found.lowest == -98
     assert found.rows.shape == (60, 6)
     again = entering_of(block_of(make_block, inputs), ["first"])["first"]
     assert torch.equal(again.rows, found.rows)

@@ -9,7 +9,15 @@ from dacc.core.schedule_id import ScheduleId
 from dacc.core.scheme import Scheme
 from dacc.quant.grams import Grams
 from dacc.quant.methods.rtn import RTNConfig, quantize
-from dacc.quant.simulate import RoundedInputs, branch_of, on_smoothed, put_weight_, round_dynamic, rounding_of, row_now
+from dacc.quant.simulate import (
+    RoundedInputs,
+    branch_of,
+    put_weight_,
+    round_dynamic,
+    rounding_before,
+    rounding_of,
+    row_now,
+)
 from dacc.runtime.activation import ActivationScale
 from dacc.runtime.clock import RunState, fixed_run
 from dacc.runtime.layers import set_step_table_, swap_layers_
@@ -205,6 +213,9 @@ ABSORBING = [
     Scheme(bits=4, act_bits=4, rank=5, **DYNAMIC),
     Scheme(bits=4, act_bits=4, rank=5, smooth=True, **DYNAMIC),
     Scheme(bits=8, act_bits=8, act_mode="static", rank=5, smooth=True),
+    Scheme(bits=4, act_bits=4, shifted=True, **DYNAMIC),
+    Scheme(bits=4, act_bits=4, rank=5, smooth=True, shifted=True, **DYNAMIC),
+    GROUPED[0].model_copy(update={"rank": 5, "smooth": True, "shifted": True}),
 ]
 
 
@@ -214,13 +225,13 @@ ABSORBING = [
 def test_smoothing_and_a_low_rank_branch_give_what_the_integer_layer_gives(kind, scheme):
     model, x = make(kind)
     acts, shapes = table(scheme), low_rank_shapes(scheme, 20, 48)
-    beside = {name: (torch.rand(shape) + 0.2).half() for name, (shape, _) in shapes.items()}
+    beside = {name: (torch.rand(shape) + 0.2).to(dtype) for name, (shape, dtype) in shapes.items()}
     weight = replace(quantize(model[0].weight, scheme, RTNConfig()), **beside)
     found, expected = copy.deepcopy(model), copy.deepcopy(model)
     inputs = RoundedInputs(found, {"0": scheme})
     put_weight_(found[0], weight)
     unrounded = found(x)
-    inputs.put("0", on_smoothed(rounding_of(scheme, found[0], acts), weight.smoothing), branch_of(weight))
+    inputs.put("0", rounding_before(weight, rounding_of(scheme, found[0], acts)), branch_of(weight))
     swap_layers_(expected, {"0": scheme})
     expected[0].store_weight(weight)
     if acts:

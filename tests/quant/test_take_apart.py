@@ -44,6 +44,23 @@ def test_the_error_is_that_of_the_layer_that_runs(scheme, rank, smooth):
     torch.testing.assert_close(packed.residual(), parts.rounded)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES[3:], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("rank", [0, 5])
+@torch.no_grad()
+def test_the_error_with_a_shift_is_that_of_the_layer_that_runs(scheme, rank):
+    layer, smoothing = example(scheme)
+    moved = layer.shifted(0.5)
+    assert layer.shift is None
+    parts = take_apart(moved, smoothing, rank, 0)
+    packed = parts.pack(parts.grid.nearest(parts.residual))
+    assert packed.scheme.shifted
+    assert packed.act_shift.tolist() == [0.5]
+    running = QuantizedLinear(nn.Linear(48, 20, bias=False), packed.scheme)
+    running.store_weight(packed)
+    wrong = float((running(layer.inputs) - layer.outputs).norm() / layer.outputs.norm())
+    assert error_of(moved, parts) ** 0.5 == pytest.approx(wrong, rel=1e-3)
+
+
 @NAMED
 def test_the_parts_make_the_weight(scheme):
     layer, smoothing = example(scheme)

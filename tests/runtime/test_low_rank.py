@@ -34,6 +34,9 @@ SCHEMES = [
     Scheme(**GROUPED, two_level=True, act_bits=4, act_mode="dynamic", **BRANCH),
     Scheme(**GROUPED, act_bits=4, act_mode="per-group", act_group_size=16, **BRANCH),
     Scheme(bits=8, act_bits=6, act_mode="per-group", act_group_size=8, smooth=True),
+    Scheme(**GROUPED, act_bits=4, act_mode="per-group", act_group_size=16, **BRANCH, shifted=True),
+    Scheme(bits=8, act_bits=5, act_mode="dynamic", rank=3, shifted=True),
+    Scheme(**GROUPED, two_level=True, act_bits=6, act_mode="dynamic", shifted=True),
     Scheme(bits=8, act_bits=8, act_mode="static", **BRANCH),
     Scheme(bits=8, act_bits=8, act_mode="static", split=16, **BRANCH),
 ]
@@ -53,9 +56,11 @@ def random_weight(scheme, shape=SHAPE):
     """A weight whose parts are all of about the same size."""
     grid = find_grid(torch.randn(shape), scheme, search=False)
     shapes = low_rank_shapes(scheme, *shape)
-    beside = {name: torch.randn(size).half() for name, (size, _) in shapes.items()}
+    beside = {name: torch.randn(size).to(dtype) for name, (size, dtype) in shapes.items()}
     if scheme.smooth:
         beside["smoothing"] = (torch.rand(shape[1]) * 3 + 0.2).bfloat16().half()
+    if scheme.shifted:
+        beside["act_shift"] = torch.tensor([0.75])
     return replace(grid.pack(grid.nearest(torch.randn(shape)), shape), **beside)
 
 
@@ -75,6 +80,11 @@ def made(scheme, plain=None):
 
 def rounded(x, layer):
     """What is left of smoothed inputs once they are integers."""
+    if layer.scheme.shifted:
+        shift = layer.act_shift / (1 if layer.smoothing is None else layer.smoothing.float())
+        groups = (x + shift).clamp(min=0).unflatten(-1, (-1, layer.scheme.act_group_size or x.shape[-1]))
+        scale = groups.amax(-1, keepdim=True) / (2**layer.scheme.act_bits - 1)
+        return ((groups / scale).round() * scale).flatten(-2) - shift
     if layer.scheme.act_mode == "static":
         return round_static(x, layer.act_scale[0, 0], layer.act_zero_point[0, 0], layer.scheme.act_bits)
     if layer.scheme.act_bits < 16:
@@ -188,15 +198,23 @@ def test_gradients_reach_the_input():
     assert plain.weight.grad is None
 
 
+def test_what_a_shift_adds_is_taken_off_again_when_another_weight_comes():
+    scheme = next(scheme for scheme in SCHEMES if scheme.shifted)
+    plain, layer, x = made(scheme)
+    layer(x)
+    layer.store_weight(random_weight(scheme))
+    assert distance(layer(x), reference(plain, layer, x)) < 5e-6
+
+
 @EACH
 def test_every_byte_is_counted_and_no_parameter_twice(scheme):
     _, layer, _ = made(scheme)
     stored = sum(tensor.numel() * tensor.element_size() for tensor in layer.state_dict().values())
     assert layer.memory_bytes() == stored
-    beside = (48 * 2 if scheme.smooth else 0) + (scheme.rank or 0) * (20 + 48) * 2
-    plain = Scheme.from_name(scheme.name.removesuffix("-smooth").partition("-r")[0])
-    assert sum(torch.Size(shape).numel() for shape, dtype in low_rank_shapes(scheme, *SHAPE).values()) * 2 == beside
-    assert not low_rank_shapes(plain, *SHAPE)
+    beside = (48 * 2 if scheme.smooth else 0) + (scheme.rank or 0) * (20 + 48) * 2 + 4 * scheme.shifted
+    shapes = low_rank_shapes(scheme, *SHAPE).values()
+    assert sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes) == beside
+    assert not low_rank_shapes(scheme.plain, *SHAPE)
     assert count_parameters(nn.Sequential(layer)) == 20 * 48 + 20
 
 
@@ -206,6 +224,7 @@ def test_every_byte_is_counted_and_no_parameter_twice(scheme):
         (nn.Conv2d(8, 8, 1), {"bits": 8, "rank": 2}, "Only linears .* Leave rank and smooth out"),
         (nn.Conv1d(8, 8, 1), {"bits": 8, "smooth": True}, "Only linears"),
         (nn.Embedding(8, 8), {"bits": 8, "rank": 2}, "Only linears"),
+        (nn.Conv2d(8, 8, 1), {"bits": 8, "act_bits": 4, "act_mode": "dynamic", "shifted": True}, "Only linears shift"),
         (nn.Linear(8, 6), {"bits": 8, "rank": 7}, "at most 6"),
     ],
 )
@@ -218,7 +237,9 @@ def test_a_scheme_that_does_not_fit_a_layer_is_refused(layer, fields, advice):
 
 
 LAYERS = {
-    "transformer_blocks.0.attn1.to_q": SCHEMES[0],
+    "transformer_blocks.0.attn1.to_q": Scheme(
+        **GROUPED, act_bits=4, act_mode="per-group", act_group_size=16, **BRANCH, shifted=True
+    ),
     "transformer_blocks.0.ff.net.2": SCHEMES[4],
     "transformer_blocks.1.ff.net.2": Scheme(bits=4, rank=3),
 }

@@ -56,7 +56,7 @@ def planted(rows=192, features=256, samples=2048, outliers=3):
 
 
 def entering(x):
-    return Entering(x.abs().amax(0), x.T @ x / len(x), x)
+    return Entering(x.abs().amax(0), float(x.min()), x.T @ x / len(x), x)
 
 
 def held_out_error(weight, treated, x):
@@ -129,6 +129,33 @@ def test_rank_of_scales_per_token_and_group_is_below_one_scale_per_token(fields)
         held_out_error(weight, one(weight, fitted, scheme, **fields), held_out) for scheme in (W4A4, W4A4_GROUPS)
     )
     assert per_group < 0.95 * per_token
+
+
+@pytest.mark.parametrize("scheme", [W4A4, W4A4_GROUPS], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize(
+    ("function", "shift"), [("relu", 0.0), ("gelu", 22 / 128), ("silu", 36 / 128), ("mish", 40 / 128)]
+)
+def test_rank_of_shifted_inputs_is_below_signed_ones_behind_an_activation_function(scheme, function, shift):
+    weight, x = planted()
+    fitted, held_out = getattr(torch.nn.functional, function)(x).split(2048)
+    for fields in ({"rank": 0}, {"rank": 8}):
+        moved, signed = (one(weight, fitted, scheme, shift=how, **fields) for how in (True, False))
+        assert moved.weight.act_shift.item() == shift
+        assert not signed.weight.scheme.shifted
+        assert held_out_error(weight, moved, held_out) < 0.9 * held_out_error(weight, signed, held_out)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "x"),
+    [
+        (W4A4, planted()[1]),  # far below 0
+        (W4A4, 0.01 * planted()[1].clamp(-20, 20)),  # close to 0 on both sides: a shift would cost more than the sign
+        (Scheme(bits=8, act_bits=8, **DYNAMIC), planted()[1].relu()),  # the integers would not fit 8 bits
+        (W4A16, planted()[1].relu()),
+    ],
+)
+def test_other_inputs_are_not_shifted(scheme, x):
+    assert not one(planted()[0], x[:512], scheme, rank=0, gptq=False).weight.scheme.shifted
 
 
 class Wrapped:
