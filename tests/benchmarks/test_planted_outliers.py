@@ -28,6 +28,39 @@ def test_planted_channels_are_large_and_the_network_gives_the_same(dit_pipeline)
         torch.testing.assert_close(after[~enlarged], before[~enlarged], rtol=1e-3, atol=1e-4)
 
 
+def test_outliers_in_both_streams_of_flux_change_nothing_that_it_gives(flux_pipeline):
+    plain = flux_pipeline().transformer
+    planted, largest = copy.deepcopy(plain), {}
+    plant_(planted, 40.0, 2)
+    read = (
+        "transformer_blocks.0.attn.add_k_proj",
+        "transformer_blocks.0.ff_context.net.0.proj",
+        "single_transformer_blocks.0.proj_mlp",
+    )
+    generator = torch.Generator().manual_seed(0)
+    config = plain.config
+    inputs = {
+        "hidden_states": torch.randn(2, 16, config.in_channels, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 5, config.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(2, config.pooled_projection_dim, generator=generator),
+        "timestep": torch.tensor([0.2, 0.9]),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(5, 3),
+        "guidance": torch.ones(2) if config.guidance_embeds else None,
+    }
+    for name, model in (("plain", plain), ("planted", planted)):
+        for layer in read:
+            model.get_submodule(layer).register_forward_pre_hook(
+                lambda _, args, name=name: largest.setdefault(name, []).append(args[0].abs().flatten(0, -2).amax(0))
+            )
+    with torch.no_grad():
+        expected, found = (model(**inputs).sample for model in (plain, planted))
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+    assert len(largest["plain"]) == len(read)
+    for before, after in zip(largest["plain"], largest["planted"], strict=True):
+        assert int((after / before > 30).sum()) == 2
+
+
 def test_every_row_can_be_asked_for():
     for fields in ROWS.values():
         config = build_config(QuantizeConfig, bits=4, act_bits=4, **fields).resolved()
