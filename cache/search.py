@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.cache_plan import COMPUTE, REUSE, CachePlan, CacheRecord, Unit, UnitMacs
+from ..core.cache_plan import COMPUTE, CachePlan, CacheRecord, Unit, UnitMacs
 from ..core.config import build_config
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.manifest import Effect
@@ -30,8 +30,9 @@ from ..runtime.timing import measure_in_turns
 from ..runtime.trajectory import call_pipeline, sample
 from .budget import computed_calls
 from .config import SearchCacheConfig
+from .planned import planned
 from .profile import CallCost, count_unit_macs, feature_cost, first_calls, output_cost, time_calls
-from .units import choose_unit
+from .units import choose_unit, unit_text
 
 REACH = 4  # groups are looked for up to this many times their mean length, where evaluations have to be paid for
 KEPT_PROMISE = 0.95  # of the speed-up that was asked for must be measured
@@ -72,7 +73,7 @@ def search_component(
     """
     denoiser: nn.Module = pipe.components[component]
     settings = build_config(method.CONFIG, **config.settings)
-    unit = choose_unit(denoiser, config.unit)
+    unit = choose_unit(denoiser, unit_text(config.unit, config.method, method))
     calls, schedule = first_calls(pipe, component, request)
     macs = count_unit_macs(denoiser, unit, calls)
     cost = None
@@ -92,8 +93,7 @@ def search_component(
     )
     profile = _profile(pipe, component, blank, method, settings, request, computed, reporter)
     places = method.schedule(count, computed, settings, *profile)
-    codes = "".join(COMPUTE if call in places else REUSE for call in range(count))
-    plan = blank.model_copy(update={"codes": {unit.id: codes}})
+    plan = planned(blank, places, method, settings)
     ratio = count_plan(pipe, component, plan, request, reporter)
     record = CacheRecord(
         method=config.method,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import nn
 
 from ..core.cache_plan import ModuleUnit, Unit
@@ -43,6 +45,21 @@ def choose_unit(denoiser: nn.Module, text: str) -> Unit:
         )
     count = len(block_names(denoiser, stacks))
     return parse_unit(f"blocks:1-{count - 1 if count > 2 else count}", stacks)
+
+
+def unit_text(asked: str, name: str, method: ModuleType) -> str:
+    """What a search treats: what was asked for, which a method that is about one part of a network decides by itself.
+
+    Raises:
+        ConfigError: another part was asked for than the method treats.
+    """
+    own: str = getattr(method, "UNIT", asked)
+    if asked not in ("auto", own):
+        raise ConfigError(
+            f"--method {name} treats --unit {own}, not {asked}.",
+            mend="Leave --unit out, or choose another method.",
+        )
+    return own
 
 
 def _check(denoiser: nn.Module, unit: Unit, text: str) -> None:
