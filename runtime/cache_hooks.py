@@ -6,7 +6,7 @@ A frame is one evaluation of a denoiser. It lives in a context variable, so thre
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,12 @@ class Frame:
     storing: frozenset[str]  # computed units whose values a later evaluation needs
     values: Values
     entered: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # block range -> the streams that entered it
+    correct: Callable[[str, str, Any], Any] | None = None  # (unit, module, kept) -> what is given back in its place
+
+    def reused(self, unit: str, path: str) -> Any:
+        """What a unit that is skipped gives back for one of its modules."""
+        value = self.values[unit, path]
+        return value if self.correct is None else self.correct(unit, path, value)
 
 
 FRAME: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("dacc_cache_frame", default=None)
@@ -55,7 +61,7 @@ class SkipHook(ModelHook):
         skipping = [unit for unit in self.units if frame.actions[unit] == REUSE]
         if skipping:
             chosen = next((unit for unit in skipping if self.units[unit]), skipping[0])
-            return frame.values[chosen, self.path]
+            return frame.reused(chosen, self.path) if self.units[chosen] else frame.values[chosen, self.path]
         output = original_of(self)(*args, **kwargs)
         for unit, keeps in self.units.items():
             if unit in frame.storing:
@@ -98,7 +104,7 @@ class BlockHook(ModelHook):
         if frame.actions[unit] == REUSE:
             streams = self._entering(args, kwargs)
             if self.last:
-                kept = frame.values[unit, self.path]
+                kept = frame.reused(unit, self.path)
                 streams = _added(streams, kept) if residual else kept
             return self._output(streams)
         if self.first and unit in frame.storing and residual:
