@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from ..core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
+from ..core.cache_plan import CORRECTION_NAME
 from ..core.card import model_card
 from ..core.errors import ConfigError
 from ..core.machine import describe_machine
 from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
 from ..core.output import check_output
 from ..core.pipeline import pipeline_class, select_components
+from ..core.reference import find_reference
 from ..core.reporter import Reporter, silent
 from ..core.requirements import parse_requirements
 from ..core.safe_read import component_tensors, read_json, weight_hash
@@ -44,6 +46,7 @@ class Job:
     components: list[str]
     hashes: dict[str, str]  # component -> weight hash
     costs: dict[str, Any]  # component -> call times of an earlier search
+    reference: Source | None  # the float pipeline of a quantized source, where it is on this machine
     run_key: str  # names this very result
 
 
@@ -101,6 +104,8 @@ def search_cache(
     ) as writer:
         result = search_all(pipe, job, reporter)
         requirements.check(result.effect, writer, keep=keep_failed)
+        for name, own in result.found.items():
+            _write_tables(writer, name, own)
         writer.commit(
             lambda files: _manifest(job, result.found, result.effect, files, reporter.notices[earlier:]),
             {
@@ -139,9 +144,16 @@ def prepare(
     components = select_components(found.path, list(config.component))
     hashes = {name: weight_hash(found.path / name) for name in components}
     costs = _read_costs(Path(cost_profile)) if cost_profile else {}
-    identity = {"source": hashes, "config": config.model_dump(mode="json"), "costs": costs, "dacc": REQUIRES["dacc"]}
+    reference = find_reference(found, reporter)
+    identity = {
+        "source": hashes,
+        "config": config.model_dump(mode="json"),
+        "costs": costs,
+        "reference": reference is not None,
+        "dacc": REQUIRES["dacc"],
+    }
     run_key = hashlib.sha256(json.dumps({"search-cache": identity}, sort_keys=True).encode()).hexdigest()
-    return Job(found, config, components, hashes, costs, run_key)
+    return Job(found, config, components, hashes, costs, reference, run_key)
 
 
 def default_output(job: Job) -> Path:
@@ -181,6 +193,14 @@ def parse_cost(costs: dict[str, Any], component: str) -> Any:
         raise ConfigError(
             f"the cost profile of {component} cannot be read.", mend="Measure anew: leave --cost-profile out."
         ) from None
+
+
+def _write_tables(writer: BundleWriter, component: str, found: Found) -> None:
+    """The correction of a plan, in place of an earlier one."""
+    name = f"{component}/{CORRECTION_NAME}"
+    writer.leave_out(name)
+    if found.tables:
+        writer.write_table(name, found.tables, info="correction of reused values")
 
 
 def _tell_replaced(job: Job, reporter: Reporter) -> None:

@@ -9,10 +9,11 @@ from ..core.manifest import Effect
 from ..core.reporter import Reporter
 from ..core.seeds import seed_stream
 from ..core.source import zoo_entry_of
-from ..runtime.cached import install_plan_, remove_plans_
+from ..runtime.cached import remove_plans_
 from ..runtime.request import RunRequest
 from .api import Job, parse_cost
 from .config import METHODS
+from .floats import FloatReference, wants_reference
 from .search import Found, check_promise, measure_plan, measure_speedup, search_component
 
 
@@ -42,13 +43,16 @@ def search_all(pipe: Any, job: Job, reporter: Reporter) -> Result:
         prompts=entry.calibration_prompts or None if entry else None,
     ).with_zoo_defaults(entry)
     method = METHODS.load(config.method)
+    floats = FloatReference(job, pipe, reporter) if wants_reference(method, config) else None
     found: dict[str, Found] = {}
     for name in job.components:
         remove_plans_(pipe)
         known = parse_cost(job.costs, name)
-        found[name] = search_component(pipe, name, config, method, request, job.hashes[name], reporter, known)
+        reference = floats.pipeline(name) if floats else None
+        weights = job.hashes[name]
+        found[name] = search_component(pipe, name, config, method, request, weights, reporter, known, reference)
     for name, own in found.items():
-        install_plan_(pipe, name, own.record.plan)
+        own.install_(pipe, name)
     if config.measure == "never":
         return Result(found, Effect(not_measured="switched off with --measure never"), None)
     try:

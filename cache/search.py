@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..core.cache_plan import COMPUTE, CachePlan, CacheRecord, Unit, UnitMacs
+from ..core.cache_plan import COMPUTE, REUSE, CachePlan, CacheRecord, CorrectionId, Unit, UnitMacs
 from ..core.config import build_config
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.manifest import Effect
 from ..core.pipeline import denoisers
 from ..core.reporter import Reporter
 from ..core.seeds import seed_stream
+from ..core.tensor_file import content_hash
 from ..runtime.cached import install_plan_, no_cache
 from ..runtime.compare import compare
+from ..runtime.correction import Correction
 from ..runtime.macs import counting_calls
 from ..runtime.plan import denoiser_sha256, planned_macs
 from ..runtime.request import RunRequest
@@ -30,8 +32,10 @@ from ..runtime.timing import measure_in_turns
 from ..runtime.trajectory import call_pipeline, sample
 from .budget import computed_calls
 from .config import SearchCacheConfig
+from .correct import fit_correction
+from .cost import feature_cost, output_cost
 from .planned import planned
-from .profile import CallCost, count_unit_macs, feature_cost, first_calls, output_cost, time_calls
+from .profile import CallCost, count_unit_macs, first_calls, time_calls
 from .units import choose_unit, unit_text
 
 REACH = 4  # groups are looked for up to this many times their mean length, where evaluations have to be paid for
@@ -47,6 +51,12 @@ class Found:
 
     record: CacheRecord
     cost: CallCost | None
+    tables: dict[str, Tensor]  # of the plan's correction, if it has one
+
+    def install_(self, pipe: Any, component: str) -> None:
+        """Let a denoiser run with it."""
+        plan = self.record.plan
+        install_plan_(pipe, component, plan, Correction(self.tables, plan) if plan.correction else None)
 
 
 def search_component(
@@ -58,6 +68,7 @@ def search_component(
     weights: str,
     reporter: Reporter,
     known_cost: CallCost | None = None,
+    reference: Any | None = None,
 ) -> Found:
     """Find the plan of one denoiser of a pipeline that runs without plans.
 
@@ -66,6 +77,7 @@ def search_component(
         request: the runs to profile.
         weights: hash of the denoiser's weight files.
         known_cost: call times of an earlier search, in place of measuring.
+        reference: the float pipeline that a quantized one was made from.
 
     Raises:
         ConfigError: the method's fields, or a profile of another unit.
@@ -91,9 +103,13 @@ def search_component(
         codes={unit.id: COMPUTE * count},
         macs=macs,
     )
-    profile = _profile(pipe, component, blank, method, settings, request, computed, reporter)
+    profile = _profile(pipe, component, blank, method, settings, request, computed, reporter, reference)
     places = method.schedule(count, computed, settings, *profile)
     plan = planned(blank, places, method, settings)
+    tables = {}
+    if getattr(settings, "correct", False) and REUSE in plan.codes[unit.id]:
+        tables = fit_correction(pipe, component, plan, request, reporter, reference)
+        plan = plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables))})
     ratio = count_plan(pipe, component, plan, request, reporter)
     record = CacheRecord(
         method=config.method,
@@ -102,7 +118,7 @@ def search_component(
         macs_ratio=ratio,
         chosen={"calls": count, "computed": len(places)},
     )
-    return Found(record, cost)
+    return Found(record, cost, tables)
 
 
 def count_plan(pipe: Any, component: str, plan: CachePlan, request: RunRequest, reporter: Reporter) -> float:
@@ -212,11 +228,22 @@ def _profile(
     request: RunRequest,
     computed: int,
     reporter: Reporter,
+    reference: Any | None,
 ) -> tuple[Any, ...]:
     """What the method needs to know of the model."""
     if "cost" not in method.NEEDS:
         return ()
     if settings.cost == "feature":
-        return (feature_cost(pipe, component, plan.units[0], request, reporter),)
+        return (feature_cost(pipe, component, plan, request, reporter, reference),)
     longest = min(plan.calls, REACH * -(-plan.calls // computed))
-    return (output_cost(pipe, component, plan, request, reporter, longest=longest),)
+    profile = output_cost(
+        pipe,
+        component,
+        plan,
+        request,
+        reporter,
+        longest=longest,
+        reference=reference,
+        correct=settings.correct,
+    )
+    return (profile,)

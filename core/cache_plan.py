@@ -16,6 +16,7 @@ from .config import Config
 from .schedule_id import ScheduleId, StepRule
 
 PLAN_FORMAT = 1
+CORRECTION_NAME = "dacc_cache.safetensors"  # beside the weights of the component, and none of them
 COMPUTE, REUSE, FORECAST = "C", "R", "F"  # the codes of a call
 SKIPPING = frozenset({REUSE, FORECAST})  # those of a call that does not run the unit
 Abscissa = Literal["call", "sigma", "timestep"]
@@ -86,6 +87,14 @@ class UnitMacs(Config):
     units: dict[str, int]  # unit -> what a call saves that skips it alone
 
 
+class CorrectionId(Config):
+    """Tables in a file of the component's folder by which reused values are corrected, one affine map for each denoiser
+    call and channel."""
+
+    file: Literal["dacc_cache.safetensors"] = CORRECTION_NAME
+    sha256: str  # of names, types, shapes and values of its tensors
+
+
 class CachePlan(Config):
     """One plan for one denoiser on one grid. A unit inside a skipped one is not evaluated and keeps its own value."""
 
@@ -100,6 +109,7 @@ class CachePlan(Config):
     codes: dict[str, str]  # unit -> one code per call: C compute, R reuse, F forecast
     predict: dict[str, Predictor] = Field(default_factory=dict)  # unit -> how, for units that are forecast
     macs: UnitMacs
+    correction: CorrectionId | None = None  # what is done to reused values on the plan's own grid
 
     @model_validator(mode="after")
     def _check(self) -> CachePlan:

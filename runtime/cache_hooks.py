@@ -6,7 +6,7 @@ A frame is one evaluation of a denoiser. It lives in a context variable, so thre
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ class Frame:
     history: History = field(default_factory=History)  # earlier values, for forecasts
     places: dict[str, float] = field(default_factory=dict)  # unit with a predictor -> x of this call
     entered: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # block range -> the streams that entered it
+    correct: Callable[[str, str, Any], Any] | None = None  # (unit, module, kept) -> what is given back in its place
 
     def keep(self, unit: str, path: str, value: Any) -> None:
         """Hold on to what a module of a computed unit gave."""
@@ -44,7 +45,8 @@ class Frame:
         """What a module of a skipped unit gives in this call."""
         if self.actions[unit] == FORECAST:
             return self.history.forecast((unit, path), self.places[unit])
-        return self.values[unit, path]
+        value = self.values[unit, path]
+        return value if self.correct is None else self.correct(unit, path, value)
 
 
 FRAME: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("dacc_cache_frame", default=None)

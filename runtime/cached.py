@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from ..core.cache_plan import COMPUTE, REUSE, SKIPPING, BlockRange, CachePlan, Unit
 from ..core.pipeline import denoisers
-from ..core.schedule_id import NoiseGrid
+from ..core.schedule_id import NoiseGrid, same_levels
 from .cache_hooks import FRAME, BlockHook, Frame, SkipHook, Values, block_metadata, computing, drop, original_of
 from .cache_units import Layout, containers_of, layout_of
 from .clock import attach_clock, current_grid, current_run, end_run, run_storage, running_order
+from .correction import Correction
 from .forecast import History, abscissas
 from .plan import Row, check_model, codes_on, plan_rows
 
@@ -45,6 +46,7 @@ class _Branch:
     signature: tuple[Any, ...]  # shape, type and device of its inputs
     history: History
     values: Values = field(default_factory=dict)
+    strays: set[str] = field(default_factory=set)  # units whose values come from a call that the plan let reuse
 
 
 class CachedUnits:
@@ -54,14 +56,21 @@ class CachedUnits:
         denoiser: a UNet or transformer.
         units: what can be skipped.
         plan: None: units are skipped only by `reusing`.
+        correction: the tables of a plan that corrects what is reused.
 
     Raises:
         ModelError: the denoiser has no such module.
         UnsupportedError: the denoiser is not built as a unit needs it.
     """
 
-    def __init__(self, denoiser: nn.Module, units: Iterable[Unit], plan: CachePlan | None = None) -> None:
-        self.denoiser, self.plan = denoiser, plan
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        units: Iterable[Unit],
+        plan: CachePlan | None = None,
+        correction: Correction | None = None,
+    ) -> None:
+        self.denoiser, self.plan, self.correction = denoiser, plan, correction
         self.layouts: dict[str, Layout] = {unit.id: layout_of(denoiser, unit) for unit in units}
         self.containers = containers_of(self.layouts.values())
         self._told: set[str] = set()
@@ -118,14 +127,27 @@ class CachedUnits:
         missing = skipped - {unit for unit, _ in branch.values}
         actions = computing(self.names) if missing else row.actions
         storing = frozenset(unit for unit in row.needed if actions[unit] == COMPUTE)
-        places = abscissas(self.plan.predict, state)
-        return Frame(self, actions, storing, branch.values, branch.history, places), row
+        branch.strays -= storing
+        branch.strays |= {unit for unit in storing if row.actions[unit] != COMPUTE}
+        places, correct = abscissas(self.plan.predict, state), self._correcting(grid, state.call, branch)
+        return Frame(self, actions, storing, branch.values, branch.history, places, correct=correct), row
 
     def close(self, frame: Frame, row: Row | None) -> None:
         """Free what no later call needs."""
         if row is not None:
             drop(frame.values, set(self.names) - row.needed.keys())
             frame.history.trim(row.needed)
+
+    def _correcting(self, grid: NoiseGrid, call: int, branch: _Branch) -> Callable[[str, str, Any], Any] | None:
+        """How a call corrects what it reuses: on the plan's own grid, and from the call that the plan means."""
+        if self.correction is None or self.plan is None or not same_levels(self.plan.schedule, grid):
+            return None
+        correction, strays = self.correction, frozenset(branch.strays)
+
+        def correct(unit: str, path: str, value: Any) -> Any:
+            return value if unit in strays else correction.apply(unit, path, call, value)
+
+        return correct
 
     def _rows(self, plan: CachePlan, grid: NoiseGrid) -> list[Row] | None:
         """What each call of the run that begins does; None when the plan does not serve its grid.
@@ -139,8 +161,10 @@ class CachedUnits:
         if codes is None:
             self._tell(f"{searched}; this run of {calls} calls is too short for it and runs without")
             return None
-        if codes != plan.codes:
-            self._tell(f"{searched}; this run of {calls} calls on another grid follows its noise levels")
+        dropped = self.correction is not None and not same_levels(plan.schedule, grid)
+        if codes != plan.codes or dropped:
+            without = ", without the correction of what it reuses" if dropped else ""
+            self._tell(f"{searched}; this run of {calls} calls on another grid follows its noise levels{without}")
         if grid.sigmas is None and any(predictor.x == "sigma" for predictor in plan.predict.values()):
             self._tell("this scheduler has no sigmas; forecasts of the cache plan run over its timesteps")
         depths = {unit: predictor.order + 1 for unit, predictor in plan.predict.items()}
@@ -204,8 +228,11 @@ class _RootHook(ModelHook):
         return output
 
 
-def install_plan_(pipe: Any, component: str, plan: CachePlan) -> CachedUnits:
+def install_plan_(pipe: Any, component: str, plan: CachePlan, correction: Correction | None = None) -> CachedUnits:
     """Let a denoiser of a pipeline run with a plan, in place of an earlier one.
+
+    Args:
+        correction: of a plan that has one; without it the plan reuses values as they are.
 
     Raises:
         ModelError: the plan was made for another model.
@@ -216,7 +243,7 @@ def install_plan_(pipe: Any, component: str, plan: CachePlan) -> CachedUnits:
     if (old := installed_units(denoiser)) is not None:
         old.remove_()
     attach_clock(pipe)  # first: it counts the call before our hook asks for it
-    units = CachedUnits(denoiser, plan.units, plan)
+    units = CachedUnits(denoiser, plan.units, plan, correction)
     if not hasattr(type(pipe), "_dacc_cached"):
         pipe.__class__ = _ending_its_run(type(pipe))  # type: ignore[arg-type]
     return units

@@ -1,6 +1,6 @@
 """Faster Diffusion: Rethinking the Role of the UNet Encoder in Diffusion Models (2024), arXiv 2312.09608: at key calls
-a UNet computes everything; at the others its up blocks alone run, on what first convolution, down blocks and middle gave
-at the key call before.
+a UNet computes everything; at the others its up blocks alone run, on what first convolution, down blocks and middle
+gave at the key call before.
 
 scaled      K key calls that lie as densely at the start as those of the paper, for any C
 paper       its 9 key calls of 50, as they are
