@@ -20,10 +20,10 @@ from ..core.schedule_id import ScheduleId, schedule_id
 from ..runtime.cache_hooks import Values
 from ..runtime.cached import CachedUnits
 from ..runtime.clock import running_scheduler
-from ..runtime.macs import count_macs
+from ..runtime.macs import count_macs, counting_calls
 from ..runtime.request import RunRequest
 from ..runtime.timing import measure_in_turns
-from ..runtime.trajectory import DenoiserCall, call_pipeline, capture_calls
+from ..runtime.trajectory import DenoiserCall, call_pipeline, capture_calls, sample
 
 REPEATS = 5
 PROBES = 6  # calls at which the answer of the final sample is measured
@@ -72,6 +72,13 @@ def count_unit_macs(denoiser: nn.Module, unit: Unit, calls: list[DenoiserCall]) 
         full = sum(count_macs(lambda call=call: call.replay(denoiser)) for call in calls)
         partial = sum(count_macs(replay) for replay in _partials(units, calls))
     return UnitMacs(full=full, units={unit.id: full - partial})
+
+
+def counted_macs(pipe: Any, component: str, request: RunRequest) -> int:
+    """Multiply-accumulates of all calls of a denoiser while a request runs, as it is installed."""
+    with counting_calls(pipe.components[component]) as total:
+        sample(pipe, request)
+    return total.macs
 
 
 def time_calls(denoiser: nn.Module, unit: Unit, calls: list[DenoiserCall], reporter: Reporter) -> CallCost:

@@ -25,7 +25,6 @@ from ..core.tensor_file import content_hash
 from ..runtime.cached import install_plan_, no_cache
 from ..runtime.compare import compare
 from ..runtime.correction import Correction
-from ..runtime.macs import counting_calls
 from ..runtime.plan import denoiser_sha256, planned_macs
 from ..runtime.request import RunRequest
 from ..runtime.timing import measure_in_turns
@@ -34,8 +33,9 @@ from .budget import computed_calls
 from .config import SearchCacheConfig
 from .correct import fit_correction
 from .cost import feature_cost, output_cost
+from .gating import gated_plan
 from .planned import planned
-from .profile import CallCost, count_unit_macs, first_calls, time_calls
+from .profile import CallCost, count_unit_macs, counted_macs, first_calls, time_calls
 from .units import choose_unit, unit_text
 
 REACH = 4  # groups are looked for up to this many times their mean length, where evaluations have to be paid for
@@ -105,35 +105,44 @@ def search_component(
     )
     profile = _profile(pipe, component, blank, method, settings, request, computed, reporter, reference)
     places = method.schedule(count, computed, settings, *profile)
-    plan = planned(blank, places, method, settings)
+    chosen: dict[str, int | float | str] = {"calls": count, "computed": len(places)}
+    if hasattr(method, "gate"):
+        plan, more = gated_plan(pipe, component, blank, places, computed, method, settings, request, reporter)
+        chosen |= more
+    else:
+        plan = planned(blank, places, method, settings)
     tables = {}
     if getattr(settings, "correct", False) and REUSE in plan.codes[unit.id]:
         tables = fit_correction(pipe, component, plan, request, reporter, reference)
         plan = plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables))})
     ratio = count_plan(pipe, component, plan, request, reporter)
+    if plan.gates:
+        partial = 1 - macs.units[unit.id] / macs.full
+        chosen["computed"] = round(count * (ratio - partial) / (1 - partial), 1)
     record = CacheRecord(
         method=config.method,
         plan=plan,
         plan_sha256=plan.sha256(),
         macs_ratio=ratio,
-        chosen={"calls": count, "computed": len(places)},
+        chosen=chosen,
     )
     return Found(record, cost, tables)
 
 
 def count_plan(pipe: Any, component: str, plan: CachePlan, request: RunRequest, reporter: Reporter) -> float:
-    """Install a plan and count what a run of one sample costs with it, over one without.
+    """Install a plan and count what a run of one sample costs with it, over one without; with a gate, what all the
+    profiled runs do, since each decides by itself.
 
     A count that is not the predicted one is a notice: guidance that ends before the run does makes calls cheaper.
     """
     units = install_plan_(pipe, component, plan)
-    one = request.model_copy(update={"seeds": request.seeds[:1], "batch_size": 1})
-    counted = []
-    for without in (True, False):
-        with no_cache(pipe) if without else nullcontext(), counting_calls(pipe.components[component]) as total:
-            sample(pipe, one)
-        counted.append(total.macs)
-    full, cached = counted
+    if not plan.gates:
+        request = request.model_copy(update={"seeds": request.seeds[:1], "batch_size": 1})
+    with no_cache(pipe):
+        full = counted_macs(pipe, component, request)
+    cached = counted_macs(pipe, component, request)
+    if plan.gates:
+        return cached / full
     predicted = planned_macs(plan, units.containers)
     if (full, cached) != (plan.macs.full * plan.calls, predicted):
         reporter.notice(f"{component}: a run counts {cached} of {full} MACs; the plan predicts {predicted}")

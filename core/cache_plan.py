@@ -17,7 +17,7 @@ from .schedule_id import ScheduleId, StepRule
 
 PLAN_FORMAT = 1
 CORRECTION_NAME = "dacc_cache.safetensors"  # beside the weights of the component, and none of them
-COMPUTE, REUSE, FORECAST = "C", "R", "F"  # the codes of a call
+COMPUTE, REUSE, FORECAST, GATE = "C", "R", "F", "G"  # the codes of a call
 SKIPPING = frozenset({REUSE, FORECAST})  # those of a call that does not run the unit
 Abscissa = Literal["call", "sigma", "timestep"]
 
@@ -80,6 +80,19 @@ class Predictor(Config):
     x: Abscissa = "call"  # what the polynomial runs over
 
 
+class Gate(Config):
+    """When a range of blocks that asks is skipped: while the block before it gives nearly what it gave at the last call
+    that computed the range, or nearly its forecast from such calls."""
+
+    signal: Literal["residual", "forecast"] = (
+        "residual"  # what is compared: what that block adds, as it was; or what it
+    )
+    # gives, with its forecast
+    order: int = Field(1, ge=1)  # of that forecast
+    threshold: float = Field(ge=0)  # mean of the change over mean of what is compared with; larger: skips more
+    max_consecutive: int | None = Field(None, ge=1)  # skipped calls in a row; None: any number
+
+
 class UnitMacs(Config):
     """Multiply-accumulates of one call for one sample, all its guidance branches together."""
 
@@ -106,8 +119,11 @@ class CachePlan(Config):
     rule: StepRule = "nearest"  # on another grid: refuse, or follow the noise levels
     min_calls: int = Field(8, ge=1)  # another grid of fewer calls runs without the plan
     units: tuple[Unit, ...] = Field(min_length=1)
-    codes: dict[str, str]  # unit -> one code per call: C compute, R reuse, F forecast
-    predict: dict[str, Predictor] = Field(default_factory=dict)  # unit -> how, for units that are forecast
+    codes: dict[str, str]  # unit -> one code per call: C compute, R reuse, F forecast, G ask the gate
+    predict: dict[str, Predictor] = Field(
+        default_factory=dict
+    )  # unit -> how, for units that are forecast; where the gate says so too
+    gates: dict[str, Gate] = Field(default_factory=dict)  # unit -> when it is skipped, for units that ask
     macs: UnitMacs
     correction: CorrectionId | None = None  # what is done to reused values on the plan's own grid
 
@@ -122,14 +138,20 @@ class CachePlan(Config):
         for name, codes in self.codes.items():
             if len(codes) != self.calls:
                 raise ValueError(f"unit {name!r} has codes for {len(codes)} calls, the grid has {self.calls}")
-            if unknown := set(codes) - SKIPPING - {COMPUTE}:
+            if unknown := set(codes) - SKIPPING - {COMPUTE, GATE}:
                 raise ValueError(f"unit {name!r} has codes that are not known: {', '.join(sorted(unknown))}")
             if codes[0] != COMPUTE:
                 raise ValueError(f"unit {name!r} reuses at the first call, when there is nothing to reuse")
             if FORECAST in codes and name not in self.predict:
                 raise ValueError(f"unit {name!r} is forecast, and nothing says how")
-        if strange := set(self.predict) - set(names):
-            raise ValueError(f"predict is of {sorted(strange)}, the units are {sorted(names)}")
+            if GATE in codes and name not in self.gates:
+                raise ValueError(f"unit {name!r} asks a gate, and there is none")
+        for what, fields in (("predict", self.predict), ("gates", self.gates)):
+            if strange := set(fields) - set(names):
+                raise ValueError(f"{what} is of {sorted(strange)}, the units are {sorted(names)}")
+        unit = self.units[0]
+        if self.gates and (len(names) > 1 or not isinstance(unit, BlockRange) or unit.first < 1):
+            raise ValueError("a gate is for a plan of one unit, a range of blocks with a block before it")
         return self
 
     @property

@@ -9,25 +9,27 @@ of a run that begins in the middle or after a change of shape, makes that evalua
 from __future__ import annotations
 
 import contextvars
-import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from ..core.cache_plan import COMPUTE, REUSE, SKIPPING, BlockRange, CachePlan, Unit
+from ..core.cache_plan import COMPUTE, GATE, REUSE, SKIPPING, BlockRange, CachePlan, Unit
 from ..core.pipeline import denoisers
 from ..core.schedule_id import NoiseGrid, same_levels
 from .cache_hooks import FRAME, BlockHook, Frame, SkipHook, Values, block_metadata, computing, drop, original_of
 from .cache_units import Layout, containers_of, layout_of
-from .clock import attach_clock, current_grid, current_run, end_run, run_storage, running_order
+from .clock import attach_clock, current_grid, current_run, run_storage, running_order
 from .correction import Correction
-from .forecast import History, abscissas
+from .ending import ending_its_run
+from .forecast import History
+from .gate import GateHook, GateState, predictors_of, probe_of
 from .plan import Row, check_model, codes_on, plan_rows
 
 HOOK = "dacc_cache"
@@ -74,6 +76,8 @@ class CachedUnits:
         self.layouts: dict[str, Layout] = {unit.id: layout_of(denoiser, unit) for unit in units}
         self.containers = containers_of(self.layouts.values())
         self._told: set[str] = set()
+        self._gated = next(iter(plan.gates), None) if plan else None
+        self._predictors = predictors_of(plan, self.layouts, denoiser) if plan else {}
         self._hook()
 
     @property
@@ -122,19 +126,27 @@ class CachedUnits:
         key = (self, state.branch, state.evaluation)
         branch: _Branch | None = storage.get(key)
         if branch is None or branch.signature != signature:
-            branch = storage[key] = _Branch(signature, History(self.plan.predict))
-        skipped = {unit for unit, action in row.actions.items() if action in SKIPPING}
-        missing = skipped - {unit for unit, _ in branch.values}
-        actions = computing(self.names) if missing else row.actions
-        storing = frozenset(unit for unit in row.needed if actions[unit] == COMPUTE)
+            branch = storage[key] = _Branch(signature, History(self._predictors))
+        gate: GateState = storage.setdefault((self, "gate"), GateState())
+        followed = state.evaluation > 0 and gate.call == state.call  # the first branch has decided
+        actions = {unit: gate.action if followed and own == GATE else own for unit, own in row.actions.items()}
+        skipped = {unit for unit, action in actions.items() if action in SKIPPING}
+        if skipped - {unit for unit, _ in branch.values}:
+            actions = computing(self.names)
+        storing = frozenset(unit for unit in row.needed if actions[unit] in (COMPUTE, GATE))
         branch.strays -= storing
         branch.strays |= {unit for unit in storing if row.actions[unit] != COMPUTE}
-        places, correct = abscissas(self.plan.predict, state), self._correcting(grid, state.call, branch)
-        return Frame(self, actions, storing, branch.values, branch.history, places, correct=correct), row
+        frame = Frame(self, actions, storing, branch.values, branch.history, state)
+        frame.correct = self._correcting(grid, state.call, branch)
+        frame.decide = partial(gate.decide, self.plan, state.call) if self.plan.gates else None
+        return frame, row
 
     def close(self, frame: Frame, row: Row | None) -> None:
-        """Free what no later call needs."""
+        """Free what no later call needs, and tell the gate what was done."""
         if row is not None:
+            storage = run_storage()
+            if self._gated and storage is not None and frame.state is not None and frame.state.evaluation == 0:
+                storage[self, "gate"].note(frame.state.call, frame.actions[self._gated])
             drop(frame.values, set(self.names) - row.needed.keys())
             frame.history.trim(row.needed)
 
@@ -167,7 +179,9 @@ class CachedUnits:
             self._tell(f"{searched}; this run of {calls} calls on another grid follows its noise levels{without}")
         if grid.sigmas is None and any(predictor.x == "sigma" for predictor in plan.predict.values()):
             self._tell("this scheduler has no sigmas; forecasts of the cache plan run over its timesteps")
-        depths = {unit: predictor.order + 1 for unit, predictor in plan.predict.items()}
+        depths = dict.fromkeys(self.names, 1)
+        for (unit, _), predictor in self._predictors.items():
+            depths[unit] = max(depths[unit], predictor.order + 1)
         return plan_rows(codes, self.containers, depths)
 
     def _tell(self, text: str) -> None:
@@ -199,6 +213,10 @@ class CachedUnits:
                     skipping.setdefault(path, {})[unit.id] = path in layout.kept
         for path, units in skipping.items():
             _registry(modules[path]).register_hook(SkipHook(self, path, units), HOOK)
+        for name, gate in self.plan.gates.items() if self.plan else ():
+            probe = probe_of(self.layouts[name], self.denoiser)
+            hook = GateHook(self, name, gate, probe, block_metadata(modules[probe]))
+            _registry(modules[probe]).register_hook(hook, f"{HOOK}.gate")
         _registry(self.denoiser).register_hook(_RootHook(self), HOOK)
 
 
@@ -245,7 +263,7 @@ def install_plan_(pipe: Any, component: str, plan: CachePlan, correction: Correc
     attach_clock(pipe)  # first: it counts the call before our hook asks for it
     units = CachedUnits(denoiser, plan.units, plan, correction)
     if not hasattr(type(pipe), "_dacc_cached"):
-        pipe.__class__ = _ending_its_run(type(pipe))  # type: ignore[arg-type]
+        pipe.__class__ = ending_its_run(type(pipe))  # type: ignore[arg-type]
     return units
 
 
@@ -274,36 +292,6 @@ def no_cache(pipe: Any) -> Iterator[None]:
         yield
     finally:
         _OFF.reset(token)
-
-
-@functools.cache
-def _ending_its_run(base: type) -> type:
-    """A subclass of a pipeline class, of the same name, whose calls leave no run behind, also where they fail."""
-
-    @functools.wraps(base.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return base.__call__(self, *args, **kwargs)
-        finally:
-            end_run(self)
-
-    def __reduce__(self: Any) -> tuple[Any, ...]:
-        return _bare, (base,), vars(self)
-
-    members: Mapping[str, Any] = {
-        "__call__": __call__,
-        "__reduce__": __reduce__,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "_dacc_cached": True,
-    }
-    return type(base.__name__, (base,), dict(members))
-
-
-def _bare(base: type) -> Any:
-    """An empty pipeline, filled by copy or pickle."""
-    return object.__new__(base)
 
 
 def _registry(module: nn.Module) -> HookRegistry:

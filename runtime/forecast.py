@@ -31,21 +31,25 @@ class History:
     """The last computed values of the units of one guidance branch, with the places where they stand.
 
     Args:
-        predictors: unit -> how it is forecast; of other units nothing is kept.
+        predictors: unit and module -> how what it gives is forecast; of others nothing is kept.
     """
 
-    def __init__(self, predictors: Mapping[str, Predictor] | None = None) -> None:
+    def __init__(self, predictors: Mapping[Key, Predictor] | None = None) -> None:
         self.predictors = dict(predictors or {})
         self._points: dict[Key, list[tuple[float, Any]]] = {}
 
-    def add(self, key: Key, place: float, value: Any) -> None:
+    def add(self, key: Key, state: RunState, value: Any) -> None:
         """A computed value; it replaces an older one at the same place (second-order solvers come twice)."""
+        if key not in self.predictors:
+            return
+        place = abscissa(self.predictors[key], state)
         points = self._points.setdefault(key, [])
         points[:] = [*(point for point in points if point[0] != place), (place, value)]
 
-    def forecast(self, key: Key, place: float) -> Any:
-        """The value at `place`, of the order that the values which are there allow."""
-        predictor = self.predictors[key[0]]
+    def forecast(self, key: Key, state: RunState) -> Any:
+        """The value at a call, of the order that the values which are there allow."""
+        predictor = self.predictors[key]
+        place = abscissa(predictor, state)
         points = self._points[key][-predictor.order - 1 :]
         numbers = weights([point[0] for point in points], place, predictor.form)
         return combined(numbers, [point[1] for point in points])
@@ -67,13 +71,11 @@ class History:
         return len(self._points.get(key, ()))
 
 
-def abscissas(predictors: Mapping[str, Predictor], state: RunState) -> dict[str, float]:
-    """x of a call for every unit that is forecast; the timestep where a scheduler has no sigmas."""
-    places = {"call": float(state.call), "timestep": state.timestep, "sigma": state.sigma}
-    return {
-        unit: state.timestep if (place := places[predictor.x]) is None else place
-        for unit, predictor in predictors.items()
-    }
+def abscissa(predictor: Predictor, state: RunState) -> float:
+    """x of a call; its timestep where a scheduler has no sigmas."""
+    if predictor.x == "call":
+        return float(state.call)
+    return state.timestep if predictor.x == "timestep" or state.sigma is None else state.sigma
 
 
 def weights(places: Sequence[float], place: float, form: str) -> list[float]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..core.cache_plan import COMPUTE, FORECAST, PLAN_FORMAT, REUSE, SKIPPING, CachePlan, CacheRecord
+from ..core.cache_plan import COMPUTE, FORECAST, GATE, PLAN_FORMAT, REUSE, SKIPPING, CachePlan, CacheRecord
 from ..core.errors import BundleError, ConfigError, ModelError
 from ..core.schedule_id import NoiseGrid, nearest_calls, same_levels
 
@@ -24,7 +24,7 @@ Containers = Mapping[str, frozenset[str]]  # unit -> the units that it lies in
 class Row:
     """What one call does with every unit."""
 
-    actions: dict[str, str]  # unit -> C, R, F or -
+    actions: dict[str, str]  # unit -> C, R, F, G or -
     needed: dict[str, int]  # unit -> how many of its last computed values later calls look at; without units of none
 
 
@@ -126,7 +126,7 @@ def plan_rows(codes: Mapping[str, str], containers: Containers, depths: Mapping[
     """What every call does, from its codes: units inside skipped ones are not evaluated.
 
     Args:
-        depths: unit -> how many computed values its forecasts look at; 1 for units that are not here.
+        depths: unit -> how many computed values its forecasts and its gate look at; 1 for units that are not here.
     """
     depths = depths or {}
     calls = len(next(iter(codes.values())))
@@ -152,13 +152,13 @@ def _needed_before(action: str, needed: int, depth: int) -> int:
     """How many values of a unit count before a call, when `needed` do behind it."""
     if action == COMPUTE:
         return max(needed - 1, 0)  # the call gives one itself
-    if action == FORECAST:
+    if action in (FORECAST, GATE):  # the gate may compute, and may not
         return max(needed, depth)
     return max(needed, 1) if action == REUSE else needed
 
 
 def planned_macs(plan: CachePlan, containers: Containers) -> int:
-    """Multiply-accumulates of a run with the plan on its own grid, for one sample."""
+    """Multiply-accumulates of a run with the plan on its own grid, for one sample; as if all gates computed."""
     rows = plan_rows(plan.codes, containers)
     saved = (plan.macs.units[unit] for row in rows for unit, action in row.actions.items() if action in SKIPPING)
     return plan.macs.full * plan.calls - sum(saved)

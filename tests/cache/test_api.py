@@ -138,6 +138,18 @@ def test_encoder_propagation_treats_the_encoder_whoever_names_it(unet_folder, ca
     assert set(plans[0].codes["encoder"]) == {"C", "R"}
 
 
+def test_a_gate_gets_the_threshold_that_meets_the_target_and_its_cost_is_counted(dit_folder, cached):
+    settings = {"warmup": 2, "signal": "forecast"}
+    bundle = cached(dit_folder, method="gated", macs_ratio=0.85, settings=settings)
+    record = read_manifest(bundle).components["transformer"].cache
+    assert record.plan.codes == {"body": "CCGGGGGC"}
+    assert record.plan.gates["body"].threshold == record.chosen["threshold"] > 0
+    assert record.macs_ratio <= 0.85
+    assert 3 <= record.chosen["computed"] <= 8
+    assert 1 <= record.chosen["tried"] <= 10
+    sample(dacc.load(bundle, device="cpu"), REQUEST)
+
+
 def test_fields_of_a_forecast_reach_the_plan(unet_folder, cached):
     plan = plan_of(cached(unet_folder, method="taylor", settings={"order": 2, "x": "sigma", "form": "published"}))
     found = plan.predict["deep"]
@@ -153,6 +165,7 @@ def test_fields_of_a_forecast_reach_the_plan(unet_folder, cached):
         ({"macs_ratio": 0.01}, UnsupportedError, "best that it can reach.*--macs-ratio"),
         ({"method": "encoder", "unit": "cut:0.0"}, ConfigError, "--method encoder treats --unit encoder"),
         ({"method": "taylor", "settings": {"warmup": 8}}, ConfigError, "warmup=8 calls"),
+        ({"method": "gated", "settings": {"warmup": 1}}, UnsupportedError, "this unit has none.*--unit blocks:1-N"),
         ({"component": ("vae",)}, ConfigError, "no component 'vae'"),
         ({"settings": {"form": "odd"}}, ConfigError, "form"),
     ],

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dacc.core.cache_plan import Predictor
 from dacc.runtime.cached import CachePlanWarning
 from dacc.runtime.clock import RunState, run_storage
-from dacc.runtime.forecast import History, abscissas, combined, weights
+from dacc.runtime.forecast import History, abscissa, combined, weights
 from dacc.runtime.trajectory import capture_calls, sample
 
 from .cache_plans import CUT, blocks, denoiser_of, module
@@ -25,10 +25,14 @@ KEY = ("body", "block")
 
 def forecast(form: str, order: int, values: Any, places: tuple[float, ...], place: float) -> float:
     """Of a function of the places, through a history."""
-    history = History({"body": Predictor(order=order, form=form)})
+    history = History({KEY: Predictor(order=order, form=form, x="timestep")})
     for own in places:
-        history.add(KEY, own, torch.tensor(float(values(own))))
-    return history.forecast(KEY, place).item()
+        history.add(KEY, at(own), torch.tensor(float(values(own))))
+    return history.forecast(KEY, at(place)).item()
+
+
+def at(timestep: float) -> RunState:
+    return RunState(1, 0, 10, 0, 10, timestep, None)
 
 
 @pytest.mark.parametrize("form", ["newton", "published"])
@@ -80,11 +84,11 @@ def test_with_fewer_values_the_order_is_what_they_allow():
 
 
 def test_a_value_at_the_same_place_takes_the_place_of_the_first():
-    history = History({"body": Predictor(order=1)})
+    history = History({KEY: Predictor(order=1, x="timestep")})
     for place, value in ((0.0, 0.0), (1.0, 50.0), (1.0, 2.0)):
-        history.add(KEY, place, torch.tensor(value))
+        history.add(KEY, at(place), torch.tensor(value))
     assert history.count(KEY) == 2
-    assert history.forecast(KEY, 2.0).item() == 4
+    assert history.forecast(KEY, at(2.0)).item() == 4
 
 
 def test_nested_tuples_keep_their_form_and_types():
@@ -205,7 +209,7 @@ def test_a_run_that_begins_in_the_middle_computes_and_then_forecasts_with_what_i
 
 def test_a_scheduler_without_sigmas_is_followed_by_its_timesteps_and_that_is_said(unet_pipeline, monkeypatch):
     state = RunState(1, 3, 10, 3, 10, 500.0, None)
-    assert abscissas({"a": Predictor(x="sigma"), "b": Predictor(x="call")}, state) == {"a": 500.0, "b": 3.0}
+    assert [abscissa(Predictor(x=x), state) for x in ("sigma", "call")] == [500.0, 3.0]
     pipe = unet_pipeline()
     installed(pipe, {CUT: "CCFF"}, predict={"deep": Predictor(x="sigma")})
     monkeypatch.setattr("dacc.runtime.clock.read_grid", lambda scheduler: (tuple(scheduler.timesteps.tolist()), None))
