@@ -1,6 +1,6 @@
 """Gates: each call decides by itself whether the blocks behind the first run, from what the first one gave. After
-first-block caching (ParaAttention, diffusers) and CG-Taylor (2025), which looks at how good a forecast of the first block
-is and forecasts the last one. The search places the warm-up and chooses the threshold; `runtime/gate.py` decides.
+first-block caching (ParaAttention, diffusers) and CG-Taylor (2025), which looks at how good a forecast of the first
+block is and forecasts the last one. The search places the warm-up and chooses the threshold; `runtime/gate.py` decides.
 
 Letters: C calls of a run, K calls that compute, on the mean of the profiled runs.
 """
