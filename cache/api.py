@@ -34,6 +34,8 @@ from .config import DEFAULT_STEPS, SearchCacheConfig
 if TYPE_CHECKING:
     from .search import Found
 
+FRONT_FILES = ("dacc_front_{}.json", "dacc_front_{}.png")  # of a search for many plans, by component
+TOLD_UNITS = 3
 REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}
 
 
@@ -102,10 +104,10 @@ def search_cache(
         reporter=reporter,
         overwrite=overwrite,
     ) as writer:
-        result = search_all(pipe, job, reporter)
+        result = search_all(pipe, job, writer, reporter)
         requirements.check(result.effect, writer, keep=keep_failed)
         for name, own in result.found.items():
-            _write_tables(writer, name, own)
+            _write_beside(writer, name, own)
         writer.commit(
             lambda files: _manifest(job, result.found, result.effect, files, reporter.notices[earlier:]),
             {
@@ -195,12 +197,15 @@ def parse_cost(costs: dict[str, Any], component: str) -> Any:
         ) from None
 
 
-def _write_tables(writer: BundleWriter, component: str, found: Found) -> None:
-    """The correction of a plan, in place of an earlier one."""
+def _write_beside(writer: BundleWriter, component: str, found: Found) -> None:
+    """What belongs to a plan, in place of what belonged to an earlier one."""
     name = f"{component}/{CORRECTION_NAME}"
-    writer.leave_out(name)
+    for old in (name, *(pattern.format(component) for pattern in FRONT_FILES)):
+        writer.leave_out(old)
     if found.tables:
         writer.write_table(name, found.tables, info="correction of reused values")
+    for file, content in found.files.items():
+        writer.write_bytes(file, content)
 
 
 def _tell_replaced(job: Job, reporter: Reporter) -> None:
@@ -266,6 +271,7 @@ def _summarize(found: dict[str, Found], effect: Effect, speedup: float | None, r
     for name, own in found.items():
         chosen, plan = own.record.chosen, own.record.plan
         codes = ", ".join(f"{unit} {codes}" for unit, codes in plan.codes.items())
+        codes = codes if len(plan.codes) <= TOLD_UNITS else f"{len(plan.codes)} units"
         reporter.say(
             f"{name}: {chosen['computed']} of {chosen['calls']} calls compute everything, "
             f"{own.record.macs_ratio:.3f} of the MACs; {codes}"

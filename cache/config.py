@@ -46,8 +46,8 @@ class SearchCacheConfig(Config):
     @field_validator("unit")
     @classmethod
     def _check_unit(cls, value: str) -> str:
-        if value != "auto":
-            parse_unit(value, stacks=("blocks",))
+        for part in value.split(",") if value != "auto" else []:
+            parse_unit(part, stacks=("blocks",))
         return value
 
     @model_validator(mode="after")
