@@ -26,6 +26,7 @@ from ..runtime.request import RunRequest
 from .config import SearchCacheConfig
 from .cost import feature_costs
 from .front import Candidate, front_files
+from .given import schedule_file, trimmed, whole_calls
 from .methods import dp
 from .objective import PlanObjective
 from .profile import CallCost, count_unit_macs, first_calls, time_calls
@@ -195,7 +196,7 @@ def evolve_component(
     front = search.front(state.known)
     fitting = [name for name in front if state.known[name][1] <= limit]
     chosen = min(fitting, key=lambda name: state.known[name])
-    plan = _trimmed(blank, search.codes(chosen))
+    plan = trimmed(blank.model_copy(update={"codes": search.codes(chosen)}))
     files = front_files(
         component,
         [Candidate(*state.known[name], search.codes(name)) for name in front],
@@ -207,13 +208,9 @@ def evolve_component(
         plan=plan,
         plan_sha256=plan.sha256(),
         macs_ratio=count_plan(pipe, component, plan, request, reporter),
-        chosen={
-            "calls": plan.calls,
-            "computed": int(search.table(chosen).all(axis=1).sum()),
-            "generations": state.generation,
-        },
+        chosen={"calls": plan.calls, "computed": whole_calls(plan), "generations": state.generation},
     )
-    return Found(record, cost, {}, files)
+    return Found(record, cost, {}, files | schedule_file(component, denoiser, plan))
 
 
 def _seeds(pipe: Any, component: str, blank: CachePlan, request: RunRequest, settings: Any, reporter: Reporter) -> Any:
@@ -265,14 +262,6 @@ def _limit(config: SearchCacheConfig, objective: PlanObjective, cost: CallCost |
             "Ask for less, or choose larger parts with --unit.",
         )
     return limit
-
-
-def _trimmed(blank: CachePlan, codes: dict[str, str]) -> CachePlan:
-    """The plan without the units that it always computes."""
-    kept = tuple(unit for unit in blank.units if REUSE in codes[unit.id]) or blank.units[:1]
-    names = [unit.id for unit in kept]
-    macs = blank.macs.model_copy(update={"units": {name: blank.macs.units[name] for name in names}})
-    return blank.model_copy(update={"units": kept, "codes": {name: codes[name] for name in names}, "macs": macs})
 
 
 def _check_installed() -> None:

@@ -12,10 +12,12 @@ from ..core.seeds import seed_stream
 from ..core.source import zoo_entry_of
 from ..runtime.cached import remove_plans_
 from ..runtime.request import RunRequest
-from .api import Job, parse_cost
+from .api import Job
 from .config import METHODS
 from .evolution import Keeper, evolve_component
+from .files import parse_cost
 from .floats import FloatReference, wants_reference
+from .given import import_component
 from .search import Found, check_promise, measure_plan, measure_speedup, search_component
 
 
@@ -55,6 +57,8 @@ def search_all(pipe: Any, job: Job, journal: OutputWriter, reporter: Reporter) -
         if getattr(method, "UNITS", "one") == "many":
             keeper = Keeper(journal, name)
             found[name] = evolve_component(pipe, name, config, method, request, weights, reporter, known, keeper)
+        elif getattr(method, "UNITS", "one") == "given":
+            found[name] = import_component(pipe, name, config, request, weights, reporter)
         else:
             found[name] = search_component(pipe, name, config, method, request, weights, reporter, known, reference)
     for name, own in found.items():
