@@ -34,8 +34,9 @@ from .budget import computed_calls
 from .config import SearchCacheConfig
 from .correct import fit_correction
 from .cost import feature_costs, output_cost
+from .planned import planned
 from .profile import CallCost, count_unit_macs, first_calls, time_calls, told
-from .units import choose_unit
+from .units import choose_unit, unit_text
 
 REACH = 4  # groups are looked for up to this many times their mean length, where evaluations have to be paid for
 KEPT_PROMISE = 0.95  # of the speed-up that was asked for must be measured
@@ -85,7 +86,7 @@ def search_component(
     """
     denoiser: nn.Module = pipe.components[component]
     settings = build_config(method.CONFIG, **config.settings)
-    unit = choose_unit(denoiser, config.unit)
+    unit = choose_unit(denoiser, unit_text(config.unit, config.method, method))
     calls, schedule = first_calls(pipe, component, request)
     macs = count_unit_macs(denoiser, (unit,), calls)
     cost = None
@@ -105,10 +106,9 @@ def search_component(
     )
     profile = _profile(pipe, component, blank, method, settings, request, computed, reporter, reference)
     places = method.schedule(count, computed, settings, *profile)
-    codes = "".join(COMPUTE if call in places else REUSE for call in range(count))
-    plan = blank.model_copy(update={"codes": {unit.id: codes}})
+    plan = planned(blank, places, method, settings)
     tables = {}
-    if getattr(settings, "correct", False) and REUSE in codes:
+    if getattr(settings, "correct", False) and REUSE in plan.codes[unit.id]:
         tables = fit_correction(pipe, component, plan, request, reporter, reference)
         plan = plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables))})
     ratio = count_plan(pipe, component, plan, request, reporter)

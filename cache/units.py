@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import ModuleType
 
 from torch import nn
 
@@ -86,6 +87,23 @@ def _parts(denoiser: nn.Module) -> tuple[Unit, ...]:
             mend="Name parts with --unit module:NAME,module:NAME; dacc inspect shows them.",
         )
     return (*cut, *(ModuleUnit(id=name, path=name) for name in names))
+
+
+def unit_text(asked: str, name: str, method: ModuleType) -> str:
+    """What a search treats: what was asked for, which a method that is about one part of a network decides by itself.
+
+    Raises:
+        ConfigError: another part was asked for than the method treats.
+    """
+    if "," in asked:
+        raise ConfigError(f"--method {name} treats one unit, not {asked}.", mend="Name one, or use --method evolve.")
+    own: str = getattr(method, "UNIT", asked)
+    if asked not in ("auto", own):
+        raise ConfigError(
+            f"--method {name} treats --unit {own}, not {asked}.",
+            mend="Leave --unit out, or choose another method.",
+        )
+    return own
 
 
 def _check(denoiser: nn.Module, unit: Unit, text: str) -> None:

@@ -17,7 +17,9 @@ from .schedule_id import ScheduleId, StepRule
 
 PLAN_FORMAT = 1
 CORRECTION_NAME = "dacc_cache.safetensors"  # beside the weights of the component, and none of them
-COMPUTE, REUSE = "C", "R"  # the codes of a call
+COMPUTE, REUSE, FORECAST = "C", "R", "F"  # the codes of a call
+SKIPPING = frozenset({REUSE, FORECAST})  # those of a call that does not run the unit
+Abscissa = Literal["call", "sigma", "timestep"]
 
 
 class UnetCut(Config):
@@ -68,6 +70,16 @@ class BlockRange(Config):
 Unit = Annotated[UnetCut | UnetEncoder | ModuleUnit | BlockRange, Field(discriminator="kind")]
 
 
+class Predictor(Config):
+    """How a unit's value is forecast: by a polynomial in x through what the last `order` + 1 computed calls gave."""
+
+    kind: Literal["taylor"] = "taylor"
+    order: int = Field(1, ge=1)  # larger: follows bends, and carries noise further; while fewer are there: the most
+    form: Literal["newton", "published"] = "newton"  # exact for polynomials; or the recurrence of TaylorSeer, which is
+    # exact for straight lines only
+    x: Abscissa = "call"  # what the polynomial runs over
+
+
 class UnitMacs(Config):
     """Multiply-accumulates of one call for one sample, all its guidance branches together."""
 
@@ -94,7 +106,8 @@ class CachePlan(Config):
     rule: StepRule = "nearest"  # on another grid: refuse, or follow the noise levels
     min_calls: int = Field(8, ge=1)  # another grid of fewer calls runs without the plan
     units: tuple[Unit, ...] = Field(min_length=1)
-    codes: dict[str, str]  # unit -> one code per call: C compute, R reuse
+    codes: dict[str, str]  # unit -> one code per call: C compute, R reuse, F forecast
+    predict: dict[str, Predictor] = Field(default_factory=dict)  # unit -> how, for units that are forecast
     macs: UnitMacs
     correction: CorrectionId | None = None  # what is done to reused values on the plan's own grid
 
@@ -109,10 +122,14 @@ class CachePlan(Config):
         for name, codes in self.codes.items():
             if len(codes) != self.calls:
                 raise ValueError(f"unit {name!r} has codes for {len(codes)} calls, the grid has {self.calls}")
-            if set(codes) - {COMPUTE, REUSE}:
-                raise ValueError(f"unit {name!r} has codes other than {COMPUTE} and {REUSE}")
+            if unknown := set(codes) - SKIPPING - {COMPUTE}:
+                raise ValueError(f"unit {name!r} has codes that are not known: {', '.join(sorted(unknown))}")
             if codes[0] != COMPUTE:
                 raise ValueError(f"unit {name!r} reuses at the first call, when there is nothing to reuse")
+            if FORECAST in codes and name not in self.predict:
+                raise ValueError(f"unit {name!r} is forecast, and nothing says how")
+        if strange := set(self.predict) - set(names):
+            raise ValueError(f"predict is of {sorted(strange)}, the units are {sorted(names)}")
         return self
 
     @property

@@ -15,8 +15,9 @@ from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..core.cache_plan import COMPUTE, REUSE, BlockRange
+from ..core.cache_plan import COMPUTE, FORECAST, SKIPPING, BlockRange
 from ..core.errors import UnsupportedError
+from .forecast import History
 
 Values = dict[tuple[str, str], Any]  # (unit, module) -> its kept or hollow output; of a block range: its change
 
@@ -26,14 +27,24 @@ class Frame:
     """One evaluation of one denoiser."""
 
     owner: object  # the runner that opened it
-    actions: dict[str, str]  # unit -> C, R or -
+    actions: dict[str, str]  # unit -> C, R, F or -
     storing: frozenset[str]  # computed units whose values a later evaluation needs
     values: Values
+    history: History = field(default_factory=History)  # earlier values, for forecasts
+    places: dict[str, float] = field(default_factory=dict)  # unit with a predictor -> x of this call
     entered: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # block range -> the streams that entered it
     correct: Callable[[str, str, Any], Any] | None = None  # (unit, module, kept) -> what is given back in its place
 
-    def reused(self, unit: str, path: str) -> Any:
-        """What a unit that is skipped gives back for one of its modules."""
+    def keep(self, unit: str, path: str, value: Any) -> None:
+        """Hold on to what a module of a computed unit gave."""
+        self.values[unit, path] = value
+        if unit in self.history.predictors:
+            self.history.add((unit, path), self.places[unit], value)
+
+    def give(self, unit: str, path: str) -> Any:
+        """What a module of a skipped unit gives in this call."""
+        if self.actions[unit] == FORECAST:
+            return self.history.forecast((unit, path), self.places[unit])
         value = self.values[unit, path]
         return value if self.correct is None else self.correct(unit, path, value)
 
@@ -58,14 +69,16 @@ class SkipHook(ModelHook):
         frame = FRAME.get()
         if frame is None or frame.owner is not self.owner:
             return original_of(self)(*args, **kwargs)
-        skipping = [unit for unit in self.units if frame.actions[unit] == REUSE]
+        skipping = [unit for unit in self.units if frame.actions[unit] in SKIPPING]
         if skipping:
-            chosen = next((unit for unit in skipping if self.units[unit]), skipping[0])
-            return frame.reused(chosen, self.path) if self.units[chosen] else frame.values[chosen, self.path]
+            giving = next((unit for unit in skipping if self.units[unit]), None)
+            return frame.values[skipping[0], self.path] if giving is None else frame.give(giving, self.path)
         output = original_of(self)(*args, **kwargs)
         for unit, keeps in self.units.items():
-            if unit in frame.storing:
-                frame.values[unit, self.path] = tree_map(_detached if keeps else _hollow, output)
+            if unit in frame.storing and keeps:
+                frame.keep(unit, self.path, tree_map(_detached, output))
+            elif unit in frame.storing:
+                frame.values[unit, self.path] = tree_map(_hollow, output)
         return output
 
 
@@ -101,10 +114,10 @@ class BlockHook(ModelHook):
         if frame is None or frame.owner is not self.owner:
             return original_of(self)(*args, **kwargs)
         unit, residual = self.unit.id, self.unit.store == "residual"
-        if frame.actions[unit] == REUSE:
+        if frame.actions[unit] in SKIPPING:
             streams = self._entering(args, kwargs)
             if self.last:
-                kept = frame.reused(unit, self.path)
+                kept = frame.give(unit, self.path)
                 streams = _added(streams, kept) if residual else kept
             return self._output(streams)
         if self.first and unit in frame.storing and residual:
@@ -112,9 +125,8 @@ class BlockHook(ModelHook):
         output = original_of(self)(*args, **kwargs)
         if self.last and unit in frame.storing:
             leaving = self._leaving(output)
-            frame.values[unit, self.path] = (
-                self._change(frame.entered.pop(unit), leaving) if residual else tree_map(_detached, leaving)
-            )
+            kept = self._change(frame.entered.pop(unit), leaving) if residual else tree_map(_detached, leaving)
+            frame.keep(unit, self.path, kept)
         return output
 
     def _entering(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -20,13 +20,14 @@ import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from ..core.cache_plan import COMPUTE, REUSE, BlockRange, CachePlan, Unit
+from ..core.cache_plan import COMPUTE, REUSE, SKIPPING, BlockRange, CachePlan, Unit
 from ..core.pipeline import denoisers
 from ..core.schedule_id import NoiseGrid, same_levels
 from .cache_hooks import FRAME, BlockHook, Frame, SkipHook, Values, block_metadata, computing, drop, original_of
 from .cache_units import Layout, containers_of, layout_of
 from .clock import attach_clock, current_grid, current_run, end_run, run_storage, running_order
 from .correction import Correction
+from .forecast import History, abscissas
 from .plan import Row, check_model, codes_on, plan_rows
 
 HOOK = "dacc_cache"
@@ -43,6 +44,7 @@ class _Branch:
     """What one guidance branch of a run keeps."""
 
     signature: tuple[Any, ...]  # shape, type and device of its inputs
+    history: History
     values: Values = field(default_factory=dict)
     strays: set[str] = field(default_factory=set)  # units whose values come from a call that the plan let reuse
 
@@ -120,18 +122,21 @@ class CachedUnits:
         key = (self, state.branch, state.evaluation)
         branch: _Branch | None = storage.get(key)
         if branch is None or branch.signature != signature:
-            branch = storage[key] = _Branch(signature)
-        missing = {unit for unit, action in row.actions.items() if action == REUSE} - {key[0] for key in branch.values}
+            branch = storage[key] = _Branch(signature, History(self.plan.predict))
+        skipped = {unit for unit, action in row.actions.items() if action in SKIPPING}
+        missing = skipped - {unit for unit, _ in branch.values}
         actions = computing(self.names) if missing else row.actions
         storing = frozenset(unit for unit in row.needed if actions[unit] == COMPUTE)
         branch.strays -= storing
         branch.strays |= {unit for unit in storing if row.actions[unit] != COMPUTE}
-        return Frame(self, actions, storing, branch.values, correct=self._correcting(grid, state.call, branch)), row
+        places, correct = abscissas(self.plan.predict, state), self._correcting(grid, state.call, branch)
+        return Frame(self, actions, storing, branch.values, branch.history, places, correct=correct), row
 
     def close(self, frame: Frame, row: Row | None) -> None:
         """Free what no later call needs."""
         if row is not None:
-            drop(frame.values, set(self.names) - row.needed)
+            drop(frame.values, set(self.names) - row.needed.keys())
+            frame.history.trim(row.needed)
 
     def _correcting(self, grid: NoiseGrid, call: int, branch: _Branch) -> Callable[[str, str, Any], Any] | None:
         """How a call corrects what it reuses: on the plan's own grid, and from the call that the plan means."""
@@ -160,7 +165,10 @@ class CachedUnits:
         if codes != plan.codes or dropped:
             without = ", without the correction of what it reuses" if dropped else ""
             self._tell(f"{searched}; this run of {calls} calls on another grid follows its noise levels{without}")
-        return plan_rows(codes, self.containers)
+        if grid.sigmas is None and any(predictor.x == "sigma" for predictor in plan.predict.values()):
+            self._tell("this scheduler has no sigmas; forecasts of the cache plan run over its timesteps")
+        depths = {unit: predictor.order + 1 for unit, predictor in plan.predict.items()}
+        return plan_rows(codes, self.containers, depths)
 
     def _tell(self, text: str) -> None:
         if text not in self._told:
@@ -212,6 +220,7 @@ class _RootHook(ModelHook):
             output = original_of(self)(*args, **kwargs)
         except BaseException:
             frame.values.clear()
+            frame.history.clear()
             raise
         finally:
             FRAME.reset(token)
