@@ -90,7 +90,7 @@ def fit_correction(
         for _, calls in capture_batches(reference or pipe, component, request, reporter, "correcting"):
             kept: dict[str, list[Values]] = {}
             for call, (row, evaluations) in enumerate(zip(rows, calls, strict=True)):
-                computed = {unit for unit, action in row.actions.items() if action == COMPUTE} & row.needed
+                computed = {unit for unit, action in row.actions.items() if action == COMPUTE} & row.needed.keys()
                 reused = {unit for unit, action in row.actions.items() if action == REUSE}
                 if computed:
                     kept |= dict.fromkeys(computed, record(units, evaluations))

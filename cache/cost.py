@@ -27,24 +27,24 @@ from .correct import both_hooked, corrected
 PROBES = 6  # calls at which the answer of the final sample is measured
 
 
-def feature_cost(
+def feature_costs(
     pipe: Any, component: str, plan: CachePlan, request: RunRequest, reporter: Reporter, reference: Any | None = None
-) -> list[list[float]]:
-    """(C, C): at [i][t] the L1 distance of what the unit gives at call i to what it gives at call t (with `reference`:
-    to what that of the float pipeline gives), summed over samples.
+) -> dict[str, list[list[float]]]:
+    """Unit -> (C, C): at [i][t] the L1 distance of what it gives at call i to what it gives at call t (with
+    `reference`: to what that of the float pipeline gives), summed over samples.
 
     Holds the values of one batch of samples at all calls.
     """
-    total = torch.zeros(plan.calls, plan.calls, dtype=torch.float64)
+    total = {unit.id: torch.zeros(plan.calls, plan.calls, dtype=torch.float64) for unit in plan.units}
     with both_hooked(pipe, reference, component, plan) as (units, targets):
         for _, calls in capture_batches(reference or pipe, component, request, reporter, "profiling"):
             features = [_flat(units, evaluations) for evaluations in calls]
             goals = features if reference is None else [_flat(targets, evaluations) for evaluations in calls]
-            for first, reused in enumerate(features):
-                for call in range(first, len(calls)):
-                    total[first, call] += (goals[call] - reused).abs().sum(dtype=torch.float64)
-    distances: list[list[float]] = total.tolist()
-    return distances
+            for unit, distances in total.items():
+                for first, reused in enumerate(features):
+                    for call in range(first, len(calls)):
+                        distances[first, call] += (goals[call][unit] - reused[unit]).abs().sum(dtype=torch.float64)
+    return {unit: distances.tolist() for unit, distances in total.items()}
 
 
 def output_cost(
@@ -149,14 +149,18 @@ def _distance(found: list[Tensor], wanted: list[Tensor]) -> float:
     return math.sqrt(sum(squares))
 
 
-def _flat(units: CachedUnits, evaluations: list[DenoiserCall]) -> Tensor:
-    """What the units keep at one call, all guidance branches in one row, on the CPU."""
-    leaves = [
-        leaf.flatten().float().cpu()
-        for values in record(units, evaluations)
+def _flat(units: CachedUnits, evaluations: list[DenoiserCall]) -> dict[str, Tensor]:
+    """What each unit keeps at one call, all guidance branches in one row, on the CPU."""
+    recorded = record(units, evaluations)
+    return {
+        unit: torch.cat(
+            [
+                leaf.flatten().float().cpu()
+                for values in recorded
+                for path in sorted(layout.kept)
+                for leaf in tree_leaves(values[unit, path])
+                if torch.is_tensor(leaf)
+            ]
+        )
         for unit, layout in units.layouts.items()
-        for path in sorted(layout.kept)
-        for leaf in tree_leaves(values[unit, path])
-        if torch.is_tensor(leaf)
-    ]
-    return torch.cat(leaves)
+    }

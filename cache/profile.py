@@ -32,7 +32,7 @@ PROBES = 6  # calls at which the answer of the final sample is measured
 class CallCost(Config):
     """What the calls of one denoiser take: the profile that `--cost-profile` replays."""
 
-    unit: str  # what is skipped, in words
+    unit: str  # what is skipped: the units as JSON, with commas between
     full_seconds: float  # a call that computes everything
     partial_seconds: float  # a call that skips the unit
 
@@ -66,12 +66,12 @@ def first_calls(pipe: Any, component: str, request: RunRequest) -> tuple[list[De
     return calls, grids[0]
 
 
-def count_unit_macs(denoiser: nn.Module, unit: Unit, calls: list[DenoiserCall]) -> UnitMacs:
-    """Multiply-accumulates of one call for one sample, and what it saves that skips the unit."""
-    with _hooked(denoiser, unit) as units:
+def count_unit_macs(denoiser: nn.Module, units: tuple[Unit, ...], calls: list[DenoiserCall]) -> UnitMacs:
+    """Multiply-accumulates of one call for one sample, and what it saves that skips each unit alone."""
+    with _hooked(denoiser, units) as hooked:
         full = sum(count_macs(lambda call=call: call.replay(denoiser)) for call in calls)
-        partial = sum(count_macs(replay) for replay in _partials(units, calls))
-    return UnitMacs(full=full, units={unit.id: full - partial})
+        partial = {unit.id: sum(count_macs(replay) for replay in _partials(hooked, calls, [unit.id])) for unit in units}
+    return UnitMacs(full=full, units={name: full - left for name, left in partial.items()})
 
 
 def counted_macs(pipe: Any, component: str, request: RunRequest) -> int:
@@ -81,37 +81,43 @@ def counted_macs(pipe: Any, component: str, request: RunRequest) -> int:
     return total.macs
 
 
-def time_calls(denoiser: nn.Module, unit: Unit, calls: list[DenoiserCall], reporter: Reporter) -> CallCost:
-    """Seconds of a call with and without the unit, medians of interleaved repeats."""
-    with _hooked(denoiser, unit) as units:
-        partials = list(_partials(units, calls))
+def time_calls(denoiser: nn.Module, units: tuple[Unit, ...], calls: list[DenoiserCall], reporter: Reporter) -> CallCost:
+    """Seconds of a call with and without all units, medians of interleaved repeats."""
+    with _hooked(denoiser, units) as hooked:
+        outer = [name for name in hooked.names if not hooked.containers[name]]
+        partials = list(_partials(hooked, calls, outer))
         actions = [lambda: [call.replay(denoiser) for call in calls], lambda: [replay() for replay in partials]]
         full, partial = measure_in_turns(actions, REPEATS, reporter)
     return CallCost(
-        unit=unit.model_dump_json(),
+        unit=told(units),
         full_seconds=statistics.median(full),
         partial_seconds=statistics.median(partial),
     )
 
 
-def _partials(units: CachedUnits, calls: list[DenoiserCall]) -> Iterator[Callable[[], Any]]:
-    """Evaluations that skip all units, one for each call."""
+def told(units: tuple[Unit, ...]) -> str:
+    """What a profile of some units says that it is of."""
+    return ",".join(unit.model_dump_json() for unit in units)
+
+
+def _partials(units: CachedUnits, calls: list[DenoiserCall], skipped: list[str]) -> Iterator[Callable[[], Any]]:
+    """Evaluations that skip some units, of which none lies in another, one for each call."""
     for call in calls:
         values: Values = {}
         with units.recording(values):
             call.replay(units.denoiser)
 
         def replay(call: DenoiserCall = call, values: Values = values) -> Any:
-            with units.reusing(values, units.names):
+            with units.reusing(values, skipped):
                 return call.replay(units.denoiser)
 
         yield replay
 
 
 @contextmanager
-def _hooked(denoiser: nn.Module, unit: Unit) -> Iterator[CachedUnits]:
-    units = CachedUnits(denoiser, [unit])
+def _hooked(denoiser: nn.Module, units: tuple[Unit, ...]) -> Iterator[CachedUnits]:
+    hooked = CachedUnits(denoiser, units)
     try:
-        yield units
+        yield hooked
     finally:
-        units.remove_()
+        hooked.remove_()

@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.manifest import Effect
+from ..core.output import OutputWriter
 from ..core.reporter import Reporter
 from ..core.seeds import seed_stream
 from ..core.source import zoo_entry_of
 from ..runtime.cached import remove_plans_
 from ..runtime.request import RunRequest
-from .api import Job, parse_cost
+from .api import Job
 from .config import METHODS
+from .evolution import Keeper, evolve_component
+from .files import parse_cost
 from .floats import FloatReference, wants_reference
+from .given import import_component
 from .search import Found, check_promise, measure_plan, measure_speedup, search_component
 
 
@@ -26,7 +30,7 @@ class Result:
     speedup: float | None  # None: not measured
 
 
-def search_all(pipe: Any, job: Job, reporter: Reporter) -> Result:
+def search_all(pipe: Any, job: Job, journal: OutputWriter, reporter: Reporter) -> Result:
     """Search for each denoiser with the others computing everything, then measure all plans together.
 
     Raises:
@@ -50,7 +54,13 @@ def search_all(pipe: Any, job: Job, reporter: Reporter) -> Result:
         known = parse_cost(job.costs, name)
         reference = floats.pipeline(name) if floats else None
         weights = job.hashes[name]
-        found[name] = search_component(pipe, name, config, method, request, weights, reporter, known, reference)
+        if getattr(method, "UNITS", "one") == "many":
+            keeper = Keeper(journal, name)
+            found[name] = evolve_component(pipe, name, config, method, request, weights, reporter, known, keeper)
+        elif getattr(method, "UNITS", "one") == "given":
+            found[name] = import_component(pipe, name, config, request, weights, reporter)
+        else:
+            found[name] = search_component(pipe, name, config, method, request, weights, reporter, known, reference)
     for name, own in found.items():
         own.install_(pipe, name)
     if config.measure == "never":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -32,10 +32,10 @@ from ..runtime.trajectory import call_pipeline, sample
 from .budget import computed_calls
 from .config import SearchCacheConfig
 from .correct import fit_correction
-from .cost import feature_cost, output_cost
+from .cost import feature_costs, output_cost
 from .gating import gated_plan
 from .planned import planned
-from .profile import CallCost, count_unit_macs, counted_macs, first_calls, time_calls
+from .profile import CallCost, count_unit_macs, counted_macs, first_calls, time_calls, told
 from .units import choose_unit, unit_text
 
 REACH = 4  # groups are looked for up to this many times their mean length, where evaluations have to be paid for
@@ -52,6 +52,7 @@ class Found:
     record: CacheRecord
     cost: CallCost | None
     tables: dict[str, Tensor]  # of the plan's correction, if it has one
+    files: dict[str, bytes] = field(default_factory=dict)  # what else the search has to tell, by name in the bundle
 
     def install_(self, pipe: Any, component: str) -> None:
         """Let a denoiser run with it."""
@@ -87,10 +88,10 @@ def search_component(
     settings = build_config(method.CONFIG, **config.settings)
     unit = choose_unit(denoiser, unit_text(config.unit, config.method, method))
     calls, schedule = first_calls(pipe, component, request)
-    macs = count_unit_macs(denoiser, unit, calls)
+    macs = count_unit_macs(denoiser, (unit,), calls)
     cost = None
     if config.speedup is not None:
-        cost = _checked(known_cost, unit) if known_cost else time_calls(denoiser, unit, calls, reporter)
+        cost = checked_cost(known_cost, (unit,)) if known_cost else time_calls(denoiser, (unit,), calls, reporter)
     count = len(schedule.timesteps)
     computed = _budget(config, count, macs, unit, cost)
     blank = CachePlan(
@@ -220,8 +221,13 @@ def _budget(config: SearchCacheConfig, calls: int, macs: UnitMacs, unit: Unit, c
     return computed_calls(calls, config.macs_ratio, 1 - macs.units[unit.id] / macs.full, wish="macs")
 
 
-def _checked(cost: CallCost, unit: Unit) -> CallCost:
-    if cost.unit != unit.model_dump_json():
+def checked_cost(cost: CallCost, units: tuple[Unit, ...]) -> CallCost:
+    """A profile of earlier, refused where it is not of these units.
+
+    Raises:
+        ConfigError: it is of others.
+    """
+    if cost.unit != told(units):
         raise ConfigError(
             f"the cost profile is of another unit ({cost.unit}).", mend="Measure anew: leave --cost-profile out."
         )
@@ -243,7 +249,8 @@ def _profile(
     if "cost" not in method.NEEDS:
         return ()
     if settings.cost == "feature":
-        return (feature_cost(pipe, component, plan, request, reporter, reference),)
+        costs = feature_costs(pipe, component, plan, request, reporter, reference)
+        return (costs[plan.units[0].id],)
     longest = min(plan.calls, REACH * -(-plan.calls // computed))
     profile = output_cost(
         pipe,

@@ -93,8 +93,8 @@ class BundleWriter(OutputWriter):
 
         What only a resumed run needs is named `purpose:component`, and not written to the component.
         """
-        component = name.partition("/")[0].rpartition(":")[2]
-        assert component in self.replace, f"{name!r} does not begin with a replaced component"
+        purpose, _, component = name.partition("/")[0].rpartition(":")
+        assert purpose or component in self.replace, f"{name!r} does not begin with a replaced component"
         super().save_unit(name, tensors, record)
 
     # files
@@ -132,6 +132,11 @@ class BundleWriter(OutputWriter):
         file = self.folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(file, tensors, {"dacc": info, "format": "pt"})
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write one file as it is; the source's file of that name is then not carried over."""
+        self.leave_out(name)
+        (self.folder / name).write_bytes(content)
 
     def leave_out(self, name: str) -> None:
         """Do not carry over the source's file of this name."""

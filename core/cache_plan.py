@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,7 @@ from .config import Config
 from .schedule_id import ScheduleId, StepRule
 
 PLAN_FORMAT = 1
-CORRECTION_NAME = "dacc_cache.safetensors"  # beside the weights of the component, and none of them
+CORRECTION_NAME: Final = "dacc_cache.safetensors"  # beside the weights of the component, and none of them
 COMPUTE, REUSE, FORECAST, GATE = "C", "R", "F", "G"  # the codes of a call
 SKIPPING = frozenset({REUSE, FORECAST})  # those of a call that does not run the unit
 Abscissa = Literal["call", "sigma", "timestep"]
