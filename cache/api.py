@@ -14,24 +14,27 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from ..core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
+from ..core.cache_plan import CORRECTION_NAME
 from ..core.card import model_card
-from ..core.errors import ConfigError
 from ..core.machine import describe_machine
 from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
 from ..core.output import check_output
 from ..core.pipeline import pipeline_class, select_components
+from ..core.reference import find_reference
 from ..core.reporter import Reporter, silent
 from ..core.requirements import parse_requirements
-from ..core.safe_read import component_tensors, read_json, weight_hash
+from ..core.safe_read import component_tensors, weight_hash
 from ..core.source import Source, component_entries, resolve_source, zoo_entry_of
-from .config import DEFAULT_STEPS, SearchCacheConfig
+from .config import DEFAULT_STEPS, GIVEN, SearchCacheConfig
+from .files import given_schedule, read_costs, told_config
 
 if TYPE_CHECKING:
     from .search import Found
 
+ECAD_FILE = "dacc_ecad_{}.json"  # a plan as a schedule file of ECAD
+FRONT_FILES = ("dacc_front_{}.json", "dacc_front_{}.png")  # of a search for many plans, by component
+TOLD_UNITS = 3
 REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}
 
 
@@ -44,6 +47,7 @@ class Job:
     components: list[str]
     hashes: dict[str, str]  # component -> weight hash
     costs: dict[str, Any]  # component -> call times of an earlier search
+    reference: Source | None  # the float pipeline of a quantized source, where it is on this machine
     run_key: str  # names this very result
 
 
@@ -99,8 +103,10 @@ def search_cache(
         reporter=reporter,
         overwrite=overwrite,
     ) as writer:
-        result = search_all(pipe, job, reporter)
+        result = search_all(pipe, job, writer, reporter)
         requirements.check(result.effect, writer, keep=keep_failed)
+        for name, own in result.found.items():
+            _write_beside(writer, name, own)
         writer.commit(
             lambda files: _manifest(job, result.found, result.effect, files, reporter.notices[earlier:]),
             {
@@ -134,19 +140,30 @@ def prepare(
     config = config.resolved()
     found = source if isinstance(source, Source) else resolve_source(_text(source), reporter=reporter)
     entry = zoo_entry_of(found)
-    steps = config.steps or (entry.num_inference_steps if entry else DEFAULT_STEPS)
+    given, content = given_schedule(config) if config.method == GIVEN else (None, None)
+    steps = config.steps or given or (entry.num_inference_steps if entry else DEFAULT_STEPS)
     config = config.model_copy(update={"steps": steps})
     components = select_components(found.path, list(config.component))
     hashes = {name: weight_hash(found.path / name) for name in components}
-    costs = _read_costs(Path(cost_profile)) if cost_profile else {}
-    identity = {"source": hashes, "config": config.model_dump(mode="json"), "costs": costs, "dacc": REQUIRES["dacc"]}
+    costs = read_costs(Path(cost_profile)) if cost_profile else {}
+    reference = find_reference(found, reporter)
+    identity = {
+        "source": hashes,
+        "config": told_config(config),
+        "costs": costs,
+        "schedule": content,
+        "reference": reference is not None,
+        "dacc": REQUIRES["dacc"],
+    }
     run_key = hashlib.sha256(json.dumps({"search-cache": identity}, sort_keys=True).encode()).hexdigest()
-    return Job(found, config, components, hashes, costs, run_key)
+    return Job(found, config, components, hashes, costs, reference, run_key)
 
 
 def default_output(job: Job) -> Path:
     """`./digits-unet-cached-2x-dp`."""
     config = job.config
+    if config.method == GIVEN:
+        return Path(f"{job.source.name}-cached-{GIVEN}")
     goal = f"{config.speedup:g}x" if config.speedup is not None else f"{config.macs_ratio:g}macs"
     return Path(f"{job.source.name}-cached-{goal}-{config.method}")
 
@@ -155,32 +172,15 @@ def _text(source: str | Path | None) -> str | None:
     return None if source is None else str(source)
 
 
-def _read_costs(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ConfigError(f"--cost-profile {file} is no file.", mend="Give the dacc_run.json of an earlier result.")
-    raw = read_json(file)
-    costs = raw.get("cost_profile") if isinstance(raw, dict) else None
-    if not isinstance(costs, dict) or not costs:
-        raise ConfigError(f"{file} holds no cost profile.", mend="Give the dacc_run.json of a --speedup result.")
-    return costs
-
-
-def parse_cost(costs: dict[str, Any], component: str) -> Any:
-    """Call times of a component from a profile; None when it has none.
-
-    Raises:
-        ConfigError: they cannot be read.
-    """
-    from .profile import CallCost
-
-    if component not in costs:
-        return None
-    try:
-        return CallCost(**costs[component])
-    except (ValidationError, TypeError):
-        raise ConfigError(
-            f"the cost profile of {component} cannot be read.", mend="Measure anew: leave --cost-profile out."
-        ) from None
+def _write_beside(writer: BundleWriter, component: str, found: Found) -> None:
+    """What belongs to a plan, in place of what belonged to an earlier one."""
+    name = f"{component}/{CORRECTION_NAME}"
+    for old in (name, *(pattern.format(component) for pattern in (*FRONT_FILES, ECAD_FILE))):
+        writer.leave_out(old)
+    if found.tables:
+        writer.write_table(name, found.tables, info="correction of reused values")
+    for file, content in found.files.items():
+        writer.write_bytes(file, content)
 
 
 def _tell_replaced(job: Job, reporter: Reporter) -> None:
@@ -207,7 +207,7 @@ def _manifest(
     }
     this = PassRecord(
         command="search-cache",
-        config=job.config.model_dump(mode="json"),
+        config=told_config(job.config),
         seed=job.config.seed,
         threads=torch.get_num_threads(),
         notices=list(notices),
@@ -246,6 +246,7 @@ def _summarize(found: dict[str, Found], effect: Effect, speedup: float | None, r
     for name, own in found.items():
         chosen, plan = own.record.chosen, own.record.plan
         codes = ", ".join(f"{unit} {codes}" for unit, codes in plan.codes.items())
+        codes = codes if len(plan.codes) <= TOLD_UNITS else f"{len(plan.codes)} units"
         reporter.say(
             f"{name}: {chosen['computed']} of {chosen['calls']} calls compute everything, "
             f"{own.record.macs_ratio:.3f} of the MACs; {codes}"

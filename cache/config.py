@@ -9,11 +9,13 @@ from pydantic import Field, field_validator, model_validator
 
 from ..core.cache_plan import BlockRange, ModuleUnit, UnetCut, UnetEncoder, Unit
 from ..core.config import Config
+from ..core.errors import ConfigError
 from ..core.registry import Registry
 from ..core.schedule_id import StepRule
 
 METHODS = Registry("cache search", f"{__package__}.methods", Path(__file__).parent / "methods")
 DEFAULT_METHOD = "dp"
+GIVEN = "ecad"  # the method that takes a schedule from a file
 DEFAULT_SPEEDUP = 2.0
 DEFAULT_STEPS = 50
 UNIT_FORMS = "auto, cut:BLOCK.LAYER, encoder, blocks:FIRST-END or module:NAME"
@@ -46,8 +48,8 @@ class SearchCacheConfig(Config):
     @field_validator("unit")
     @classmethod
     def _check_unit(cls, value: str) -> str:
-        if value != "auto":
-            parse_unit(value, stacks=("blocks",))
+        for part in value.split(",") if value != "auto" else []:
+            parse_unit(part, stacks=("blocks",))
         return value
 
     @model_validator(mode="after")
@@ -60,11 +62,17 @@ class SearchCacheConfig(Config):
         """The same with the method's name in place of "auto" and a target.
 
         Raises:
-            ConfigError: no such method.
+            ConfigError: no such method, or a target for the one that takes a schedule as it is.
         """
         method = DEFAULT_METHOD if self.method == "auto" else self.method
         METHODS.check(method)
-        speedup = DEFAULT_SPEEDUP if self.speedup is None and self.macs_ratio is None else self.speedup
+        aimless = self.speedup is None and self.macs_ratio is None
+        if method == GIVEN and not aimless:
+            raise ConfigError(
+                f"--method {GIVEN} takes a schedule as it is and aims at nothing.",
+                mend="Leave --speedup and --macs-ratio out.",
+            )
+        speedup = DEFAULT_SPEEDUP if aimless and method != GIVEN else self.speedup
         return self.model_copy(update={"method": method, "speedup": speedup})
 
 

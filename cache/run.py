@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.manifest import Effect
+from ..core.output import OutputWriter
 from ..core.reporter import Reporter
 from ..core.seeds import seed_stream
 from ..core.source import zoo_entry_of
-from ..runtime.cached import install_plan_, remove_plans_
+from ..runtime.cached import remove_plans_
 from ..runtime.request import RunRequest
-from .api import Job, parse_cost
+from .api import Job
 from .config import METHODS
+from .evolution import Keeper, evolve_component
+from .files import parse_cost
+from .floats import FloatReference, wants_reference
+from .given import import_component
 from .search import Found, check_promise, measure_plan, measure_speedup, search_component
 
 
@@ -25,7 +30,7 @@ class Result:
     speedup: float | None  # None: not measured
 
 
-def search_all(pipe: Any, job: Job, reporter: Reporter) -> Result:
+def search_all(pipe: Any, job: Job, journal: OutputWriter, reporter: Reporter) -> Result:
     """Search for each denoiser with the others computing everything, then measure all plans together.
 
     Raises:
@@ -42,13 +47,22 @@ def search_all(pipe: Any, job: Job, reporter: Reporter) -> Result:
         prompts=entry.calibration_prompts or None if entry else None,
     ).with_zoo_defaults(entry)
     method = METHODS.load(config.method)
+    floats = FloatReference(job, pipe, reporter) if wants_reference(method, config) else None
     found: dict[str, Found] = {}
     for name in job.components:
         remove_plans_(pipe)
         known = parse_cost(job.costs, name)
-        found[name] = search_component(pipe, name, config, method, request, job.hashes[name], reporter, known)
+        reference = floats.pipeline(name) if floats else None
+        weights = job.hashes[name]
+        if getattr(method, "UNITS", "one") == "many":
+            keeper = Keeper(journal, name)
+            found[name] = evolve_component(pipe, name, config, method, request, weights, reporter, known, keeper)
+        elif getattr(method, "UNITS", "one") == "given":
+            found[name] = import_component(pipe, name, config, request, weights, reporter)
+        else:
+            found[name] = search_component(pipe, name, config, method, request, weights, reporter, known, reference)
     for name, own in found.items():
-        install_plan_(pipe, name, own.record.plan)
+        own.install_(pipe, name)
     if config.measure == "never":
         return Result(found, Effect(not_measured="switched off with --measure never"), None)
     try:

@@ -8,30 +8,35 @@ from __future__ import annotations
 import statistics
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..core.cache_plan import COMPUTE, REUSE, CachePlan, CacheRecord, Unit, UnitMacs
+from ..core.cache_plan import COMPUTE, REUSE, CachePlan, CacheRecord, CorrectionId, Unit, UnitMacs
 from ..core.config import build_config
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.manifest import Effect
 from ..core.pipeline import denoisers
 from ..core.reporter import Reporter
 from ..core.seeds import seed_stream
+from ..core.tensor_file import content_hash
 from ..runtime.cached import install_plan_, no_cache
 from ..runtime.compare import compare
-from ..runtime.macs import counting_calls
+from ..runtime.correction import Correction
 from ..runtime.plan import denoiser_sha256, planned_macs
 from ..runtime.request import RunRequest
 from ..runtime.timing import measure_in_turns
 from ..runtime.trajectory import call_pipeline, sample
 from .budget import computed_calls
 from .config import SearchCacheConfig
-from .profile import CallCost, count_unit_macs, feature_cost, first_calls, output_cost, time_calls
-from .units import choose_unit
+from .correct import fit_correction
+from .cost import feature_costs, output_cost
+from .gating import gated_plan
+from .planned import planned
+from .profile import CallCost, count_unit_macs, counted_macs, first_calls, time_calls, told
+from .units import choose_unit, unit_text
 
 REACH = 4  # groups are looked for up to this many times their mean length, where evaluations have to be paid for
 KEPT_PROMISE = 0.95  # of the speed-up that was asked for must be measured
@@ -46,6 +51,13 @@ class Found:
 
     record: CacheRecord
     cost: CallCost | None
+    tables: dict[str, Tensor]  # of the plan's correction, if it has one
+    files: dict[str, bytes] = field(default_factory=dict)  # what else the search has to tell, by name in the bundle
+
+    def install_(self, pipe: Any, component: str) -> None:
+        """Let a denoiser run with it."""
+        plan = self.record.plan
+        install_plan_(pipe, component, plan, Correction(self.tables, plan) if plan.correction else None)
 
 
 def search_component(
@@ -57,6 +69,7 @@ def search_component(
     weights: str,
     reporter: Reporter,
     known_cost: CallCost | None = None,
+    reference: Any | None = None,
 ) -> Found:
     """Find the plan of one denoiser of a pipeline that runs without plans.
 
@@ -65,6 +78,7 @@ def search_component(
         request: the runs to profile.
         weights: hash of the denoiser's weight files.
         known_cost: call times of an earlier search, in place of measuring.
+        reference: the float pipeline that a quantized one was made from.
 
     Raises:
         ConfigError: the method's fields, or a profile of another unit.
@@ -72,12 +86,12 @@ def search_component(
     """
     denoiser: nn.Module = pipe.components[component]
     settings = build_config(method.CONFIG, **config.settings)
-    unit = choose_unit(denoiser, config.unit)
+    unit = choose_unit(denoiser, unit_text(config.unit, config.method, method))
     calls, schedule = first_calls(pipe, component, request)
-    macs = count_unit_macs(denoiser, unit, calls)
+    macs = count_unit_macs(denoiser, (unit,), calls)
     cost = None
     if config.speedup is not None:
-        cost = _checked(known_cost, unit) if known_cost else time_calls(denoiser, unit, calls, reporter)
+        cost = checked_cost(known_cost, (unit,)) if known_cost else time_calls(denoiser, (unit,), calls, reporter)
     count = len(schedule.timesteps)
     computed = _budget(config, count, macs, unit, cost)
     blank = CachePlan(
@@ -90,34 +104,46 @@ def search_component(
         codes={unit.id: COMPUTE * count},
         macs=macs,
     )
-    profile = _profile(pipe, component, blank, method, settings, request, computed, reporter)
+    profile = _profile(pipe, component, blank, method, settings, request, computed, reporter, reference)
     places = method.schedule(count, computed, settings, *profile)
-    codes = "".join(COMPUTE if call in places else REUSE for call in range(count))
-    plan = blank.model_copy(update={"codes": {unit.id: codes}})
+    chosen: dict[str, int | float | str] = {"calls": count, "computed": len(places)}
+    if hasattr(method, "gate"):
+        plan, more = gated_plan(pipe, component, blank, places, computed, method, settings, request, reporter)
+        chosen |= more
+    else:
+        plan = planned(blank, places, method, settings)
+    tables = {}
+    if getattr(settings, "correct", False) and REUSE in plan.codes[unit.id]:
+        tables = fit_correction(pipe, component, plan, request, reporter, reference)
+        plan = plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables))})
     ratio = count_plan(pipe, component, plan, request, reporter)
+    if plan.gates:
+        partial = 1 - macs.units[unit.id] / macs.full
+        chosen["computed"] = round(count * (ratio - partial) / (1 - partial), 1)
     record = CacheRecord(
         method=config.method,
         plan=plan,
         plan_sha256=plan.sha256(),
         macs_ratio=ratio,
-        chosen={"calls": count, "computed": len(places)},
+        chosen=chosen,
     )
-    return Found(record, cost)
+    return Found(record, cost, tables)
 
 
 def count_plan(pipe: Any, component: str, plan: CachePlan, request: RunRequest, reporter: Reporter) -> float:
-    """Install a plan and count what a run of one sample costs with it, over one without.
+    """Install a plan and count what a run of one sample costs with it, over one without; with a gate, what all the
+    profiled runs do, since each decides by itself.
 
     A count that is not the predicted one is a notice: guidance that ends before the run does makes calls cheaper.
     """
     units = install_plan_(pipe, component, plan)
-    one = request.model_copy(update={"seeds": request.seeds[:1], "batch_size": 1})
-    counted = []
-    for without in (True, False):
-        with no_cache(pipe) if without else nullcontext(), counting_calls(pipe.components[component]) as total:
-            sample(pipe, one)
-        counted.append(total.macs)
-    full, cached = counted
+    if not plan.gates:
+        request = request.model_copy(update={"seeds": request.seeds[:1], "batch_size": 1})
+    with no_cache(pipe):
+        full = counted_macs(pipe, component, request)
+    cached = counted_macs(pipe, component, request)
+    if plan.gates:
+        return cached / full
     predicted = planned_macs(plan, units.containers)
     if (full, cached) != (plan.macs.full * plan.calls, predicted):
         reporter.notice(f"{component}: a run counts {cached} of {full} MACs; the plan predicts {predicted}")
@@ -195,8 +221,13 @@ def _budget(config: SearchCacheConfig, calls: int, macs: UnitMacs, unit: Unit, c
     return computed_calls(calls, config.macs_ratio, 1 - macs.units[unit.id] / macs.full, wish="macs")
 
 
-def _checked(cost: CallCost, unit: Unit) -> CallCost:
-    if cost.unit != unit.model_dump_json():
+def checked_cost(cost: CallCost, units: tuple[Unit, ...]) -> CallCost:
+    """A profile of earlier, refused where it is not of these units.
+
+    Raises:
+        ConfigError: it is of others.
+    """
+    if cost.unit != told(units):
         raise ConfigError(
             f"the cost profile is of another unit ({cost.unit}).", mend="Measure anew: leave --cost-profile out."
         )
@@ -212,11 +243,23 @@ def _profile(
     request: RunRequest,
     computed: int,
     reporter: Reporter,
+    reference: Any | None,
 ) -> tuple[Any, ...]:
     """What the method needs to know of the model."""
     if "cost" not in method.NEEDS:
         return ()
     if settings.cost == "feature":
-        return (feature_cost(pipe, component, plan.units[0], request, reporter),)
+        costs = feature_costs(pipe, component, plan, request, reporter, reference)
+        return (costs[plan.units[0].id],)
     longest = min(plan.calls, REACH * -(-plan.calls // computed))
-    return (output_cost(pipe, component, plan, request, reporter, longest=longest),)
+    profile = output_cost(
+        pipe,
+        component,
+        plan,
+        request,
+        reporter,
+        longest=longest,
+        reference=reference,
+        correct=settings.correct,
+    )
+    return (profile,)

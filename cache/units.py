@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from types import ModuleType
+
 from torch import nn
 
 from ..core.cache_plan import ModuleUnit, Unit
 from ..core.config import nearest
 from ..core.errors import ConfigError, DaccError, UnsupportedError
 from ..core.families import find_family
-from ..runtime.cache_units import block_names, layout_of
+from ..runtime.cache_units import block_names, containers_of, layout_of
 from .config import UNIT_FORMS, parse_unit
+
+# of a transformer block, in the order in which they run; what they give is scaled and added by the block itself
+PARTS = ("attn1", "attn2", "attn", "ff", "ffn", "ff_context", "proj_mlp", "proj_out")
+_ALONE = re.compile(r"\.attentions\.\d+$")  # an attention of a UNet without a transformer block around it
 
 
 def choose_unit(denoiser: nn.Module, text: str) -> Unit:
@@ -43,6 +50,60 @@ def choose_unit(denoiser: nn.Module, text: str) -> Unit:
         )
     count = len(block_names(denoiser, stacks))
     return parse_unit(f"blocks:1-{count - 1 if count > 2 else count}", stacks)
+
+
+def choose_units(denoiser: nn.Module, text: str) -> tuple[Unit, ...]:
+    """The units of a search over many; several texts have commas between.
+
+    "auto" takes the attentions and feed-forward layers of every transformer block, and the shallowest cut of a UNet.
+
+    Raises:
+        ConfigError: the denoiser has no such part, or two of them overlap.
+        UnsupportedError: it is not known which parts of this denoiser could be cached.
+    """
+    if text != "auto":
+        parts = text.split(",")
+        units = tuple(choose_unit(denoiser, part) for part in parts)
+        units = tuple(unit.model_copy(update={"id": part}) for unit, part in zip(units, parts, strict=True))
+    else:
+        units = _parts(denoiser)
+    containers_of([layout_of(denoiser, unit) for unit in units])  # refuses what overlaps
+    return units
+
+
+def _parts(denoiser: nn.Module) -> tuple[Unit, ...]:
+    stacks = find_family(type(denoiser).__name__)[0].stacks
+    unet = hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks")
+    cut = (choose_unit(denoiser, "auto"),) if unet else ()
+    blocks = block_names(denoiser, stacks) if stacks else []
+    modules = dict(denoiser.named_modules())
+    if unet:
+        blocks = [name for name, module in modules.items() if type(module).__name__ == "BasicTransformerBlock"]
+    names = [f"{block}.{part}" for block in blocks for part in PARTS if modules.get(f"{block}.{part}") is not None]
+    names += [name for name, module in modules.items() if unet and _ALONE.search(name) and hasattr(module, "to_q")]
+    if not names and not cut:
+        raise UnsupportedError(
+            f"it is not known which blocks of a {type(denoiser).__name__} could be cached.",
+            mend="Name parts with --unit module:NAME,module:NAME; dacc inspect shows them.",
+        )
+    return (*cut, *(ModuleUnit(id=name, path=name) for name in names))
+
+
+def unit_text(asked: str, name: str, method: ModuleType) -> str:
+    """What a search treats: what was asked for, which a method that is about one part of a network decides by itself.
+
+    Raises:
+        ConfigError: another part was asked for than the method treats.
+    """
+    if "," in asked:
+        raise ConfigError(f"--method {name} treats one unit, not {asked}.", mend="Name one, or use --method evolve.")
+    own: str = getattr(method, "UNIT", asked)
+    if asked not in ("auto", own):
+        raise ConfigError(
+            f"--method {name} treats --unit {own}, not {asked}.",
+            mend="Leave --unit out, or choose another method.",
+        )
+    return own
 
 
 def _check(denoiser: nn.Module, unit: Unit, text: str) -> None:

@@ -17,13 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cache_plan import CORRECTION_NAME
 from .errors import BundleError
 from .folder import carried_files, check_replaceable, files_in, place_file, swap_in, sync_tree
 from .manifest import MANIFEST_NAME, RUN_NAME, UNHASHED, FileRecord, Manifest, read_manifest
 from .output import OutputWriter
 from .reporter import Reporter
 from .safe_read import combined_hash, file_sha256, resolve_shards, weight_stem
-from .tensor_file import SHARD_BYTES, StoredTensor, write_weights
+from .tensor_file import SHARD_BYTES, StoredTensor, write_tensors, write_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,8 +93,8 @@ class BundleWriter(OutputWriter):
 
         What only a resumed run needs is named `purpose:component`, and not written to the component.
         """
-        component = name.partition("/")[0].rpartition(":")[2]
-        assert component in self.replace, f"{name!r} does not begin with a replaced component"
+        purpose, _, component = name.partition("/")[0].rpartition(":")
+        assert purpose or component in self.replace, f"{name!r} does not begin with a replaced component"
         super().save_unit(name, tensors, record)
 
     # files
@@ -125,9 +126,25 @@ class BundleWriter(OutputWriter):
         write_weights(folder, weight_stem(self.source / component), merged, metadata, shard_bytes)
         self.write_text(f"{component}/config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
+    def write_table(self, name: str, tensors: Mapping[str, StoredTensor | Tensor], *, info: str) -> None:
+        """Write tensors that are no weights; the source's file of that name is then not carried over."""
+        self.leave_out(name)
+        file = self.folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(file, tensors, {"dacc": info, "format": "pt"})
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write one file as it is; the source's file of that name is then not carried over."""
+        self.leave_out(name)
+        (self.folder / name).write_bytes(content)
+
+    def leave_out(self, name: str) -> None:
+        """Do not carry over the source's file of this name."""
+        self._carried.pop(name, None)
+
     def write_text(self, name: str, text: str) -> None:
         """Write one text file; the source's file of that name is then not carried over."""
-        self._carried.pop(name, None)
+        self.leave_out(name)
         super().write_text(name, text)
 
     def carry_unchanged(self) -> None:
@@ -197,7 +214,7 @@ class BundleWriter(OutputWriter):
 
 def _is_weight_of(name: str, component: str) -> bool:
     folder, _, rest = name.rpartition("/")
-    return folder == component and rest.endswith(".safetensors")
+    return folder == component and rest.endswith(".safetensors") and rest != CORRECTION_NAME
 
 
 def _size(file: Path) -> int | None:

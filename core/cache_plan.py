@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,10 @@ from .config import Config
 from .schedule_id import ScheduleId, StepRule
 
 PLAN_FORMAT = 1
-COMPUTE, REUSE = "C", "R"  # the codes of a call
+CORRECTION_NAME: Final = "dacc_cache.safetensors"  # beside the weights of the component, and none of them
+COMPUTE, REUSE, FORECAST, GATE = "C", "R", "F", "G"  # the codes of a call
+SKIPPING = frozenset({REUSE, FORECAST})  # those of a call that does not run the unit
+Abscissa = Literal["call", "sigma", "timestep"]
 
 
 class UnetCut(Config):
@@ -67,11 +70,42 @@ class BlockRange(Config):
 Unit = Annotated[UnetCut | UnetEncoder | ModuleUnit | BlockRange, Field(discriminator="kind")]
 
 
+class Predictor(Config):
+    """How a unit's value is forecast: by a polynomial in x through what the last `order` + 1 computed calls gave."""
+
+    kind: Literal["taylor"] = "taylor"
+    order: int = Field(1, ge=1)  # larger: follows bends, and carries noise further; while fewer are there: the most
+    form: Literal["newton", "published"] = "newton"  # exact for polynomials; or the recurrence of TaylorSeer, which is
+    # exact for straight lines only
+    x: Abscissa = "call"  # what the polynomial runs over
+
+
+class Gate(Config):
+    """When a range of blocks that asks is skipped: while the block before it gives nearly what it gave at the last call
+    that computed the range, or nearly its forecast from such calls."""
+
+    signal: Literal["residual", "forecast"] = (
+        "residual"  # what is compared: what that block adds, as it was; or what it
+    )
+    # gives, with its forecast
+    order: int = Field(1, ge=1)  # of that forecast
+    threshold: float = Field(ge=0)  # mean of the change over mean of what is compared with; larger: skips more
+    max_consecutive: int | None = Field(None, ge=1)  # skipped calls in a row; None: any number
+
+
 class UnitMacs(Config):
     """Multiply-accumulates of one call for one sample, all its guidance branches together."""
 
     full: int = Field(ge=0)  # of a call that computes everything
     units: dict[str, int]  # unit -> what a call saves that skips it alone
+
+
+class CorrectionId(Config):
+    """Tables in a file of the component's folder by which reused values are corrected, one affine map for each denoiser
+    call and channel."""
+
+    file: Literal["dacc_cache.safetensors"] = CORRECTION_NAME
+    sha256: str  # of names, types, shapes and values of its tensors
 
 
 class CachePlan(Config):
@@ -85,8 +119,13 @@ class CachePlan(Config):
     rule: StepRule = "nearest"  # on another grid: refuse, or follow the noise levels
     min_calls: int = Field(8, ge=1)  # another grid of fewer calls runs without the plan
     units: tuple[Unit, ...] = Field(min_length=1)
-    codes: dict[str, str]  # unit -> one code per call: C compute, R reuse
+    codes: dict[str, str]  # unit -> one code per call: C compute, R reuse, F forecast, G ask the gate
+    predict: dict[str, Predictor] = Field(
+        default_factory=dict
+    )  # unit -> how, for units that are forecast; where the gate says so too
+    gates: dict[str, Gate] = Field(default_factory=dict)  # unit -> when it is skipped, for units that ask
     macs: UnitMacs
+    correction: CorrectionId | None = None  # what is done to reused values on the plan's own grid
 
     @model_validator(mode="after")
     def _check(self) -> CachePlan:
@@ -99,10 +138,20 @@ class CachePlan(Config):
         for name, codes in self.codes.items():
             if len(codes) != self.calls:
                 raise ValueError(f"unit {name!r} has codes for {len(codes)} calls, the grid has {self.calls}")
-            if set(codes) - {COMPUTE, REUSE}:
-                raise ValueError(f"unit {name!r} has codes other than {COMPUTE} and {REUSE}")
+            if unknown := set(codes) - SKIPPING - {COMPUTE, GATE}:
+                raise ValueError(f"unit {name!r} has codes that are not known: {', '.join(sorted(unknown))}")
             if codes[0] != COMPUTE:
                 raise ValueError(f"unit {name!r} reuses at the first call, when there is nothing to reuse")
+            if FORECAST in codes and name not in self.predict:
+                raise ValueError(f"unit {name!r} is forecast, and nothing says how")
+            if GATE in codes and name not in self.gates:
+                raise ValueError(f"unit {name!r} asks a gate, and there is none")
+        for what, fields in (("predict", self.predict), ("gates", self.gates)):
+            if strange := set(fields) - set(names):
+                raise ValueError(f"{what} is of {sorted(strange)}, the units are {sorted(names)}")
+        unit = self.units[0]
+        if self.gates and (len(names) > 1 or not isinstance(unit, BlockRange) or unit.first < 1):
+            raise ValueError("a gate is for a plan of one unit, a range of blocks with a block before it")
         return self
 
     @property

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from .cache_plan import CORRECTION_NAME
 from .calibration import CALIBRATION_NAME
 from .errors import BundleError, ConfigError
 from .manifest import MANIFEST_NAME, UNHASHED
@@ -62,6 +63,8 @@ def carried_files(source: Path, replaced: Collection[str]) -> tuple[dict[str, Pa
 
 
 def _is_weight_or_config(name: str) -> bool:
+    if name == CORRECTION_NAME:  # belongs to the plan, which every pass keeps
+        return False
     return name == "config.json" or name.endswith(".safetensors") or ".safetensors.index." in name
 
 

@@ -9,7 +9,7 @@ from .manifest import read_manifest
 from .reporter import Reporter
 from .safe_read import weight_hash
 from .source import PIPELINE_INDEX, Source, resolve_source
-from .zoo import PREFIX
+from .zoo import PREFIX, list_zoo
 
 
 def find_reference(source: Source, reporter: Reporter) -> Source | None:
@@ -25,7 +25,10 @@ def find_reference(source: Source, reporter: Reporter) -> Source | None:
         return None
     name = manifest.source.name
     place = name if name.startswith(PREFIX) else str(source.path.parent / name)
-    if not name.startswith(PREFIX) and not (Path(place) / PIPELINE_INDEX).is_file():
+    if name.startswith(PREFIX):
+        if not any(entry.installed and name == f"{PREFIX}{entry.name}" for entry in list_zoo()):
+            return None
+    elif not (Path(place) / PIPELINE_INDEX).is_file():
         return None
     origin = resolve_source(place, reporter=reporter)
     return origin if has_weights(origin.path, manifest.source.weights) else None

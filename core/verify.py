@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from .cache_plan import CORRECTION_NAME
 from .errors import BundleError, DaccError, ModelError
 from .folder import files_in
 from .manifest import MANIFEST_NAME, UNHASHED, FileRecord, Manifest, read_manifest
@@ -129,6 +130,8 @@ def _weight_hash(hashes: dict[str, str], component: str) -> str:
     found = {
         PurePosixPath(name).name: digest
         for name, digest in hashes.items()
-        if name.rpartition("/")[0] == component and name.endswith(".safetensors")
+        if name.rpartition("/")[0] == component
+        and name.endswith(".safetensors")
+        and not name.endswith(f"/{CORRECTION_NAME}")
     }
     return combined_hash(found)

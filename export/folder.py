@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..core.cache_plan import CORRECTION_NAME
 from ..core.folder import carried_files, place_file, sync_tree
 from ..core.manifest import MANIFEST_NAME
 from ..core.output import OutputWriter
@@ -49,6 +50,8 @@ class ExportWriter(OutputWriter):
 
     def _prepare(self) -> None:
         self._carried, left_out = carried_files(self.source, self._replace)
+        for component in self._replace:
+            self._carried.pop(f"{component}/{CORRECTION_NAME}", None)  # of a plan, which is lost
         if left_out:
             self.reporter.notice(f"not carried over (pickled, or no part of the pipeline): {', '.join(left_out)}")
         self.check_disk(sum(file.stat().st_size for file in self._carried.values()))

@@ -6,7 +6,7 @@ A frame is one evaluation of a denoiser. It lives in a context variable, so thre
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,10 @@ from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..core.cache_plan import COMPUTE, REUSE, BlockRange
+from ..core.cache_plan import COMPUTE, FORECAST, SKIPPING, BlockRange
 from ..core.errors import UnsupportedError
+from .clock import RunState
+from .forecast import History
 
 Values = dict[tuple[str, str], Any]  # (unit, module) -> its kept or hollow output; of a block range: its change
 
@@ -26,10 +28,33 @@ class Frame:
     """One evaluation of one denoiser."""
 
     owner: object  # the runner that opened it
-    actions: dict[str, str]  # unit -> C, R or -
+    actions: dict[str, str]  # unit -> C, R, F or -; G until its gate has decided
     storing: frozenset[str]  # computed units whose values a later evaluation needs
     values: Values
+    history: History = field(default_factory=History)  # earlier values, for forecasts
+    state: RunState | None = None  # where the run is; None: by hand
+    decide: Callable[[str, float | None], str] | None = None  # (unit, change of what its gate sees) -> action
     entered: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # block range -> the streams that entered it
+    correct: Callable[[str, str, Any], Any] | None = None  # (unit, module, kept) -> what is given back in its place
+
+    def keep(self, unit: str, path: str, value: Any) -> None:
+        """Hold on to what a module of a computed unit gave."""
+        self.values[unit, path] = value
+        if self.state is not None:
+            self.history.add((unit, path), self.state, value)
+
+    def known(self, unit: str, path: str) -> Any:
+        """What a gate compares with; None where nothing is there yet."""
+        if (unit, path) in self.history.predictors and self.history.count((unit, path)) and self.state is not None:
+            return self.history.forecast((unit, path), self.state)
+        return self.values.get((unit, path))
+
+    def give(self, unit: str, path: str) -> Any:
+        """What a module of a skipped unit gives in this call."""
+        if self.actions[unit] == FORECAST and self.state is not None:
+            return self.history.forecast((unit, path), self.state)
+        value = self.values[unit, path]
+        return value if self.correct is None else self.correct(unit, path, value)
 
 
 FRAME: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("dacc_cache_frame", default=None)
@@ -52,14 +77,16 @@ class SkipHook(ModelHook):
         frame = FRAME.get()
         if frame is None or frame.owner is not self.owner:
             return original_of(self)(*args, **kwargs)
-        skipping = [unit for unit in self.units if frame.actions[unit] == REUSE]
+        skipping = [unit for unit in self.units if frame.actions[unit] in SKIPPING]
         if skipping:
-            chosen = next((unit for unit in skipping if self.units[unit]), skipping[0])
-            return frame.values[chosen, self.path]
+            giving = next((unit for unit in skipping if self.units[unit]), None)
+            return frame.values[skipping[0], self.path] if giving is None else frame.give(giving, self.path)
         output = original_of(self)(*args, **kwargs)
         for unit, keeps in self.units.items():
-            if unit in frame.storing:
-                frame.values[unit, self.path] = tree_map(_detached if keeps else _hollow, output)
+            if unit in frame.storing and keeps:
+                frame.keep(unit, self.path, tree_map(_detached, output))
+            elif unit in frame.storing:
+                frame.values[unit, self.path] = tree_map(_hollow, output)
         return output
 
 
@@ -95,35 +122,20 @@ class BlockHook(ModelHook):
         if frame is None or frame.owner is not self.owner:
             return original_of(self)(*args, **kwargs)
         unit, residual = self.unit.id, self.unit.store == "residual"
-        if frame.actions[unit] == REUSE:
-            streams = self._entering(args, kwargs)
+        if frame.actions[unit] in SKIPPING:
+            streams = entering(self.metadata, args, kwargs)
             if self.last:
-                kept = frame.values[unit, self.path]
+                kept = frame.give(unit, self.path)
                 streams = _added(streams, kept) if residual else kept
             return self._output(streams)
         if self.first and unit in frame.storing and residual:
-            frame.entered[unit] = self._entering(args, kwargs)
+            frame.entered[unit] = entering(self.metadata, args, kwargs)
         output = original_of(self)(*args, **kwargs)
         if self.last and unit in frame.storing:
-            leaving = self._leaving(output)
-            frame.values[unit, self.path] = (
-                self._change(frame.entered.pop(unit), leaving) if residual else tree_map(_detached, leaving)
-            )
+            left = leaving(self.metadata, output)
+            kept = self._change(frame.entered.pop(unit), left) if residual else tree_map(_detached, left)
+            frame.keep(unit, self.path, kept)
         return output
-
-    def _entering(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The image and text streams that enter the block; no text where it has no stream of its own."""
-        read = self.metadata._get_parameter_from_args_kwargs
-        image = read(self.metadata.hidden_states_argument_name, args, kwargs)
-        if self.metadata.return_encoder_hidden_states_index is None:
-            return image, None
-        return image, read(self.metadata.encoder_hidden_states_argument_name, args, kwargs)
-
-    def _leaving(self, output: Any) -> tuple[Any, Any]:
-        if not isinstance(output, tuple):
-            return output, None
-        place = self.metadata.return_encoder_hidden_states_index
-        return output[self.metadata.return_hidden_states_index], None if place is None else output[place]
 
     def _output(self, streams: tuple[Any, Any]) -> Any:
         """The streams in the order in which the block returns them."""
@@ -134,15 +146,32 @@ class BlockHook(ModelHook):
         output[self.metadata.return_hidden_states_index], output[place] = streams
         return tuple(output)
 
-    def _change(self, entered: tuple[Any, Any], leaving: tuple[Any, Any]) -> tuple[Any, Any]:
-        for before, after in zip(entered, leaving, strict=True):
+    def _change(self, entered: tuple[Any, Any], left: tuple[Any, Any]) -> tuple[Any, Any]:
+        for before, after in zip(entered, left, strict=True):
             if before is not None and after is not None and before.shape != after.shape:
                 raise UnsupportedError(
                     f"the blocks of {self.unit.id!r} turn {tuple(before.shape)} into {tuple(after.shape)}.",
                     "What a range adds can be kept only where it leaves the shape alone.",
                     "Let the unit store its output, or choose other blocks.",
                 )
-        return _difference(leaving[0], entered[0]), _difference(leaving[1], entered[1])
+        return _difference(left[0], entered[0]), _difference(left[1], entered[1])
+
+
+def entering(metadata: TransformerBlockMetadata, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The image and text streams that enter a block; no text where it has no stream of its own."""
+    read = metadata._get_parameter_from_args_kwargs
+    image = read(metadata.hidden_states_argument_name, args, kwargs)
+    if metadata.return_encoder_hidden_states_index is None:
+        return image, None
+    return image, read(metadata.encoder_hidden_states_argument_name, args, kwargs)
+
+
+def leaving(metadata: TransformerBlockMetadata, output: Any) -> tuple[Any, Any]:
+    """The image and text streams in what a block returns."""
+    if not isinstance(output, tuple):
+        return output, None
+    place = metadata.return_encoder_hidden_states_index
+    return output[metadata.return_hidden_states_index], None if place is None else output[place]
 
 
 def block_metadata(block: nn.Module) -> TransformerBlockMetadata:

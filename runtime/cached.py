@@ -9,23 +9,27 @@ of a run that begins in the middle or after a change of shape, makes that evalua
 from __future__ import annotations
 
 import contextvars
-import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from ..core.cache_plan import COMPUTE, REUSE, BlockRange, CachePlan, Unit
+from ..core.cache_plan import COMPUTE, GATE, REUSE, SKIPPING, BlockRange, CachePlan, Unit
 from ..core.pipeline import denoisers
-from ..core.schedule_id import NoiseGrid
+from ..core.schedule_id import NoiseGrid, same_levels
 from .cache_hooks import FRAME, BlockHook, Frame, SkipHook, Values, block_metadata, computing, drop, original_of
 from .cache_units import Layout, containers_of, layout_of
-from .clock import attach_clock, current_grid, current_run, end_run, run_storage, running_order
+from .clock import attach_clock, current_grid, current_run, run_storage, running_order
+from .correction import Correction
+from .ending import ending_its_run
+from .forecast import History
+from .gate import GateHook, GateState, predictors_of, probe_of
 from .plan import Row, check_model, codes_on, plan_rows
 
 HOOK = "dacc_cache"
@@ -42,7 +46,9 @@ class _Branch:
     """What one guidance branch of a run keeps."""
 
     signature: tuple[Any, ...]  # shape, type and device of its inputs
+    history: History
     values: Values = field(default_factory=dict)
+    strays: set[str] = field(default_factory=set)  # units whose values come from a call that the plan let reuse
 
 
 class CachedUnits:
@@ -52,17 +58,26 @@ class CachedUnits:
         denoiser: a UNet or transformer.
         units: what can be skipped.
         plan: None: units are skipped only by `reusing`.
+        correction: the tables of a plan that corrects what is reused.
 
     Raises:
         ModelError: the denoiser has no such module.
         UnsupportedError: the denoiser is not built as a unit needs it.
     """
 
-    def __init__(self, denoiser: nn.Module, units: Iterable[Unit], plan: CachePlan | None = None) -> None:
-        self.denoiser, self.plan = denoiser, plan
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        units: Iterable[Unit],
+        plan: CachePlan | None = None,
+        correction: Correction | None = None,
+    ) -> None:
+        self.denoiser, self.plan, self.correction = denoiser, plan, correction
         self.layouts: dict[str, Layout] = {unit.id: layout_of(denoiser, unit) for unit in units}
         self.containers = containers_of(self.layouts.values())
         self._told: set[str] = set()
+        self._gated = next(iter(plan.gates), None) if plan else None
+        self._predictors = predictors_of(plan, self.layouts, denoiser) if plan else {}
         self._hook()
 
     @property
@@ -111,16 +126,40 @@ class CachedUnits:
         key = (self, state.branch, state.evaluation)
         branch: _Branch | None = storage.get(key)
         if branch is None or branch.signature != signature:
-            branch = storage[key] = _Branch(signature)
-        missing = {unit for unit, action in row.actions.items() if action == REUSE} - {key[0] for key in branch.values}
-        actions = computing(self.names) if missing else row.actions
-        storing = frozenset(unit for unit in row.needed if actions[unit] == COMPUTE)
-        return Frame(self, actions, storing, branch.values), row
+            branch = storage[key] = _Branch(signature, History(self._predictors))
+        gate: GateState = storage.setdefault((self, "gate"), GateState())
+        followed = state.evaluation > 0 and gate.call == state.call  # the first branch has decided
+        actions = {unit: gate.action if followed and own == GATE else own for unit, own in row.actions.items()}
+        skipped = {unit for unit, action in actions.items() if action in SKIPPING}
+        if skipped - {unit for unit, _ in branch.values}:
+            actions = computing(self.names)
+        storing = frozenset(unit for unit in row.needed if actions[unit] in (COMPUTE, GATE))
+        branch.strays -= storing
+        branch.strays |= {unit for unit in storing if row.actions[unit] != COMPUTE}
+        frame = Frame(self, actions, storing, branch.values, branch.history, state)
+        frame.correct = self._correcting(grid, state.call, branch)
+        frame.decide = partial(gate.decide, self.plan, state.call) if self.plan.gates else None
+        return frame, row
 
     def close(self, frame: Frame, row: Row | None) -> None:
-        """Free what no later call needs."""
+        """Free what no later call needs, and tell the gate what was done."""
         if row is not None:
-            drop(frame.values, set(self.names) - row.needed)
+            storage = run_storage()
+            if self._gated and storage is not None and frame.state is not None and frame.state.evaluation == 0:
+                storage[self, "gate"].note(frame.state.call, frame.actions[self._gated])
+            drop(frame.values, set(self.names) - row.needed.keys())
+            frame.history.trim(row.needed)
+
+    def _correcting(self, grid: NoiseGrid, call: int, branch: _Branch) -> Callable[[str, str, Any], Any] | None:
+        """How a call corrects what it reuses: on the plan's own grid, and from the call that the plan means."""
+        if self.correction is None or self.plan is None or not same_levels(self.plan.schedule, grid):
+            return None
+        correction, strays = self.correction, frozenset(branch.strays)
+
+        def correct(unit: str, path: str, value: Any) -> Any:
+            return value if unit in strays else correction.apply(unit, path, call, value)
+
+        return correct
 
     def _rows(self, plan: CachePlan, grid: NoiseGrid) -> list[Row] | None:
         """What each call of the run that begins does; None when the plan does not serve its grid.
@@ -134,9 +173,16 @@ class CachedUnits:
         if codes is None:
             self._tell(f"{searched}; this run of {calls} calls is too short for it and runs without")
             return None
-        if codes != plan.codes:
-            self._tell(f"{searched}; this run of {calls} calls on another grid follows its noise levels")
-        return plan_rows(codes, self.containers)
+        dropped = self.correction is not None and not same_levels(plan.schedule, grid)
+        if codes != plan.codes or dropped:
+            without = ", without the correction of what it reuses" if dropped else ""
+            self._tell(f"{searched}; this run of {calls} calls on another grid follows its noise levels{without}")
+        if grid.sigmas is None and any(predictor.x == "sigma" for predictor in plan.predict.values()):
+            self._tell("this scheduler has no sigmas; forecasts of the cache plan run over its timesteps")
+        depths = dict.fromkeys(self.names, 1)
+        for (unit, _), predictor in self._predictors.items():
+            depths[unit] = max(depths[unit], predictor.order + 1)
+        return plan_rows(codes, self.containers, depths)
 
     def _tell(self, text: str) -> None:
         if text not in self._told:
@@ -167,6 +213,10 @@ class CachedUnits:
                     skipping.setdefault(path, {})[unit.id] = path in layout.kept
         for path, units in skipping.items():
             _registry(modules[path]).register_hook(SkipHook(self, path, units), HOOK)
+        for name, gate in self.plan.gates.items() if self.plan else ():
+            probe = probe_of(self.layouts[name], self.denoiser)
+            hook = GateHook(self, name, gate, probe, block_metadata(modules[probe]))
+            _registry(modules[probe]).register_hook(hook, f"{HOOK}.gate")
         _registry(self.denoiser).register_hook(_RootHook(self), HOOK)
 
 
@@ -188,6 +238,7 @@ class _RootHook(ModelHook):
             output = original_of(self)(*args, **kwargs)
         except BaseException:
             frame.values.clear()
+            frame.history.clear()
             raise
         finally:
             FRAME.reset(token)
@@ -195,8 +246,11 @@ class _RootHook(ModelHook):
         return output
 
 
-def install_plan_(pipe: Any, component: str, plan: CachePlan) -> CachedUnits:
+def install_plan_(pipe: Any, component: str, plan: CachePlan, correction: Correction | None = None) -> CachedUnits:
     """Let a denoiser of a pipeline run with a plan, in place of an earlier one.
+
+    Args:
+        correction: of a plan that has one; without it the plan reuses values as they are.
 
     Raises:
         ModelError: the plan was made for another model.
@@ -207,9 +261,9 @@ def install_plan_(pipe: Any, component: str, plan: CachePlan) -> CachedUnits:
     if (old := installed_units(denoiser)) is not None:
         old.remove_()
     attach_clock(pipe)  # first: it counts the call before our hook asks for it
-    units = CachedUnits(denoiser, plan.units, plan)
+    units = CachedUnits(denoiser, plan.units, plan, correction)
     if not hasattr(type(pipe), "_dacc_cached"):
-        pipe.__class__ = _ending_its_run(type(pipe))  # type: ignore[arg-type]
+        pipe.__class__ = ending_its_run(type(pipe))  # type: ignore[arg-type]
     return units
 
 
@@ -238,36 +292,6 @@ def no_cache(pipe: Any) -> Iterator[None]:
         yield
     finally:
         _OFF.reset(token)
-
-
-@functools.cache
-def _ending_its_run(base: type) -> type:
-    """A subclass of a pipeline class, of the same name, whose calls leave no run behind, also where they fail."""
-
-    @functools.wraps(base.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return base.__call__(self, *args, **kwargs)
-        finally:
-            end_run(self)
-
-    def __reduce__(self: Any) -> tuple[Any, ...]:
-        return _bare, (base,), vars(self)
-
-    members: Mapping[str, Any] = {
-        "__call__": __call__,
-        "__reduce__": __reduce__,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "_dacc_cached": True,
-    }
-    return type(base.__name__, (base,), dict(members))
-
-
-def _bare(base: type) -> Any:
-    """An empty pipeline, filled by copy or pickle."""
-    return object.__new__(base)
 
 
 def _registry(module: nn.Module) -> HookRegistry:

@@ -16,6 +16,7 @@ from ..core.source import Source, resolve_source
 from ..core.verify import check_bundle
 from .cached import install_plan_
 from .clock import attach_clock
+from .correction import read_correction
 from .diffusers_quantizer import register
 from .layers import set_prefer_
 from .plan import check_record
@@ -70,16 +71,17 @@ def load_source(
     pipe.set_progress_bar_config(disable=True)
     attach_clock(pipe)
     if manifest and cached:
-        _install_plans_(pipe, manifest)
+        _install_plans_(pipe, manifest, folder)
     return pipe.to(target) if target.type != "cpu" else pipe
 
 
-def _install_plans_(pipe: DiffusionPipeline, manifest: Manifest) -> None:
+def _install_plans_(pipe: DiffusionPipeline, manifest: Manifest, folder: Path) -> None:
     """Hook the denoisers that have a cache plan."""
     for name, record in manifest.components.items():
         if record.cache is not None:
             check_record(record.cache, name, (record.weight_hash, record.reference_hash))
-            install_plan_(pipe, name, record.cache.plan)
+            plan = record.cache.plan
+            install_plan_(pipe, name, plan, read_correction(folder / name, plan))
 
 
 def pick_device(device: str) -> torch.device:

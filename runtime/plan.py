@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..core.cache_plan import COMPUTE, PLAN_FORMAT, REUSE, CachePlan, CacheRecord
+from ..core.cache_plan import COMPUTE, FORECAST, GATE, PLAN_FORMAT, REUSE, SKIPPING, CachePlan, CacheRecord
 from ..core.errors import BundleError, ConfigError, ModelError
 from ..core.schedule_id import NoiseGrid, nearest_calls, same_levels
 
@@ -24,8 +24,8 @@ Containers = Mapping[str, frozenset[str]]  # unit -> the units that it lies in
 class Row:
     """What one call does with every unit."""
 
-    actions: dict[str, str]  # unit -> C, R or -
-    needed: frozenset[str]  # units whose value a later call reuses
+    actions: dict[str, str]  # unit -> C, R, F, G or -
+    needed: dict[str, int]  # unit -> how many of its last computed values later calls look at; without units of none
 
 
 def denoiser_sha256(denoiser: nn.Module) -> str:
@@ -112,31 +112,53 @@ def _remapped(codes: str, places: list[int], order: int) -> str:
     for call in range(1, len(places)):
         corrects = order > 1 and call % order and found[call - 1] == COMPUTE
         passed = codes[places[call - 1] + 1 : places[call] + 1]
-        found += COMPUTE if corrects or COMPUTE in passed else REUSE
+        found += COMPUTE if corrects or COMPUTE in passed else _skipping_at(codes, places[call])
     return found
 
 
-def plan_rows(codes: Mapping[str, str], containers: Containers) -> list[Row]:
-    """What every call does, from its codes: units inside skipped ones are not evaluated."""
+def _skipping_at(codes: str, place: int) -> str:
+    """How a plan skips around one of its calls: the first such code from there on, else the last before."""
+    around = (*codes[place:], *codes[place::-1])
+    return next((code for code in around if code != COMPUTE), REUSE)
+
+
+def plan_rows(codes: Mapping[str, str], containers: Containers, depths: Mapping[str, int] | None = None) -> list[Row]:
+    """What every call does, from its codes: units inside skipped ones are not evaluated.
+
+    Args:
+        depths: unit -> how many computed values its forecasts and its gate look at; 1 for units that are not here.
+    """
+    depths = depths or {}
     calls = len(next(iter(codes.values())))
     actions = [
         {
-            unit: NOT_EVALUATED if any(codes[outer][call] == REUSE for outer in containers[unit]) else own[call]
+            unit: NOT_EVALUATED if any(codes[outer][call] in SKIPPING for outer in containers[unit]) else own[call]
             for unit, own in codes.items()
         }
         for call in range(calls)
     ]
     rows: list[Row] = []
-    needed: frozenset[str] = frozenset()
+    needed: dict[str, int] = {}
     for current in reversed(actions):
         rows.append(Row(current, needed))
-        computed = {unit for unit, action in current.items() if action == COMPUTE}
-        needed = (needed - computed) | {unit for unit, action in current.items() if action == REUSE}
+        before = {
+            unit: _needed_before(action, needed.get(unit, 0), depths.get(unit, 1)) for unit, action in current.items()
+        }
+        needed = {unit: values for unit, values in before.items() if values}
     return rows[::-1]
 
 
+def _needed_before(action: str, needed: int, depth: int) -> int:
+    """How many values of a unit count before a call, when `needed` do behind it."""
+    if action == COMPUTE:
+        return max(needed - 1, 0)  # the call gives one itself
+    if action in (FORECAST, GATE):  # the gate may compute, and may not
+        return max(needed, depth)
+    return max(needed, 1) if action == REUSE else needed
+
+
 def planned_macs(plan: CachePlan, containers: Containers) -> int:
-    """Multiply-accumulates of a run with the plan on its own grid, for one sample."""
+    """Multiply-accumulates of a run with the plan on its own grid, for one sample; as if all gates computed."""
     rows = plan_rows(plan.codes, containers)
-    saved = (plan.macs.units[unit] for row in rows for unit, action in row.actions.items() if action == REUSE)
+    saved = (plan.macs.units[unit] for row in rows for unit, action in row.actions.items() if action in SKIPPING)
     return plan.macs.full * plan.calls - sum(saved)

@@ -3,7 +3,8 @@ call and reuses what that gave until its end. Of all ways to cut a run into K gr
 
     D(i, j) = sum over t = i ... j - 1 of cost[i, t],    M(n, k) = min over j of M(j, k - 1) + D(j, n)
 
-cost[i, t] is what it does to reuse at call t what call i computed, profiled on runs that compute everything.
+cost[i, t] is what it does to reuse at call t what call i computed, profiled on runs that compute everything. On a
+quantized network cost[i, i] is the error of a full call and counts too.
 Letters: C calls of a run, K groups, which is also the number of calls that compute.
 """
 
@@ -22,6 +23,8 @@ class DPConfig(Config):
 
     cost: Literal["output", "feature"] = "output"  # output: error of the denoiser's output times how far it moves
     # the final sample; feature: L1 distance of the reused values, as published, which needs no further evaluations
+    joint: bool = True  # on a quantized source: against what the float network computes, rounding errors included
+    correct: bool = True  # fit an affine map per call and channel to what is reused
     bounds: bool = False  # groups of ceil(N / 2) to 2 N calls only, N = ceil(C / K), as the authors' program
 
 
@@ -35,7 +38,7 @@ def schedule(calls: int, computed: int, config: DPConfig, cost: list[list[float]
     Args:
         calls: C.
         computed: K, at most C.
-        cost: (C, C), cost[i][t] of reusing at call t what call i computed; t > i counts.
+        cost: (C, C), cost[i][t] of reusing at call t what call i computed; t = i: of computing.
 
     Raises:
         ConfigError: with `bounds` the calls cannot be cut into so many groups.
@@ -68,7 +71,7 @@ def segment_costs(cost: list[list[float]]) -> list[list[float]]:
     calls = len(cost)
     found = [[0.0] * (calls + 1) for _ in range(calls)]
     for first in range(calls):
-        for end in range(first + 2, calls + 1):
+        for end in range(first + 1, calls + 1):
             found[first][end] = found[first][end - 1] + cost[first][end - 1]
     return found
 

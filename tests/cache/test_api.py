@@ -46,7 +46,7 @@ def plan_of(bundle: Path, name: str = "unet") -> CachePlan:
 @pytest.mark.parametrize(
     ("kind", "name", "unit"), [("unet_folder", "unet", "unet_cut"), ("dit_folder", "transformer", "block_range")]
 )
-@pytest.mark.parametrize("method", ["deepcache", "dp"])
+@pytest.mark.parametrize("method", ["deepcache", "dp", "taylor"])
 def test_a_search_gives_an_intact_bundle_whose_plan_the_loader_installs(request, cached, kind, name, unit, method):
     source = request.getfixturevalue(kind)
     bundle = cached(source, method=method, macs_ratio=0.8)
@@ -57,7 +57,9 @@ def test_a_search_gives_an_intact_bundle_whose_plan_the_loader_installs(request,
     assert record.cache.macs_ratio <= 0.8
     full, saved = plan.macs.full, sum(plan.macs.units.values())
     codes = next(iter(plan.codes.values()))
-    assert record.cache.macs_ratio == pytest.approx(1 - saved * codes.count("R") / (full * 8), abs=1e-12)
+    skipped = 8 - codes.count("C")
+    assert set(codes) == {"C", "F" if method == "taylor" else "R"}
+    assert record.cache.macs_ratio == pytest.approx(1 - saved * skipped / (full * 8), abs=1e-12)
     assert record.cache.chosen == {"calls": 8, "computed": codes.count("C")}
     pipe: Any = dacc.load(bundle, device="cpu")
     cached_latents = sample(pipe, REQUEST).latents
@@ -129,6 +131,31 @@ def test_other_units_of_a_unet(unet_folder, cached, unit):
     assert "R" in next(iter(plan.codes.values()))
 
 
+def test_encoder_propagation_treats_the_encoder_whoever_names_it(unet_folder, cached):
+    bundles = [cached(unet_folder, method="encoder", macs_ratio=0.95, unit=unit) for unit in ("auto", "encoder")]
+    plans = [plan_of(bundle) for bundle in bundles]
+    assert [plan.units[0].kind for plan in plans] == ["unet_encoder"] * 2
+    assert set(plans[0].codes["encoder"]) == {"C", "R"}
+
+
+def test_a_gate_gets_the_threshold_that_meets_the_target_and_its_cost_is_counted(dit_folder, cached):
+    settings = {"warmup": 2, "signal": "forecast"}
+    bundle = cached(dit_folder, method="gated", macs_ratio=0.85, settings=settings)
+    record = read_manifest(bundle).components["transformer"].cache
+    assert record.plan.codes == {"body": "CCGGGGGC"}
+    assert record.plan.gates["body"].threshold == record.chosen["threshold"] > 0
+    assert record.macs_ratio <= 0.85
+    assert 3 <= record.chosen["computed"] <= 8
+    assert 1 <= record.chosen["tried"] <= 10
+    sample(dacc.load(bundle, device="cpu"), REQUEST)
+
+
+def test_fields_of_a_forecast_reach_the_plan(unet_folder, cached):
+    plan = plan_of(cached(unet_folder, method="taylor", settings={"order": 2, "x": "sigma", "form": "published"}))
+    found = plan.predict["deep"]
+    assert (found.order, found.x, found.form) == (2, "sigma", "published")
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "said"),
     [
@@ -136,6 +163,9 @@ def test_other_units_of_a_unet(unet_folder, cached, unit):
         ({"unit": "cut:9.0"}, ConfigError, "--unit cut:9.0"),
         ({"unit": "module:mid_blok"}, ConfigError, "mid_block"),
         ({"macs_ratio": 0.01}, UnsupportedError, "best that it can reach.*--macs-ratio"),
+        ({"method": "encoder", "unit": "cut:0.0"}, ConfigError, "--method encoder treats --unit encoder"),
+        ({"method": "taylor", "settings": {"warmup": 8}}, ConfigError, "warmup=8 calls"),
+        ({"method": "gated", "settings": {"warmup": 1}}, UnsupportedError, "this unit has none.*--unit blocks:1-N"),
         ({"component": ("vae",)}, ConfigError, "no component 'vae'"),
         ({"settings": {"form": "odd"}}, ConfigError, "form"),
     ],

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
-from dacc.core.cache_plan import CacheRecord, UnitMacs
+from dacc.core.cache_plan import CacheRecord, Predictor, UnitMacs
 from dacc.core.errors import BundleError, ConfigError, ModelError
 from dacc.core.schedule_id import NoiseGrid, read_grid, schedule_id
 from dacc.runtime.plan import check_model, check_record, codes_on, plan_rows, planned_macs
@@ -88,6 +88,30 @@ def test_a_unit_inside_a_skipped_one_is_not_evaluated_and_values_live_until_thei
     assert [row.actions["outer"] for row in rows] == list("CRRC")
     assert [row.actions["inner"] for row in rows] == list("C--R")
     assert [sorted(row.needed) for row in rows] == [["inner", "outer"], ["inner", "outer"], ["inner"], []]
+
+
+def test_a_forecast_needs_as_many_values_as_it_looks_at_and_saves_what_a_reuse_saves(pipe):
+    rows = plan_rows({"deep": "CCCFCRCF"}, {"deep": frozenset()}, {"deep": 3})
+    assert [row.needed.get("deep", 0) for row in rows] == [1, 2, 3, 1, 2, 2, 3, 0]
+    fields = {"macs": UnitMacs(full=100, units={"deep": 70}), "predict": {"deep": Predictor(order=2)}}
+    assert planned_macs(plan_for(pipe, {CUT: "CCFRCF"}, **fields), {"deep": frozenset()}) == 600 - 3 * 70
+
+
+def test_on_another_grid_calls_are_skipped_as_around_there(pipe):
+    plan = plan_for(pipe, {CUT: "CCFFFCFFFFCRRRRCRRRR"}, predict={"deep": Predictor()})
+    codes = codes_on(plan, grid(DDIMScheduler(timestep_spacing="trailing"), 40))["deep"]
+    assert codes.count("C") == 5
+    assert set(codes[:20]) == {"C", "F"}
+    assert set(codes[22:]) == {"C", "R"}
+
+
+def test_a_forecast_without_a_predictor_and_one_at_the_first_call_are_refused(pipe):
+    with pytest.raises(ValueError, match="nothing says how"):
+        plan_for(pipe, {CUT: "CF"})
+    with pytest.raises(ValueError, match="at the first call"):
+        plan_for(pipe, {CUT: "FC"}, predict={"deep": Predictor()})
+    with pytest.raises(ValueError, match="predict is of"):
+        plan_for(pipe, {CUT: "CR"}, predict={"other": Predictor()})
 
 
 def test_macs_of_nested_units_are_saved_once(pipe):

@@ -1,0 +1,273 @@
+"""The search over many units for one denoiser: profile, first plans, generations, the front, the plan that meets the
+target. Every finished generation is kept, and what a later one does depends on it and the seed alone: a search that was
+interrupted ends as it would have without.
+
+Letters: P plans, C calls of a run, U units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import numpy
+from torch import nn
+
+from ..core.cache_plan import COMPUTE, REUSE, CachePlan, CacheRecord
+from ..core.config import build_config
+from ..core.errors import ConfigError, UnsupportedError
+from ..core.output import OutputWriter
+from ..core.reporter import Reporter
+from ..runtime.cached import remove_plans_
+from ..runtime.plan import denoiser_sha256
+from ..runtime.request import RunRequest
+from .config import SearchCacheConfig
+from .cost import feature_costs
+from .front import Candidate, front_files
+from .given import schedule_file, trimmed, whole_calls
+from .methods import dp
+from .objective import PlanObjective
+from .profile import CallCost, count_unit_macs, first_calls, time_calls
+from .search import Found, checked_cost, count_plan
+from .units import choose_units
+
+Pair = tuple[float, float]  # error and MAC ratio
+
+
+@dataclass
+class State:
+    """What a generation leaves behind. Tables are named by their bits in hexadecimal digits."""
+
+    generation: int  # 0: the first plans are evaluated
+    population: list[str]
+    known: dict[str, Pair]  # of the population and of all plans that none beats
+
+    def objectives(self) -> numpy.ndarray[Any, numpy.dtype[numpy.float64]]:
+        """(P, 2)."""
+        return numpy.array([self.known[name] for name in self.population])
+
+
+class Keeper:
+    """Keeps the state of a search in the journal of its output."""
+
+    def __init__(self, journal: OutputWriter, component: str) -> None:
+        self._journal, self._name = journal, f"evolve:{component}/state"
+
+    def load(self) -> State | None:
+        """The state that an interrupted run of the same search left; None for a new one."""
+        if self._name not in self._journal.finished_units():
+            return None
+        record = self._journal.unit_record(self._name)
+        known = {name: (pair[0], pair[1]) for name, pair in record["known"].items()}
+        return State(record["generation"], record["population"], known)
+
+    def save(self, state: State) -> None:
+        """Put it in place of the last one, at once or not at all."""
+        record = {"generation": state.generation, "population": state.population, "known": state.known}
+        self._journal.save_unit(self._name, {}, record)
+
+
+@dataclass
+class _Search:
+    """The plans of one denoiser as tables of bits."""
+
+    objective: PlanObjective
+    method: ModuleType
+    settings: Any
+    seed: int
+    evaluated: dict[str, Pair] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """C and U."""
+        return self.objective.blank.calls, len(self.objective.blank.units)
+
+    @property
+    def containers(self) -> list[list[int]]:
+        """For each unit the places of those that it lies in."""
+        names = [unit.id for unit in self.objective.blank.units]
+        return [[names.index(outer) for outer in sorted(self.objective.containers[name])] for name in names]
+
+    def name(self, table: Any) -> str:
+        """The bits of a table (C, U)."""
+        return str(numpy.packbits(table).tobytes().hex())
+
+    def table(self, name: str) -> Any:
+        """(C, U)."""
+        calls, units = self.shape
+        bits = numpy.unpackbits(numpy.frombuffer(bytes.fromhex(name), numpy.uint8))
+        return bits[: calls * units].astype(bool).reshape(calls, units)
+
+    def codes(self, name: str) -> dict[str, str]:
+        """The table as codes of the units."""
+        columns = self.table(name).T
+        return {
+            unit.id: "".join(COMPUTE if bit else REUSE for bit in column)
+            for unit, column in zip(self.objective.blank.units, columns, strict=True)
+        }
+
+    def evaluate(self, names: list[str]) -> dict[str, Pair]:
+        """Error and MAC ratio of some tables; those that were tried in this process are not run again."""
+        for name in names:
+            if name not in self.evaluated:
+                codes = self.codes(name)
+                self.evaluated[name] = self.objective.error(codes), self.objective.macs_ratio(codes)
+        return {name: self.evaluated[name] for name in names}
+
+    def begin(self, seeds: Any) -> State:
+        """The first plans, evaluated."""
+        first = self.method.first_population(seeds, self.settings.population, self.containers, self.seed)
+        names = [self.name(table) for table in first]
+        return State(0, names, self.evaluate(names))
+
+    def advance(self, state: State) -> State:
+        """The next generation."""
+        generation = state.generation + 1
+        seed = self.seed * 1_000_003 + generation
+        tables = numpy.stack([self.table(name) for name in state.population])
+        born = self.method.children(tables, state.objectives(), self.containers, self.settings, seed)
+        self.evaluated |= state.known
+        known = state.known | self.evaluate([self.name(table) for table in born])
+        everyone = list(dict.fromkeys([*state.population, *(self.name(table) for table in born)]))
+        objectives = numpy.array([known[name] for name in everyone])
+        kept = [everyone[place] for place in self.method.survivors(objectives, len(state.population), seed)]
+        front = self.front(known)
+        return State(generation, kept, {name: known[name] for name in dict.fromkeys([*front, *kept])})
+
+    def front(self, known: dict[str, Pair]) -> list[str]:
+        """Names of the plans that none beats, from the cheapest on."""
+        names = sorted(known)
+        return [names[place] for place in self.method.non_dominated([known[name] for name in names])]
+
+
+def evolve_component(
+    pipe: Any,
+    component: str,
+    config: SearchCacheConfig,
+    method: ModuleType,
+    request: RunRequest,
+    weights: str,
+    reporter: Reporter,
+    known_cost: CallCost | None,
+    keeper: Keeper,
+) -> Found:
+    """Find the front of plans of one denoiser of a pipeline that runs without plans, and the one that meets the target.
+
+    Args:
+        config, request, weights, known_cost: see `search_component`.
+        keeper: where finished generations are kept.
+
+    Raises:
+        ConfigError: the method's fields, a profile of other units, or pymoo is not installed.
+        UnsupportedError: the denoiser cannot be cached so, or the target is out of reach.
+    """
+    settings = build_config(method.CONFIG, **config.settings)
+    _check_installed()
+    denoiser: nn.Module = pipe.components[component]
+    units = choose_units(denoiser, config.unit)
+    calls, schedule = first_calls(pipe, component, request)
+    cost = None
+    if config.speedup is not None:
+        cost = checked_cost(known_cost, units) if known_cost else time_calls(denoiser, units, calls, reporter)
+    blank = CachePlan(
+        class_name=type(denoiser).__name__,
+        config_sha256=denoiser_sha256(denoiser),
+        weights=weights,
+        schedule=schedule,
+        rule=config.rule,
+        units=units,
+        codes={unit.id: COMPUTE * len(schedule.timesteps) for unit in units},
+        macs=count_unit_macs(denoiser, units, calls),
+    )
+    state = keeper.load()
+    seeds = _seeds(pipe, component, blank, request, settings, reporter) if state is None else None
+    objective = PlanObjective(pipe, component, blank, request)
+    limit = _limit(config, objective, cost)
+    search = _Search(objective, method, settings, config.seed)
+    if state is None:
+        state = search.begin(seeds)
+        keeper.save(state)
+    for _ in reporter.progress(range(state.generation, settings.generations), "evolving"):
+        state = search.advance(state)
+        keeper.save(state)
+    remove_plans_(pipe)
+    front = search.front(state.known)
+    fitting = [name for name in front if state.known[name][1] <= limit]
+    chosen = min(fitting, key=lambda name: state.known[name])
+    plan = trimmed(blank.model_copy(update={"codes": search.codes(chosen)}))
+    files = front_files(
+        component,
+        [Candidate(*state.known[name], search.codes(name)) for name in front],
+        [state.known[name] for name in state.population],
+        front.index(chosen),
+    )
+    record = CacheRecord(
+        method=config.method,
+        plan=plan,
+        plan_sha256=plan.sha256(),
+        macs_ratio=count_plan(pipe, component, plan, request, reporter),
+        chosen={"calls": plan.calls, "computed": whole_calls(plan), "generations": state.generation},
+    )
+    return Found(record, cost, {}, files | schedule_file(component, denoiser, plan))
+
+
+def _seeds(pipe: Any, component: str, blank: CachePlan, request: RunRequest, settings: Any, reporter: Reporter) -> Any:
+    """First plans (S, C, U): at even distances for all units together, and by the dynamic programme for each alone."""
+    counts = _counts(blank.calls, max(2, settings.population // 3))
+    costs = feature_costs(pipe, component, blank, request, reporter)
+    found = [numpy.ones((blank.calls, len(blank.units)), dtype=bool)]
+    for computed in counts:
+        even = numpy.zeros_like(found[0])
+        even[[number * blank.calls // computed for number in range(computed)]] = True
+        fitted = numpy.zeros_like(found[0])
+        for place, unit in enumerate(blank.units):
+            fitted[list(dp.schedule(blank.calls, computed, dp.DPConfig(), costs[unit.id])), place] = True
+        found += [even, fitted]
+    return numpy.stack(found)
+
+
+def _counts(calls: int, wanted: int) -> list[int]:
+    """Numbers of computed calls from few to all but one, denser where they are few."""
+    if calls < 3:
+        return [1]
+    return sorted({round((calls - 1) ** (number / (wanted - 1))) for number in range(wanted)})
+
+
+def _limit(config: SearchCacheConfig, objective: PlanObjective, cost: CallCost | None) -> float:
+    """The MAC ratio that the chosen plan may have. Seconds are taken to follow the MACs that are saved.
+
+    Raises:
+        UnsupportedError: skipping everything after the first call is still too dear.
+    """
+    blank = objective.blank
+    cheapest = objective.macs_ratio(dict.fromkeys(blank.codes, COMPUTE + REUSE * (blank.calls - 1)))
+    if cost is None:
+        assert config.macs_ratio is not None
+        limit, told = config.macs_ratio, f"a MAC ratio of {config.macs_ratio:g}"
+        best = f"--macs-ratio {cheapest + 0.0005:.3f}"
+    else:
+        assert config.speedup is not None
+        saved = 1 - min(1.0, cost.partial_seconds / cost.full_seconds)  # of a call's seconds, all units skipped
+        share = (1 - cheapest) * blank.calls / max(1, blank.calls - 1)  # of its MACs
+        limit = 1 - (1 - 1 / config.speedup) * share / saved if saved > 0 else -1.0
+        told = f"a speed-up of {config.speedup:g}"
+        best = f"--speedup {1 / (1 - saved * (blank.calls - 1) / blank.calls) - 0.005:.2f}"
+    if cheapest > limit:
+        raise UnsupportedError(
+            f"these units cannot give {told}: a run that computes them at its first call only costs {cheapest:.3f} of "
+            "the full one.",
+            f"The best that they can reach with {blank.calls} calls is {best}.",
+            "Ask for less, or choose larger parts with --unit.",
+        )
+    return limit
+
+
+def _check_installed() -> None:
+    for package in ("pymoo", "matplotlib"):
+        if find_spec(package) is None:
+            raise ConfigError(
+                f"--method evolve needs the package {package}, which is not installed.",
+                mend="Install it: pip install 'dacc-diffusion[evolve]'.",
+            )

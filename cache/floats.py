@@ -1,0 +1,54 @@
+"""The float pipeline that a quantized source was made from, as the search compares with it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+from ..core.config import build_config
+from ..core.manifest import read_manifest
+from ..core.reporter import Reporter
+from ..runtime.load import load_source
+from .api import Job
+from .config import SearchCacheConfig
+
+
+def wants_reference(method: ModuleType, config: SearchCacheConfig) -> bool:
+    """Whether a method, with these settings, compares with the float network.
+
+    Raises:
+        ConfigError: the method's fields.
+    """
+    return bool(getattr(build_config(method.CONFIG, **config.settings), "joint", False))
+
+
+class FloatReference:
+    """Loads it when it is needed.
+
+    Args:
+        pipe: the source, whose device it shares.
+    """
+
+    def __init__(self, job: Job, pipe: Any, reporter: Reporter) -> None:
+        self._job, self._device, self._reporter = job, str(pipe.device), reporter
+        self._manifest = read_manifest(job.source.path)
+
+    def pipeline(self, component: str) -> Any | None:
+        """The float pipeline; None for a component that is not quantized, or where it is not found (a notice)."""
+        record = self._manifest.components.get(component) if self._manifest else None
+        if record is None or record.quantization is None:
+            return None
+        if self._job.reference is None:
+            assert self._manifest is not None
+            self._reporter.notice(
+                f"the float pipeline {self._manifest.source.name} of {component} was not found: the search compares "
+                "with the quantized network itself, without its rounding errors"
+            )
+            return None
+        return self._loaded
+
+    @cached_property
+    def _loaded(self) -> Any:
+        assert self._job.reference is not None
+        return load_source(self._job.reference, device=self._device, cached=False, reporter=self._reporter)

@@ -1,0 +1,63 @@
+"""From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers (2025), arXiv 2503.06923: the first calls
+compute everything, later ones at fixed distances; between them what is skipped is forecast from the last computed ones.
+
+even        0 ... w - 1, then w - 1 + floor(i (C - w + 1) / (K - w + 1)), i = 1 ... K - w
+interval    0 ... w - 1, then w - 1 + N, w - 1 + 2 N, ... with the smallest whole N that gives no more than K calls
+
+Published for the output of every attention and feed-forward of a transformer; here for one unit, by default its whole
+body. How values are continued: `runtime/forecast.py`.
+Letters: C calls of a run, K calls that compute, w warmup.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ...core.cache_plan import Abscissa, Predictor
+from ...core.config import Config
+from ...core.errors import ConfigError
+
+
+class TaylorConfig(Config):
+    """Fields of `--set`."""
+
+    order: int = Field(1, ge=1, le=6)  # of the polynomial; larger: follows bends, and carries noise further
+    form: Literal["newton", "published"] = "newton"  # exact for polynomials, or the recurrence of the paper
+    x: Abscissa = "call"  # what the polynomial runs over
+    warmup: int = Field(2, ge=1)  # calls at the start that all compute
+    spacing: Literal["even", "interval"] = "even"  # of the others: K in all, or every N-th, as published
+
+
+CONFIG = TaylorConfig
+NEEDS: tuple[str, ...] = ()
+
+
+def schedule(calls: int, computed: int, config: TaylorConfig) -> tuple[int, ...]:
+    """The calls that compute, ascending, the first of them 0.
+
+    Args:
+        calls: C.
+        computed: K, at most C; `interval` may give fewer.
+
+    Raises:
+        ConfigError: the target allows fewer computed calls than warm up.
+    """
+    if config.warmup > computed:
+        raise ConfigError(
+            f"warmup={config.warmup} calls compute, and the target allows {computed} of {calls}.",
+            mend="Ask for less speed, or for a shorter warm-up with --set warmup=N.",
+        )
+    last, later = config.warmup - 1, computed - config.warmup  # of the warm-up; calls to place behind it
+    if config.spacing == "even":
+        places = [last + number * (calls - last) // (later + 1) for number in range(1, later + 1)]
+    else:
+        interval = -(-(calls - last) // (later + 1))
+        places = list(range(last + interval, calls, interval))
+    return (*range(config.warmup), *places)
+
+
+def predictor(config: TaylorConfig) -> Predictor:
+    """How the calls between are forecast."""
+    return Predictor(order=config.order, form=config.form, x=config.x)

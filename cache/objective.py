@@ -1,0 +1,65 @@
+"""What a plan does and costs: a run with it beside the run that computes everything, the same noise in one batch."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor
+
+from ..core.cache_plan import CachePlan
+from ..core.errors import UnsupportedError
+from ..runtime.cached import install_plan_, no_cache
+from ..runtime.compare import relative_l2
+from ..runtime.plan import planned_macs
+from ..runtime.request import RunRequest
+from ..runtime.trajectory import call_pipeline
+
+
+class PlanObjective:
+    """Error and multiply-accumulates of plans of the same units. The pipeline keeps the last one that was tried.
+
+    Args:
+        blank: a plan with these units that computes everything.
+        request: the samples; all are run in one batch.
+    """
+
+    def __init__(self, pipe: Any, component: str, blank: CachePlan, request: RunRequest) -> None:
+        self._pipe, self._request = pipe, request.model_copy(update={"batch_size": len(request.seeds)})
+        self._units = install_plan_(pipe, component, blank)
+        self.blank, self._steps = blank, 0
+        self.containers = self._units.containers
+        with no_cache(pipe):
+            self._wanted = self._final()
+
+    def error(self, codes: dict[str, str]) -> float:
+        """Mean relative L2 of the final samples."""
+        self._units.plan = self.blank.model_copy(update={"codes": codes})
+        return float(relative_l2(self._wanted, self._final()).mean())
+
+    def macs_ratio(self, codes: dict[str, str]) -> float:
+        """Predicted multiply-accumulates of a run over those without plan; nothing is run."""
+        plan = self.blank.model_copy(update={"codes": codes})
+        return planned_macs(plan, self.containers) / (plan.macs.full * plan.calls)
+
+    def _final(self) -> Tensor:
+        """The sample after the last step. What follows it in the pipeline is left out once the steps are known."""
+        seen: list[Tensor] = []
+
+        def watch(sample: Tensor) -> None:
+            seen.append(sample)
+            if len(seen) == self._steps:
+                raise _LastStep
+
+        with suppress(_LastStep):
+            call_pipeline(self._pipe, self._request, range(len(self._request.seeds)), on_step=watch)
+        if not seen:
+            raise UnsupportedError(
+                f"the scheduler of {type(self._pipe).__name__} made no step.", "Runs are compared by its samples."
+            )
+        self._steps = len(seen)
+        return seen[-1][: len(self._request.seeds)].detach().float().cpu()  # guidance may have doubled the batch
+
+
+class _LastStep(Exception):
+    """The final sample is there; the run may end."""

@@ -1,0 +1,33 @@
+"""From the calls that a method lets compute to the plan of a unit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from types import ModuleType
+from typing import Any
+
+from ..core.cache_plan import COMPUTE, FORECAST, GATE, REUSE, CachePlan, Gate
+
+
+def planned(
+    blank: CachePlan,
+    places: Collection[int],
+    method: ModuleType,
+    settings: Any,
+    gates: Mapping[str, Gate] | None = None,
+) -> CachePlan:
+    """A plan that computes its unit at some calls; at the others it is forecast where the method says how, else reused;
+    with a gate, where that says so.
+
+    Args:
+        blank: a plan of one unit, for everything but its codes.
+        method: a file of `methods`; its function `predictor`, if it has one, tells how to forecast.
+        settings: the fields of the method.
+        gates: the gate of the unit, if it has one.
+    """
+    unit = blank.units[0].id
+    predictor = method.predictor(settings) if hasattr(method, "predictor") else None
+    skipping = GATE if gates else REUSE if predictor is None else FORECAST
+    codes = "".join(COMPUTE if call in places else skipping for call in range(blank.calls))
+    predict = {} if predictor is None else {unit: predictor}
+    return blank.model_copy(update={"codes": {unit: codes}, "predict": predict, "gates": dict(gates or {})})

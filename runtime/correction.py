@@ -1,0 +1,115 @@
+"""Correction of reused values, after CacheQuant: Accelerating Diffusion Models Jointly with Quantization and Caching
+(2025), arXiv 2503.01323: what a denoiser call reuses becomes
+
+    scale[call, channel] * value + shift[call, channel]
+
+Channels are the second axis of a feature map, the last one of a token sequence. The tables of a unit that keeps several
+tensors are one pair for each of them.
+Letters: C calls of the plan's grid, N channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..core.cache_plan import CachePlan
+from ..core.errors import BundleError
+from ..core.safe_read import read_header
+from ..core.tensor_file import StoredTensor, content_hash
+
+MAP_DIMENSIONS = 4  # tensors of so many and more are feature maps
+SCALE, SHIFT = "scale", "shift"
+
+
+class Correction:
+    """The tables of one plan.
+
+    Args:
+        tables: `table_name` and `scale` or `shift`, with a dot between -> (C, N), float32.
+        plan: whose reused values they are for.
+
+    Raises:
+        BundleError: they are not the tables of this plan.
+    """
+
+    def __init__(self, tables: Mapping[str, Tensor], plan: CachePlan) -> None:
+        self.tables = dict(tables)
+        self._check(plan)
+
+    def apply(self, unit: str, path: str, call: int, value: Any) -> Any:
+        """The kept output of a module, corrected for a call.
+
+        Raises:
+            BundleError: the tables are for other channels.
+        """
+        leaves, form = tree_flatten(value)
+        found = [
+            self._corrected(table_name(unit, path, number), call, leaf) if torch.is_tensor(leaf) else leaf
+            for number, leaf in enumerate(leaves)
+        ]
+        return tree_unflatten(found, form)
+
+    def _corrected(self, name: str, call: int, value: Tensor) -> Tensor:
+        scale, shift = self.tables.get(f"{name}.{SCALE}"), self.tables.get(f"{name}.{SHIFT}")
+        channels = value.shape[channel_axis(value)]
+        if scale is None or shift is None or scale.shape[1] != channels:
+            known = "none" if scale is None else f"one for {scale.shape[1]} channels"
+            raise BundleError(f"{name} has {channels} channels; its correction is {known}.", mend=_ANEW)
+        if scale.device != value.device:
+            scale, shift = (self._moved(f"{name}.{part}", value.device) for part in (SCALE, SHIFT))
+        return affine(value, scale[call], shift[call])
+
+    def _moved(self, name: str, device: torch.device) -> Tensor:
+        self.tables[name] = self.tables[name].to(device)
+        return self.tables[name]
+
+    def _check(self, plan: CachePlan) -> None:
+        if plan.correction is None or content_hash(self.tables) != plan.correction.sha256:
+            raise BundleError("the correction of a cache plan is not what the plan says.", mend=_ANEW)
+        for name, table in self.tables.items():
+            stem, _, part = name.rpartition(".")
+            other = self.tables.get(f"{stem}.{SHIFT if part == SCALE else SCALE}")
+            fits = table.ndim == 2 and len(table) == plan.calls and table.dtype == torch.float32
+            if part not in (SCALE, SHIFT) or other is None or not fits or other.shape != table.shape:
+                raise BundleError(
+                    f"the correction table {name!r} {tuple(table.shape)} does not fit a plan of {plan.calls} calls.",
+                    mend=_ANEW,
+                )
+
+
+def read_correction(component_folder: Path, plan: CachePlan) -> Correction | None:
+    """The correction that lies in the folder of a component; None where the plan has none.
+
+    Raises:
+        BundleError: the file is missing, damaged, or not the plan's.
+    """
+    if plan.correction is None:
+        return None
+    file = component_folder / plan.correction.file
+    return Correction({name: StoredTensor(file, info).load() for name, info in read_header(file).items()}, plan)
+
+
+def affine(value: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale x + shift per channel; both (N,)."""
+    shape = [1] * value.ndim
+    shape[channel_axis(value)] = -1
+    return torch.addcmul(shift.to(value.dtype).reshape(shape), value, scale.to(value.dtype).reshape(shape))
+
+
+def table_name(unit: str, path: str, number: int) -> str:
+    """How the tables of one tensor are called: the unit, the module, and the place in what the module gives."""
+    return f"{unit}/{path}/{number}"
+
+
+def channel_axis(value: Tensor) -> int:
+    """The axis whose entries have maps of their own."""
+    return 1 if value.ndim >= MAP_DIMENSIONS else value.ndim - 1
+
+
+_ANEW = "Copy the bundle again, or make the plan anew with dacc search-cache."

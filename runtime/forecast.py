@@ -1,0 +1,117 @@
+"""Forecasts of what a unit gives, from what it gave at the last calls that computed it: TaylorSeer, Liu et al., From
+Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers (2025), arXiv 2503.06923.
+
+newton      the polynomial through the last m + 1 points, whatever their distances (Newton's divided differences)
+published   D0 = v_n, D(i+1) = (D(i) - D(i) of the computed call before) / (x_n - x_(n-1)), and the forecast is
+            sum of D(i) (x - x_n)^i / i!; exact for straight lines only, as the authors' program
+
+Both are linear in the values: v_n + sum of w_j (v_j - v_n), with numbers w_j that depend on the places alone. So values
+are kept as they are, in the type of the model, and the sum runs in float32.
+
+Letters: m order, n values that are there: v_1 ... v_n, at the places x_1 ... x_n (call, sigma or timestep).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import factorial, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..core.cache_plan import Predictor
+from .clock import RunState
+
+Key = tuple[str, str]  # unit, module
+
+
+class History:
+    """The last computed values of the units of one guidance branch, with the places where they stand.
+
+    Args:
+        predictors: unit and module -> how what it gives is forecast; of others nothing is kept.
+    """
+
+    def __init__(self, predictors: Mapping[Key, Predictor] | None = None) -> None:
+        self.predictors = dict(predictors or {})
+        self._points: dict[Key, list[tuple[float, Any]]] = {}
+
+    def add(self, key: Key, state: RunState, value: Any) -> None:
+        """A computed value; it replaces an older one at the same place (second-order solvers come twice)."""
+        if key not in self.predictors:
+            return
+        place = abscissa(self.predictors[key], state)
+        points = self._points.setdefault(key, [])
+        points[:] = [*(point for point in points if point[0] != place), (place, value)]
+
+    def forecast(self, key: Key, state: RunState) -> Any:
+        """The value at a call, of the order that the values which are there allow."""
+        predictor = self.predictors[key]
+        place = abscissa(predictor, state)
+        points = self._points[key][-predictor.order - 1 :]
+        numbers = weights([point[0] for point in points], place, predictor.form)
+        return combined(numbers, [point[1] for point in points])
+
+    def trim(self, needed: Mapping[str, int]) -> None:
+        """Keep no more values than later calls look at: unit -> how many."""
+        for key in list(self._points):
+            kept = needed.get(key[0], 0)
+            self._points[key] = self._points[key][-kept:] if kept else []
+            if not kept:
+                del self._points[key]
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._points.clear()
+
+    def count(self, key: Key) -> int:
+        """n."""
+        return len(self._points.get(key, ()))
+
+
+def abscissa(predictor: Predictor, state: RunState) -> float:
+    """x of a call; its timestep where a scheduler has no sigmas."""
+    if predictor.x == "call":
+        return float(state.call)
+    return state.timestep if predictor.x == "timestep" or state.sigma is None else state.sigma
+
+
+def weights(places: Sequence[float], place: float, form: str) -> list[float]:
+    """What each value (n,) counts in the forecast at `place`; they add up to 1."""
+    return _newton(places, place) if form == "newton" else _published(places, place)
+
+
+def combined(numbers: Sequence[float], values: Sequence[Any]) -> Any:
+    """The sum of values times numbers that add up to 1. Values are tensors or nested tuples of them, alike."""
+
+    def sum_of(newest: Any, *older: Any) -> Any:
+        if not isinstance(newest, Tensor) or not newest.is_floating_point():
+            return newest
+        base = total = newest.to(torch.promote_types(newest.dtype, torch.float32))
+        for number, value in zip(numbers, older, strict=False):
+            total = total + number * (value.to(base.dtype) - base)
+        return total.to(newest.dtype)
+
+    return tree_map(sum_of, values[-1], *values[:-1])
+
+
+def _newton(places: Sequence[float], place: float) -> list[float]:
+    """The polynomials that are 1 at one place and 0 at the others: Newton's polynomial, sorted by values."""
+    return [prod((place - other) / (own - other) for other in places if other != own) for own in places]
+
+
+def _published(places: Sequence[float], place: float) -> list[float]:
+    """The recurrence, run on the shares that each value has in its factors."""
+    factors: list[list[float]] = []
+    for number, own in enumerate(places):
+        fresh = [[float(number == other) for other in range(len(places))]]
+        for older in factors:
+            gap = own - places[number - 1]
+            fresh.append([(new - old) / gap for new, old in zip(fresh[-1], older, strict=True)])
+        factors = fresh
+    distance = place - places[-1]
+    powers = [distance**order / factorial(order) for order in range(len(factors))]
+    by_value = zip(*factors, strict=True)  # what each value counts in every factor
+    return [sum(power * share for power, share in zip(powers, shares, strict=True)) for shares in by_value]

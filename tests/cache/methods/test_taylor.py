@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from dacc.cache.methods.taylor import TaylorConfig, predictor, schedule
+from dacc.core.errors import ConfigError
+
+
+def as_published(calls: int, interval: int, first_enhance: int) -> tuple[int, ...]:
+    """Slow and obvious: a counter, as the paper tells it."""
+    found, counter = [], 0
+    for call in range(calls):
+        if call < first_enhance or counter == interval - 1:
+            found.append(call)
+            counter = 0
+        else:
+            counter += 1
+    return tuple(found)
+
+
+@pytest.mark.parametrize("calls", [20, 50, 51])
+@pytest.mark.parametrize("warmup", [1, 2, 3])
+def test_an_interval_is_the_published_schedule_of_the_densest_that_fits(calls, warmup):
+    for computed in range(warmup, calls + 1):
+        fitting = (as_published(calls, interval, warmup) for interval in range(1, calls + 1))
+        expected = next(places for places in fitting if len(places) <= computed)
+        assert schedule(calls, computed, TaylorConfig(warmup=warmup, spacing="interval")) == expected
+
+
+@pytest.mark.parametrize("calls", [7, 20, 51])
+def test_even_spacing_uses_the_whole_budget_at_distances_that_differ_by_one(calls):
+    for warmup in (1, 2, 3):
+        for computed in range(warmup, calls + 1):
+            places = schedule(calls, computed, TaylorConfig(warmup=warmup))
+            assert len(places) == computed
+            assert places[:warmup] == tuple(range(warmup))
+            assert places[-1] < calls
+            behind = (*places[warmup - 1 :], calls)
+            gaps = {after - before for before, after in pairwise(behind)}
+            assert max(gaps) - min(gaps) <= 1
+
+
+def test_without_a_warm_up_even_spacing_is_that_of_deepcache():
+    from dacc.cache.methods import deepcache
+
+    even = deepcache.DeepCacheConfig()
+    assert schedule(50, 9, TaylorConfig(warmup=1)) == deepcache.schedule(50, 9, even)
+
+
+def test_a_warm_up_beyond_the_target_is_refused():
+    with pytest.raises(ConfigError, match="warmup=4 calls compute, and the target allows 3 of 50"):
+        schedule(50, 3, TaylorConfig(warmup=4))
+
+
+def test_the_fields_say_how_the_other_calls_are_forecast():
+    found = predictor(TaylorConfig(order=3, form="published", x="sigma"))
+    assert (found.kind, found.order, found.form, found.x) == ("taylor", 3, "published", "sigma")

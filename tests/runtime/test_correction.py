@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dacc.core.cache_plan import CorrectionId
+from dacc.core.errors import BundleError
+from dacc.core.tensor_file import content_hash
+from dacc.runtime.cached import install_plan_
+from dacc.runtime.correction import Correction
+from dacc.runtime.plan import planned_macs
+from dacc.runtime.request import RunRequest
+from dacc.runtime.trajectory import sample
+
+from .cache_plans import blocks, module, plan_for
+
+REQUEST = RunRequest(seeds=(1,), num_inference_steps=4)
+
+
+def with_tables(plan: Any, tables: dict[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
+    return plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables))}), tables
+
+
+def tables_for(name: str, scale: torch.Tensor, shift: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"{name}.scale": scale, f"{name}.shift": shift}
+
+
+def test_reused_values_are_mapped_by_call_and_channel(unet_pipeline):
+    pipe = unet_pipeline()
+    plan = plan_for(pipe, {module("mid_block"): "CRRC"})
+    scale, shift = torch.rand(4, 32), torch.rand(4, 32)
+    plan, tables = with_tables(plan, tables_for("mid_block/mid_block/0", scale, shift))
+    entered: list[Any] = []
+    pipe.unet.up_blocks[0].register_forward_pre_hook(
+        lambda _, args, kwargs: entered.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]),
+        with_kwargs=True,
+    )
+    install_plan_(pipe, "unet", plan, Correction(tables, plan))
+    sample(pipe, REQUEST)
+    for call in (1, 2):
+        wanted = scale[call].reshape(1, -1, 1, 1) * entered[0] + shift[call].reshape(1, -1, 1, 1)
+        torch.testing.assert_close(entered[call], wanted)
+
+
+def test_one_and_zero_change_nothing(dit_pipeline):
+    pipe = dit_pipeline()
+    plan = plan_for(pipe, {blocks(0, 2): "CRCR"})
+    install_plan_(pipe, "transformer", plan)
+    plain = sample(pipe, REQUEST).latents
+    name = "body/transformer_blocks.1/0"
+    plan, tables = with_tables(plan, tables_for(name, torch.ones(4, 64), torch.zeros(4, 64)))
+    install_plan_(pipe, "transformer", plan, Correction(tables, plan))
+    assert torch.equal(sample(pipe, REQUEST).latents, plain)
+    plan, tables = with_tables(plan, tables_for(name, torch.ones(4, 64), torch.ones(4, 64)))
+    install_plan_(pipe, "transformer", plan, Correction(tables, plan))
+    assert not torch.equal(sample(pipe, REQUEST).latents, plain)
+
+
+def test_a_value_of_another_call_than_the_plan_means_is_not_corrected(unet_pipeline):
+    pipe = unet_pipeline()
+    plan = plan_for(pipe, {module("mid_block"): "CRRR"})
+    plan, tables = with_tables(plan, tables_for("mid_block/mid_block/0", torch.rand(4, 32), torch.rand(4, 32)))
+    latents = []
+    for correction in (None, Correction(tables, plan)):
+        units = install_plan_(pipe, "unet", plan, correction)
+        scheduler = pipe.scheduler
+        scheduler.set_timesteps(4)
+        value = torch.ones(1, 1, 16, 16)
+        with torch.no_grad():
+            for timestep in scheduler.timesteps[1:]:  # the run begins at call 1, which has nothing to reuse
+                given = scheduler.scale_model_input(value, timestep)
+                value = scheduler.step(pipe.unet(given, timestep)[0], timestep, value).prev_sample
+        latents.append(value)
+        units.remove_()
+    assert torch.equal(*latents)
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"u.scale": torch.ones(4, 3)},
+        tables_for("u", torch.ones(3, 3), torch.zeros(3, 3)),
+        tables_for("u", torch.ones(4, 3), torch.zeros(4, 2)),
+        tables_for("u", torch.ones(4, 3).half(), torch.zeros(4, 3).half()),
+        {"u.other": torch.ones(4, 3)},
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(unet_pipeline, tables):
+    plan, tables = with_tables(plan_for(unet_pipeline(), {module("mid_block"): "CRRC"}), tables)
+    with pytest.raises(BundleError, match="does not fit a plan of 4 calls"):
+        Correction(tables, plan)
+
+
+def test_tables_of_other_channels_are_refused_when_they_are_used(unet_pipeline):
+    pipe = unet_pipeline()
+    plan = plan_for(pipe, {module("mid_block"): "CRRC"})
+    for name, said in (("mid_block/mid_block/0", "one for 3 channels"), ("other/mid_block/0", "none")):
+        plan, tables = with_tables(plan, tables_for(name, torch.ones(4, 3), torch.zeros(4, 3)))
+        install_plan_(pipe, "unet", plan, Correction(tables, plan))
+        with pytest.raises(BundleError, match=said):
+            sample(pipe, REQUEST)
+    assert planned_macs(plan, {"mid_block": frozenset()}) == 0
