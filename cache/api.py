@@ -135,8 +135,6 @@ def prepare(
     Raises:
         DaccError: unknown method or component, no pipeline, or a profile that cannot be read.
     """
-    if config.method == "auto":
-        reporter.detail("method auto: dp")
     config = config.resolved()
     found = source if isinstance(source, Source) else resolve_source(_text(source), reporter=reporter)
     entry = zoo_entry_of(found)

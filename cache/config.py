@@ -14,7 +14,8 @@ from ..core.registry import Registry
 from ..core.schedule_id import StepRule
 
 METHODS = Registry("cache search", f"{__package__}.methods", Path(__file__).parent / "methods")
-DEFAULT_METHOD = "dp"
+AUTO = "auto"
+TRIED = ("deepcache", "taylor", "dp")  # by auto
 GIVEN = "ecad"  # the method that takes a schedule from a file
 DEFAULT_SPEEDUP = 2.0
 DEFAULT_STEPS = 50
@@ -59,13 +60,19 @@ class SearchCacheConfig(Config):
         return self
 
     def resolved(self) -> SearchCacheConfig:
-        """The same with the method's name in place of "auto" and a target.
+        """The same with a target.
 
         Raises:
-            ConfigError: no such method, or a target for the one that takes a schedule as it is.
+            ConfigError: no such method, fields for "auto", or a target for the one that takes a schedule as it is.
         """
-        method = DEFAULT_METHOD if self.method == "auto" else self.method
-        METHODS.check(method)
+        method = self.method
+        if method != AUTO:
+            METHODS.check(method)
+        elif self.settings:
+            raise ConfigError(
+                f"--set {next(iter(self.settings))} is a field of one method, and auto tries several.",
+                mend=f"Name it with --method; auto tries {', '.join(TRIED)}.",
+            )
         aimless = self.speedup is None and self.macs_ratio is None
         if method == GIVEN and not aimless:
             raise ConfigError(
@@ -73,7 +80,7 @@ class SearchCacheConfig(Config):
                 mend="Leave --speedup and --macs-ratio out.",
             )
         speedup = DEFAULT_SPEEDUP if aimless and method != GIVEN else self.speedup
-        return self.model_copy(update={"method": method, "speedup": speedup})
+        return self.model_copy(update={"speedup": speedup})
 
 
 def parse_unit(text: str, stacks: tuple[str, ...]) -> Unit:

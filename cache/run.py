@@ -13,7 +13,8 @@ from ..core.source import zoo_entry_of
 from ..runtime.cached import remove_plans_
 from ..runtime.request import RunRequest
 from .api import Job
-from .config import METHODS
+from .auto import search_auto
+from .config import AUTO, METHODS, TRIED
 from .evolution import Keeper, evolve_component
 from .files import parse_cost
 from .floats import FloatReference, wants_reference
@@ -46,15 +47,19 @@ def search_all(pipe: Any, job: Job, journal: OutputWriter, reporter: Reporter) -
         batch_size=config.batch_size,
         prompts=entry.calibration_prompts or None if entry else None,
     ).with_zoo_defaults(entry)
-    method = METHODS.load(config.method)
-    floats = FloatReference(job, pipe, reporter) if wants_reference(method, config) else None
+    methods = [METHODS.load(name) for name in (TRIED if config.method == AUTO else (config.method,))]
+    method = methods[-1]
+    wanted = any(wants_reference(own, config) for own in methods)
+    floats = FloatReference(job, pipe, reporter) if wanted else None
     found: dict[str, Found] = {}
     for name in job.components:
         remove_plans_(pipe)
         known = parse_cost(job.costs, name)
         reference = floats.pipeline(name) if floats else None
         weights = job.hashes[name]
-        if getattr(method, "UNITS", "one") == "many":
+        if config.method == AUTO:
+            found[name] = search_auto(pipe, name, config, request, weights, reporter, known, reference)
+        elif getattr(method, "UNITS", "one") == "many":
             keeper = Keeper(journal, name)
             found[name] = evolve_component(pipe, name, config, method, request, weights, reporter, known, keeper)
         elif getattr(method, "UNITS", "one") == "given":

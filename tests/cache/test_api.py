@@ -15,6 +15,8 @@ from dacc.core.cache_plan import CachePlan
 from dacc.core.errors import BundleError, ConfigError, ModelError, QualityError, UnsupportedError
 from dacc.core.manifest import Manifest, read_manifest
 from dacc.core.reporter import Reporter
+from dacc.core.seeds import seed_stream
+from dacc.runtime.compare import relative_l2
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import sample
 
@@ -150,6 +152,20 @@ def test_a_gate_gets_the_threshold_that_meets_the_target_and_its_cost_is_counted
     sample(dacc.load(bundle, device="cpu"), REQUEST)
 
 
+def test_auto_keeps_the_nearest_of_what_it_tried(unet_folder, cached):
+    record = read_manifest(cached(unet_folder)).components["unet"].cache
+    figures = {name: record.chosen[f"relative_l2_{name}"] for name in ("deepcache", "taylor", "dp")}
+    assert record.method == min(figures, key=figures.get)
+    request = RunRequest(seeds=seed_stream("search", 0, 1), num_inference_steps=8)
+    wanted = sample(dacc.load(unet_folder, device="cpu"), request).latents
+    for name, figure in figures.items():
+        bundle = cached(unet_folder, method=name)
+        found = relative_l2(wanted, sample(dacc.load(bundle, device="cpu"), request).latents).mean().item()
+        assert found == pytest.approx(figure, abs=1e-5)
+        if name == record.method:
+            assert plan_of(bundle) == record.plan
+
+
 def test_fields_of_a_forecast_reach_the_plan(unet_folder, cached):
     plan = plan_of(cached(unet_folder, method="taylor", settings={"order": 2, "x": "sigma", "form": "published"}))
     found = plan.predict["deep"]
@@ -166,6 +182,7 @@ def test_fields_of_a_forecast_reach_the_plan(unet_folder, cached):
         ({"method": "encoder", "unit": "cut:0.0"}, ConfigError, "--method encoder treats --unit encoder"),
         ({"method": "taylor", "settings": {"warmup": 8}}, ConfigError, "warmup=8 calls"),
         ({"method": "gated", "settings": {"warmup": 1}}, UnsupportedError, "this unit has none.*--unit blocks:1-N"),
+        ({"method": "auto", "settings": {"cost": "feature"}}, ConfigError, "--set cost is a field of one method"),
         ({"component": ("vae",)}, ConfigError, "no component 'vae'"),
         ({"settings": {"form": "odd"}}, ConfigError, "form"),
     ],

@@ -1,0 +1,55 @@
+"""The method "auto": several are tried at the same target, and the one nearest to runs without a plan wins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..core.errors import ConfigError
+from ..core.reporter import Reporter
+from ..runtime.cached import remove_plans_
+from ..runtime.compare import relative_l2
+from ..runtime.request import RunRequest
+from ..runtime.trajectory import sample
+from .config import METHODS, TRIED, SearchCacheConfig
+from .profile import CallCost
+from .search import Found, search_component
+
+
+def search_auto(
+    pipe: Any,
+    component: str,
+    config: SearchCacheConfig,
+    request: RunRequest,
+    weights: str,
+    reporter: Reporter,
+    known_cost: CallCost | None = None,
+    reference: Any | None = None,
+) -> Found:
+    """The best of several plans for one denoiser, by the relative L2 of the final latents of the profiled runs.
+
+    Arguments and errors are those of `search_component`. A method that the target does not fit is left out (a notice).
+    """
+    wanted = sample(reference or pipe, request).latents
+    found: dict[str, Found] = {}
+    errors: dict[str, float] = {}
+    for name in TRIED:
+        own = config.model_copy(update={"method": name})
+        try:
+            found[name] = search_component(
+                pipe, component, own, METHODS.load(name), request, weights, reporter, known_cost, reference
+            )
+        except ConfigError as error:
+            if name == TRIED[-1] and not found:
+                raise
+            reporter.notice(f"method auto: {name} was left out: {error.what}")
+            continue
+        known_cost = found[name].cost  # calls are timed once, so that all aim at the same number of them
+        found[name].install_(pipe, component)
+        errors[name] = relative_l2(wanted, sample(pipe, request).latents).mean().item()
+        remove_plans_(pipe)
+        reporter.say(f"{component}: {name} has relative L2 {errors[name]:.4f}")
+    best = min(errors, key=lambda name: errors[name])
+    record = found[best].record
+    figures = {f"relative_l2_{name}": round(error, 6) for name, error in errors.items()}
+    return replace(found[best], record=record.model_copy(update={"chosen": record.chosen | figures}))
