@@ -94,7 +94,7 @@ def test_both_lists_of_blocks_of_a_flux(flux_pipeline, written):
     assert codes["single_transformer_blocks.0.proj_mlp"] == "CRC"
     assert codes["single_transformer_blocks.0.attn"] == "CRR"
 
-    from ..runtime.cache_plans import plan_for
+    from ...runtime.cache_plans import plan_for
 
     plan = plan_for(flux_pipeline(), dict(units))
     made = schedule_document(plan, stacks, modules, 7)
@@ -114,7 +114,7 @@ def test_a_first_step_that_reuses_computes_with_a_notice(dit_folder, written):
 
 
 def test_plans_of_other_units_have_no_schedule_file(unet_pipeline):
-    from ..runtime.cache_plans import CUT, plan_for
+    from ...runtime.cache_plans import CUT, plan_for
 
     pipe = unet_pipeline()
     modules = [name for name, _ in pipe.unet.named_modules()]
