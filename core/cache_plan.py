@@ -84,10 +84,8 @@ class Gate(Config):
     """When a range of blocks that asks is skipped: while the block before it gives nearly what it gave at the last call
     that computed the range, or nearly its forecast from such calls."""
 
-    signal: Literal["residual", "forecast"] = (
-        "residual"  # what is compared: what that block adds, as it was; or what it
-    )
-    # gives, with its forecast
+    # what is compared: what that block adds, as it was; or what it gives, with its forecast
+    signal: Literal["residual", "forecast"] = "residual"
     order: int = Field(1, ge=1)  # of that forecast
     threshold: float = Field(ge=0)  # mean of the change over mean of what is compared with; larger: skips more
     max_consecutive: int | None = Field(None, ge=1)  # skipped calls in a row; None: any number
@@ -120,9 +118,8 @@ class CachePlan(Config):
     min_calls: int = Field(8, ge=1)  # another grid of fewer calls runs without the plan
     units: tuple[Unit, ...] = Field(min_length=1)
     codes: dict[str, str]  # unit -> one code per call: C compute, R reuse, F forecast, G ask the gate
-    predict: dict[str, Predictor] = Field(
-        default_factory=dict
-    )  # unit -> how, for units that are forecast; where the gate says so too
+    # unit -> how, for units that are forecast; where the gate says so too
+    predict: dict[str, Predictor] = Field(default_factory=dict)
     gates: dict[str, Gate] = Field(default_factory=dict)  # unit -> when it is skipped, for units that ask
     macs: UnitMacs
     correction: CorrectionId | None = None  # what is done to reused values on the plan's own grid

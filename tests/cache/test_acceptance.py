@@ -25,11 +25,11 @@ def test_joint_search_and_correction_bring_a_quantized_pipeline_nearer_to_the_fl
     wanted = sample(dacc.load("zoo:digits-unet", device="cpu"), REQUEST).latents
 
     def error(name: str, **fields: Any) -> float:
-        request = SearchCacheConfig(macs_ratio=0.25, steps=20, samples=4, measure="never", **fields)
+        request = SearchCacheConfig(macs_ratio=0.4, steps=20, samples=4, measure="never", **fields)
         bundle = search_cache(quantized, request, output=tmp_path / name, device="cpu")
         return float(relative_l2(wanted, sample(dacc.load(bundle, device="cpu"), REQUEST).latents).mean())
 
     even = error("even", method="deepcache")
     naive = error("naive", method="dp", settings=NAIVE)
     joint = error("joint", method="dp", settings=JOINT)
-    assert joint < min(even, naive)
+    assert joint < 0.95 * min(even, naive)
