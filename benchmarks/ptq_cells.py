@@ -75,19 +75,19 @@ class Study(Document):
         return Study(cells=tuple(sorted([*others, cell], key=lambda one: one.key)))
 
 
-def read_study(file: Path) -> Study:
-    """The document, or an empty one where there is none yet."""
-    return Study.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else Study()
+def read_study(file: Path, kind: Any = Study) -> Any:
+    """The document, or an empty one of its kind where there is none yet."""
+    return kind.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else kind()
 
 
-def record_cell(file: Path, cell: Cell) -> None:
-    """Put one cell into the document; several studies may share it."""
+def record_cell(file: Path, cell: Any, kind: Any = Study) -> None:
+    """Put one cell into the document; several runs of a study may share it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(f".{file.name}.lock")):
-        write_study(file, read_study(file).with_cell(cell))
+        write_study(file, read_study(file, kind).with_cell(cell))
 
 
-def write_study(file: Path, study: Study) -> None:
+def write_study(file: Path, study: Any) -> None:
     """Written aside and renamed: an interrupted study leaves the one before."""
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}.{os.getpid()}")

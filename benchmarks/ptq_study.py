@@ -67,7 +67,7 @@ def main() -> None:
                 _fill(bench, setting, row)
             _draw(bench)
     study = read_study(options.json)
-    written = write_tables(options.results, study, PIPELINES, {name: _facts(name) for name in PIPELINES})
+    written = write_tables(options.results, study, PIPELINES, {name: pipeline_facts(name) for name in PIPELINES})
     reporter.say(f"{options.results.name}: tables of {', '.join(written) or 'no pipeline'}")
 
 
@@ -128,7 +128,7 @@ def _fill(bench: Bench, setting: str, row: str) -> None:
         steps=bench.request.num_inference_steps,
         machine=describe_machine(),
         date=datetime.date.today().isoformat(),
-        commit=_commit(),
+        commit=commit(),
     )
     try:
         facts, seen = treat(bench, setting, row, options, folder)
@@ -192,7 +192,7 @@ def _draw(bench: Bench) -> None:
     write_grid([(FLOAT_ROW, "", bench.reference.paired.images[:COLUMNS]), *rows], pictures / f"{bench.name}.png")
 
 
-def _facts(name: str) -> str:
+def pipeline_facts(name: str) -> str:
     """What to say of a pipeline's request above its table."""
     entry = zoo_entry(name)
     judge = load_judge(entry)
@@ -201,7 +201,7 @@ def _facts(name: str) -> str:
     return text + (f"; FID between two halves of the real images: {half:.3g}" if half else "")
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit that measured, marked when files differ from it."""
     asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(asked, capture_output=True, text=True, check=False)

@@ -38,11 +38,11 @@ def pipeline_block(study: Study, pipeline: str, facts: str) -> str:
     """Line above, table, lines below."""
     cells = study.of(pipeline)
     below = [*_comparisons(cells), *_unequal_layers(cells), *_peer_notices(cells), *_problems(cells)]
-    parts = [_heading(cells, facts), _table(cells, _missing(study, pipeline))]
+    parts = [heading(cells, facts), _table(cells, _missing(study, pipeline))]
     return "\n\n".join([*parts, *(["\n".join(f"- {line}" for line in below)] if below else [])])
 
 
-def _heading(cells: Sequence[Cell], facts: str) -> str:
+def heading(cells: Sequence[Cell], facts: str) -> str:
     """Counts, machine, dates."""
     measured = [cell for cell in cells if cell.measured]
     seeds = sorted({cell.seeds for cell in measured if cell.seeds})
@@ -89,11 +89,11 @@ def _row(cell: Cell, judged: Sequence[str]) -> list[str]:
     return [
         *head,
         "-" if cell.bytes_per_float32 is None else f"{cell.bytes_per_float32:.3f}",
-        _figure(cell.metrics.get("relative_l2")),
-        _figure(cell.metrics.get("psnr"), interval=False),
-        *(_figure(cell.metrics.get(name)) for name in judged),
-        _figure(cell.metrics.get("fid")),
-        _figure(cell.metrics.get("fid_ratio")),
+        figure(cell.metrics.get("relative_l2")),
+        figure(cell.metrics.get("psnr"), interval=False),
+        *(figure(cell.metrics.get(name)) for name in judged),
+        figure(cell.metrics.get("fid")),
+        figure(cell.metrics.get("fid_ratio")),
         "-" if cell.seconds is None else human_seconds(cell.seconds),
         "-" if cell.peak_bytes is None else human_bytes(cell.peak_bytes),
     ]
@@ -111,7 +111,7 @@ def _label(cell: Cell) -> str:
     return f"{name} {cell.options.get('format', '')} (peer; {variant}{shares.removeprefix('; ')})".replace("; )", ")")
 
 
-def _figure(metric: Metric | None, *, interval: bool = True) -> str:
+def figure(metric: Metric | None, *, interval: bool = True) -> str:
     if metric is None:
         return "-"
     if not interval or metric.low is None:

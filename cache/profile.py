@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,9 +70,9 @@ def first_calls(pipe: Any, component: str, request: RunRequest) -> tuple[list[De
 def count_unit_macs(denoiser: nn.Module, units: tuple[Unit, ...], calls: list[DenoiserCall]) -> UnitMacs:
     """Multiply-accumulates of one call for one sample, and what it saves that skips each unit alone."""
     with _hooked(denoiser, units) as hooked:
-        full = sum(count_macs(lambda call=call: call.replay(denoiser)) for call in calls)
-        partial = {unit.id: sum(count_macs(replay) for replay in _partials(hooked, calls, [unit.id])) for unit in units}
-    return UnitMacs(full=full, units={name: full - left for name, left in partial.items()})
+        full = sum(count_macs(partial(call.replay, denoiser)) for call in calls)
+        left = {unit.id: sum(count_macs(replay) for replay in _partials(hooked, calls, [unit.id])) for unit in units}
+    return UnitMacs(full=full, units={name: full - some for name, some in left.items()})
 
 
 def counted_macs(pipe: Any, component: str, request: RunRequest) -> int:

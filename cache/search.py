@@ -173,7 +173,7 @@ def measure_speedup(pipe: Any, request: RunRequest, reporter: Reporter) -> tuple
 
     def run(without: bool) -> None:
         with no_cache(pipe) if without else nullcontext():
-            loops[without].append(_loop_seconds(pipe, one))
+            loops[without].append(loop_seconds(pipe, one))
 
     measure_in_turns([lambda: run(True), lambda: run(False)], TIMED_RUNS, reporter)
     full, cached = (statistics.median(loops[without][1:]) for without in (True, False))  # the first runs warm up
@@ -194,7 +194,7 @@ def check_promise(asked: float, measured: float) -> None:
         )
 
 
-def _loop_seconds(pipe: Any, request: RunRequest) -> float:
+def loop_seconds(pipe: Any, request: RunRequest) -> float:
     """From the first call of a denoiser to the last step of the solver."""
     marks: list[float] = []
 

@@ -1,0 +1,136 @@
+"""One pipeline of the study of cache plans: how one row of it is made, sampled and timed."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from dacc.benchmarks.cache_rows import FEWER, FLOAT, ROWS, SOURCES, TARGETS
+from dacc.benchmarks.ptq_bench import Bench
+from dacc.benchmarks.ptq_cells import fingerprint
+from dacc.benchmarks.ptq_measure import Seen, look, read_seen
+from dacc.cache.api import search_cache
+from dacc.cache.config import SearchCacheConfig
+from dacc.cache.search import loop_seconds
+from dacc.core.config import build_config
+from dacc.core.manifest import read_manifest
+from dacc.core.reporter import silent
+from dacc.core.source import resolve_source
+from dacc.quant.api import quantize_pipeline
+from dacc.quant.config import QuantizeConfig
+from dacc.runtime.cached import no_cache
+from dacc.runtime.load import load_source
+from dacc.runtime.request import RunRequest
+from dacc.runtime.timing import measure_in_turns
+
+TIMED_RUNS = 4  # in turns; the first of each warms up
+NO_PLAN = "no plan"
+
+
+def cell_options(bench: Bench, target: str, row: str) -> dict[str, Any]:
+    """What a cell is made from: options of `dacc search-cache`, or solver and steps."""
+    steps = bench.request.num_inference_steps
+    if row == NO_PLAN:
+        return {"steps": steps}
+    if row in FEWER:
+        return {"steps": max(2, round(steps / TARGETS[target])), "solver": FEWER[row]}
+    wanted = ROWS[row]
+    ratio = round(1 / TARGETS[target], 6)
+    return {"method": wanted.method, "settings": wanted.settings, "macs_ratio": ratio, "steps": steps}
+
+
+def treat(bench: Bench, source: str, row: str, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Seen]:
+    """Facts for a cell, and its images."""
+    if row == NO_PLAN:
+        return ({"macs_ratio": 1.0}, bench.reference if source == FLOAT else _look(bench, _pipe(bench, source), folder))
+    if row in FEWER:
+        return _fewer(bench, source, options, folder)
+    return _searched(bench, source, options, folder)
+
+
+def _searched(bench: Bench, source: str, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Seen]:
+    """A plan is searched for, once; its seconds are kept beside it."""
+    bundle, notes = folder / "bundle", folder / "searched.json"
+    if not notes.is_file() or not bundle.is_dir():
+        config = build_config(SearchCacheConfig, measure="never", **options)
+        started = time.process_time()
+        search_cache(_source(bench, source), config, output=bundle, overwrite=True, device="cpu", reporter=silent())
+        notes.write_text(json.dumps({"seconds": time.process_time() - started}))
+    manifest = read_manifest(bundle)
+    assert manifest is not None
+    (record,) = (record.cache for record in manifest.components.values() if record.cache)
+    pipe = load_source(resolve_source(str(bundle), reporter=silent()), device="cpu", dtype="float32", prefer="speed")
+    one = _one(bench)
+
+    def full() -> float:
+        with no_cache(pipe):
+            return loop_seconds(pipe, one)
+
+    facts = {
+        "macs_ratio": record.macs_ratio,
+        "codes": record.plan.codes if len(record.plan.codes) == 1 else {},
+        "speedup": _speedup(full, lambda: loop_seconds(pipe, one)),
+        **json.loads(notes.read_text()),
+    }
+    return facts, _look(bench, pipe, folder)
+
+
+def _fewer(bench: Bench, source: str, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Seen]:
+    """The same pipeline with fewer steps of its own solver, or of another."""
+    pipe, one = _pipe(bench, source), _one(bench)
+    steps, own = options["steps"], pipe.scheduler
+    solver = getattr(diffusers, options["solver"]).from_config(own.config) if options["solver"] else own
+
+    def run(scheduler: Any, count: int) -> float:
+        pipe.scheduler = scheduler
+        return loop_seconds(pipe, one.model_copy(update={"num_inference_steps": count}))
+
+    full = bench.request.num_inference_steps
+    speedup = _speedup(lambda: run(own, full), lambda: run(solver, steps))
+    pipe.scheduler = solver
+    seen = _look(bench, pipe, folder, bench.request.model_copy(update={"num_inference_steps": steps}))
+    return {"macs_ratio": steps / full, "speedup": speedup}, seen
+
+
+def _speedup(full: Any, short: Any) -> float:
+    """Seconds of one over those of the other, medians in turns."""
+    found: dict[str, list[float]] = {"full": [], "short": []}
+    actions = [lambda: found["full"].append(full()), lambda: found["short"].append(short())]
+    measure_in_turns(actions, TIMED_RUNS, silent())
+    first, second = (statistics.median(values[1:]) for values in found.values())
+    return first / second
+
+
+def _look(bench: Bench, pipe: Any, folder: Path, request: RunRequest | None = None) -> Seen:
+    cache, asked = folder / "seen.safetensors", request or bench.request
+    kept = read_seen(cache)
+    if (
+        kept
+        and len(kept.paired) == bench.options.seeds
+        and (not kept.judged or len(kept.judged.answers) >= len(asked.seeds))
+    ):
+        return kept
+    return look(pipe, asked, bench.options.seeds, bench.judge, cache, bench.reporter)
+
+
+def _one(bench: Bench) -> RunRequest:
+    return bench.request.model_copy(update={"seeds": bench.request.seeds[:1], "batch_size": 1})
+
+
+def _pipe(bench: Bench, source: str) -> Any:
+    found = resolve_source(str(_source(bench, source)), reporter=silent())
+    return load_source(found, device="cpu", dtype="float32", prefer="speed")
+
+
+def _source(bench: Bench, source: str) -> str:
+    """The float pipeline, or a bundle of it, quantized once with the defaults."""
+    if source == FLOAT:
+        return f"zoo:{bench.name}"
+    config = build_config(QuantizeConfig, measure="never", **SOURCES[source])
+    folder = bench.work / f"cache-{source}-{fingerprint(**SOURCES[source])}"
+    return str(quantize_pipeline(f"zoo:{bench.name}", config, output=folder, device="cpu", reporter=silent()))

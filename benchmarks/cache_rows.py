@@ -1,0 +1,49 @@
+"""What the study of cache plans compares: pipelines, sources, targets, and rows of `dacc search-cache`. Edit here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dacc.benchmarks.ptq_rows import PIPELINES, WITH_FID
+
+__all__ = ["FEWER", "PIPELINES", "ROWS", "SOURCES", "TARGETS", "WITH_FID", "Row"]
+
+UNETS, TRANSFORMERS = ("digits-unet", "shapes-sd"), ("digits-dit", "shapes-mmdit")
+TARGETS = {"1.5x": 1.5, "2x": 2.0, "3x": 3.0, "5x": 5.0}  # of the multiply-accumulates of a run
+FLOAT = "float"
+SOURCES: dict[str, dict[str, int]] = {  # options of `dacc quantize` before the search
+    FLOAT: {},
+    "W8A8": {"bits": 8, "act_bits": 8},
+    "W4A8": {"bits": 4, "act_bits": 8},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a method of `dacc search-cache` and its fields."""
+
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    sources: tuple[str, ...] = (FLOAT,)
+    pipelines: tuple[str, ...] = PIPELINES
+    slow: bool = False  # measured when it is named
+
+
+EVERYWHERE = tuple(SOURCES)
+ROWS: dict[str, Row] = {
+    "even": Row("deepcache", sources=EVERYWHERE),
+    "power law": Row("deepcache", {"form": "code"}),
+    "encoder": Row("encoder", pipelines=UNETS),
+    "taylor": Row("taylor", sources=EVERYWHERE),
+    "taylor, order 2": Row("taylor", {"order": 2}),
+    "dp": Row("dp", sources=EVERYWHERE),
+    "dp, not corrected": Row("dp", {"correct": False}),
+    "dp, neither joint nor corrected": Row("dp", {"joint": False, "correct": False}, sources=("W8A8", "W4A8")),
+    "dp, by features": Row("dp", {"cost": "feature"}),
+    "gated": Row("gated", pipelines=TRANSFORMERS),
+    "evolve": Row("evolve", slow=True),
+}
+# simply fewer solver steps: with the pipeline's own solver, or with this one in its place
+FEWER: dict[str, str | None] = {"fewer steps": None, "fewer steps, DPM++": "DPMSolverMultistepScheduler"}
+NO_OTHER_SOLVER = ("shapes-mmdit",)  # its noise levels are those of a flow

@@ -1,0 +1,144 @@
+"""Cache plans of the trained zoo pipelines, float and quantized: every method at every target, beside fewer steps.
+
+    python benchmarks/cache_study.py --fid-samples 0          # the cheap part of every cell; goes on where it stopped
+    python benchmarks/cache_study.py                          # adds FID on the digits
+    python benchmarks/cache_study.py --pipeline digits-dit --target 3x --row taylor --again
+    python benchmarks/cache_study.py --table-only             # docs/results.md from the JSON; runs nothing
+
+A cell is a pipeline, float or quantized, a target of multiply-accumulates and a row of `cache_rows.py`. Its plan is
+searched for, its loop timed against one without a plan in turns, and its images are compared with those of the float
+pipeline without a plan from the same noise. It is written to `cache_study.json` once it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dacc.benchmarks.cache_bench import NO_PLAN, cell_options, treat
+from dacc.benchmarks.cache_cells import CacheCell, CacheStudy
+from dacc.benchmarks.cache_rows import FEWER, FLOAT, NO_OTHER_SOLVER, PIPELINES, ROWS, SOURCES, TARGETS
+from dacc.benchmarks.cache_table import write_cache_tables
+from dacc.benchmarks.ptq_bench import Bench
+from dacc.benchmarks.ptq_cells import fingerprint, is_finished, read_study, record_cell
+from dacc.benchmarks.ptq_measure import Seen, measure
+from dacc.benchmarks.ptq_study import RESULTS, commit, pipeline_facts
+from dacc.core.errors import DaccError
+from dacc.core.machine import describe_machine
+from dacc.core.reporter import Reporter
+
+RECORD = Path(__file__).with_suffix(".json")
+
+
+def main() -> None:
+    """Measure what is missing, then write the tables."""
+    options = _parse()
+    torch.set_num_threads(options.threads)
+    reporter = Reporter()
+    if not options.table_only:
+        for name in options.pipeline or PIPELINES:
+            bench = Bench(name, options, reporter)
+            for place in wanted_cells(name, options):
+                fill(bench, *place)
+    study = read_study(options.json, CacheStudy)
+    written = write_cache_tables(options.results, study, PIPELINES, {name: pipeline_facts(name) for name in PIPELINES})
+    reporter.say(f"{options.results.name}: tables of {', '.join(written) or 'no pipeline'}")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    rows = [NO_PLAN, *FEWER, *ROWS]
+    parser.add_argument("--pipeline", action="append", choices=PIPELINES, help="repeatable; default: all")
+    parser.add_argument("--source", action="append", choices=list(SOURCES), help="repeatable; default: all")
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="repeatable; default: all")
+    parser.add_argument("--row", action="append", choices=rows, help="repeatable; default: all but slow ones")
+    parser.add_argument("--seeds", type=int, default=256, help="images compared with the float pipeline's")
+    parser.add_argument("--fid-samples", type=int, default=2000, help="images for FID, on the digits; 0: no FID")
+    parser.add_argument("--only-missing", action="store_true", help="leave every cell alone that is on record")
+    parser.add_argument("--again", action="store_true", help="measure these cells again from the start")
+    parser.add_argument("--table-only", action="store_true", help="write the tables from the JSON, run nothing")
+    parser.add_argument("--steps", type=int, help="solver steps; default: the zoo's own")
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path(".work/study"))
+    parser.add_argument("--json", type=Path, default=RECORD)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def wanted_cells(pipeline: str, options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """Source, target and row of every cell, those without a plan first."""
+    named = options.row or [NO_PLAN, *FEWER, *(name for name, row in ROWS.items() if not row.slow)]
+    for source in options.source or SOURCES:
+        if NO_PLAN in named:
+            yield source, "-", NO_PLAN
+        for target in options.target or TARGETS:
+            yield from ((source, target, row) for row in named if _is_for(pipeline, source, row))
+
+
+def _is_for(pipeline: str, source: str, row: str) -> bool:
+    if row in FEWER:
+        return source == FLOAT and not (FEWER[row] and pipeline in NO_OTHER_SOLVER)
+    return row in ROWS and source in ROWS[row].sources and pipeline in ROWS[row].pipelines
+
+
+def fill(bench: Bench, source: str, target: str, row: str) -> None:
+    """Measure one cell unless it is finished."""
+    settings = bench.options
+    options = cell_options(bench, target, row)
+    found = read_study(settings.json, CacheStudy).find(bench.name, source, target, row)
+    wanted = fingerprint(asked=bench.asked, source=SOURCES[source], options=options)
+    if not settings.again and is_finished(found, wanted, bench.fid_samples, only_missing=settings.only_missing):
+        return
+    bench.reporter.say(f"{bench.name} {source} {target} {row}")
+    folder = bench.folder(f"cache-{source}-{target}", row.replace(",", ""), wanted)
+    if settings.again:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    base = CacheCell(
+        pipeline=bench.name,
+        source=source,
+        target=target,
+        row=row,
+        fingerprint=wanted,
+        options=options,
+        steps=bench.request.num_inference_steps,
+        machine=describe_machine(),
+        date=datetime.date.today().isoformat(),
+        commit=commit(),
+    )
+    try:
+        facts, seen = treat(bench, source, row, options, folder)
+        facts |= _measured(bench, seen, is_float=source == FLOAT and row == NO_PLAN)
+        cell = base.model_copy(update=facts)
+    except Exception as error:  # whatever breaks in one cell, the others are measured; the record says what it was
+        said = str(error) if isinstance(error, DaccError | FloatingPointError) else repr(error)
+        cell = base.model_copy(update={"status": f"failed: {said}"})
+        bench.reporter.say(cell.status)
+        if found and found.measured and found.fingerprint == wanted and not settings.again:
+            return  # only what was to be added failed
+    record_cell(settings.json, cell, CacheStudy)
+
+
+def _measured(bench: Bench, seen: Seen, *, is_float: bool) -> dict[str, Any]:
+    """Metrics of a row and from how many images.
+
+    Raises:
+        FloatingPointError: its images are not numbers.
+    """
+    if not torch.isfinite(seen.paired.latents).all() or not torch.isfinite(seen.paired.images).all():
+        raise FloatingPointError("it gives NaN or infinity")
+    count = bench.fid_samples if bench.judge else 0
+    reference = None if is_float else bench.reference
+    metrics = measure(seen, reference, bench.request, bench.judge, fid_samples=count)
+    return {"metrics": metrics, "seeds": len(seen.paired), "fid_samples": count}
+
+
+if __name__ == "__main__":
+    main()

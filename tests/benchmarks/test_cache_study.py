@@ -1,0 +1,119 @@
+"""The study of cache plans measures cells for real, goes on where it stopped, makes its tables from the JSON alone."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from dacc.benchmarks import cache_bench, cache_study
+from dacc.benchmarks.cache_cells import CacheCell, CacheStudy
+from dacc.benchmarks.cache_rows import FEWER, PIPELINES, ROWS, SOURCES, TARGETS
+from dacc.benchmarks.cache_table import cache_block, write_cache_tables
+from dacc.benchmarks.ptq_bench import Bench
+from dacc.benchmarks.ptq_cells import read_study, record_cell
+from dacc.benchmarks.ptq_study import RESULTS
+from dacc.cache.config import METHODS, SearchCacheConfig
+from dacc.core.config import build_config
+from dacc.core.errors import UnsupportedError
+from dacc.core.reporter import silent
+from dacc.evaluate.result import Metric
+
+
+@pytest.fixture
+def bench(tmp_path):
+    options = argparse.Namespace(
+        seeds=2, fid_samples=0, steps=6, batch_size=2, threads=1, again=False, only_missing=False,
+        work=tmp_path / "work", json=tmp_path / "study.json", results=tmp_path / "results.md",
+    )  # fmt: skip
+    return Bench("digits-dit", options, silent())
+
+
+def cell(row, target="2x", error=0.1, **facts):
+    metrics = {"relative_l2": Metric(value=error, low=error / 2, high=error * 2, count=4, better="lower")}
+    given = {"pipeline": "digits-dit", "source": "float", "fingerprint": "a", "metrics": metrics, "macs_ratio": 0.49}
+    return CacheCell(target=target, row=row, **(given | facts))
+
+
+def test_cells_are_measured_and_not_measured_twice(bench, monkeypatch):
+    places = [("float", "-", cache_bench.NO_PLAN), ("float", "2x", "even"), ("float", "2x", "fewer steps")]
+    for place in places:
+        cache_study.fill(bench, *place)
+    study = read_study(bench.options.json, CacheStudy)
+    found = {cell.row: cell for cell in study.cells}
+    assert [cell.status for cell in found.values()] == ["measured"] * 3
+    assert found["even"].metrics["relative_l2"].value > 0
+    assert found["even"].macs_ratio <= 0.5
+    assert found["even"].codes["body"].startswith("C")
+    assert found["even"].speedup > 1
+    assert found["fewer steps"].macs_ratio == 0.5
+    assert found["fewer steps"].options == {"steps": 3, "solver": None}
+    assert "relative_l2" not in found[cache_bench.NO_PLAN].metrics
+    monkeypatch.setattr(cache_study, "treat", lambda *_: pytest.fail("measured again"))
+    for place in places:
+        cache_study.fill(bench, *place)
+
+
+def test_what_breaks_in_one_cell_is_on_record(bench, monkeypatch):
+    bench.__dict__["reference"] = None
+
+    def broken(*_):
+        raise UnsupportedError("out of reach.", mend="Ask for less.")
+
+    monkeypatch.setattr(cache_study, "treat", broken)
+    cache_study.fill(bench, "float", "5x", "dp")
+    (found,) = read_study(bench.options.json, CacheStudy).cells
+    assert found.status == "failed: out of reach. Ask for less."
+
+
+def test_every_row_can_be_asked_for(bench):
+    for name, row in ROWS.items():
+        options = cache_bench.cell_options(bench, "3x", name)
+        config = build_config(SearchCacheConfig, measure="never", **options)
+        assert build_config(METHODS.load(row.method).CONFIG, **config.settings)
+        assert set(row.sources) <= set(SOURCES)
+        assert set(row.pipelines) <= set(PIPELINES)
+
+
+def test_cells_are_those_that_make_sense():
+    options = argparse.Namespace(row=None, source=None, target=None)
+    for name in PIPELINES:
+        places = list(cache_study.wanted_cells(name, options))
+        assert len(places) == len(set(places))
+        assert ("float", "2x", "encoder") in places or name in ("digits-dit", "shapes-mmdit")
+        assert ("W8A8", "-", "no plan") in places
+        assert not any(row == "evolve" for _, _, row in places)
+        assert not any(row in FEWER and source != "float" for source, _, row in places)
+    named = argparse.Namespace(row=["evolve"], source=["float"], target=["2x"])
+    assert list(cache_study.wanted_cells("digits-dit", named)) == [("float", "2x", "evolve")]
+
+
+def test_tables_compare_searched_plans_with_those_that_look_at_nothing():
+    block = cache_block([cell("even", error=0.2), cell("dp", error=0.1), cell("fewer steps", error=0.4)], "facts")
+    assert "- float, 2x: dp at 0.1 with 0.490 of the MACs, 0.50 times even with 0.490." in block
+    assert block.index("| float | 2x | fewer steps |") < block.index("| float | 2x | even |")
+    assert "| float | 2x | dp |" in block
+
+
+def test_a_failure_stands_in_the_table():
+    block = cache_block([cell("gated", metrics={}, macs_ratio=None, status="failed: no | way")], "")
+    assert "| float | 2x | gated | failed: no / way |" in block
+
+
+def test_tables_are_written_between_their_marks(tmp_path):
+    file = tmp_path / "results.md"
+    file.write_text("before\n<!-- cache:digits-dit -->\nold\n<!-- /cache:digits-dit -->\nafter\n")
+    record_cell(tmp_path / "study.json", cell("dp"), CacheStudy)
+    study = read_study(tmp_path / "study.json", CacheStudy)
+    assert write_cache_tables(file, study, PIPELINES, {}) == ["digits-dit"]
+    text = file.read_text()
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+
+
+def test_the_results_have_a_place_for_every_pipeline():
+    text = RESULTS.read_text()
+    for name in PIPELINES:
+        assert text.index(f"<!-- cache:{name} -->") < text.index(f"<!-- /cache:{name} -->")
+    assert list(TARGETS.values()) == sorted(TARGETS.values())
+    assert Path(cache_study.__file__).with_suffix(".json").name == cache_study.RECORD.name
