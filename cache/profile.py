@@ -27,7 +27,6 @@ from ..runtime.timing import measure_in_turns
 from ..runtime.trajectory import DenoiserCall, call_pipeline, capture_calls, sample
 
 REPEATS = 5
-PROBES = 6  # calls at which the answer of the final sample is measured
 
 
 class CallCost(Config):

@@ -1,8 +1,8 @@
 """GGUF, with the tensor names of diffusers: what `Model.from_single_file(FILE, config=OUTPUT)` of diffusers reads.
 
 Weights of linears are cut into blocks of 32 input features, each with a scale (and a least value) of its own, as the
-gguf package rounds them to nearest. Convolutions, and linears whose width no block divides, are float16; vectors are
-float32.
+gguf package rounds them to nearest; or into super-blocks of 256, see `export/k_quants.py`. Convolutions, and linears
+whose width no block divides, are float16; vectors are float32.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from ...core.pipeline import walk_layers
 from ...core.reporter import Reporter
 from ...runtime.skeleton import build_skeleton
 from ..contents import Contents, layers_to_round
+from ..k_quants import quantize_k
 
 ROUNDS = True
 KEEPS = ()
 LONGEST_NAME = 127  # bytes; readers refuse longer ones
-BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+SUPER_BLOCKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # and what stands in where they do not divide a width
 BY_BITS = ((4, "Q4_1"), (5, "Q5_1"))  # at most so many bits -> the type that `auto` takes, else Q8_0
 
 
 class GGUFConfig(Config):
     """Fields of `--set`."""
 
-    type: Literal["auto", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"] = (
-        "auto"  # auto: of each layer by its bits in the bundle
-    )
+    # auto: of each layer by its bits in the bundle
+    type: Literal["auto", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"] = "auto"
 
 
 CONFIG = GGUFConfig
@@ -59,8 +60,11 @@ def write(contents: Contents, folder: Path, config: GGUFConfig, reporter: Report
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, kind in reporter.progress(types.items(), f"export {contents.name}", len(types)):
-        values: numpy.ndarray[Any, Any] = contents.load(name).float().numpy()
-        writer.write_tensor_data(gguf.quants.quantize(numpy.ascontiguousarray(values), kind))
+        values = contents.load(name).float()
+        if kind.name in SUPER_BLOCKS:
+            writer.write_tensor_data(quantize_k(values, kind.name).numpy())
+        else:
+            writer.write_tensor_data(gguf.quants.quantize(numpy.ascontiguousarray(values.numpy()), kind))
     writer.close()
     (folder / "config.json").write_text(json.dumps(contents.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _tell_of_readers(contents, file, reporter)
@@ -101,6 +105,8 @@ def _types(contents: Contents, config: GGUFConfig, gguf: Any) -> dict[str, Any]:
         layer, _, parameter = name.rpartition(".")
         if layer in linears and parameter == "weight":
             blocks = kinds[type_of(contents.bits.get(layer, 8), config)]
+            if shape[-1] % gguf.GGML_QUANT_SIZES[blocks][0] and blocks.name in SUPER_BLOCKS:
+                blocks = kinds[SUPER_BLOCKS[blocks.name]]
             size, _ = gguf.GGML_QUANT_SIZES[blocks]
             found[name] = blocks if shape[-1] % size == 0 else kinds.F16
     return found

@@ -102,7 +102,9 @@ def quantize_group(
         weights: (O, K) each, any float dtype.
         schemes: as planned; rank and smoothing are decided here.
     """
-    layers = {name: Layer.reading(entering.rows, weight, schemes[name]) for name, weight in weights.items()}
+    layers: Mapping[str, Layer] = {
+        name: Layer.reading(entering.rows, weight, schemes[name]) for name, weight in weights.items()
+    }
     if config.shift:
         layers = shifted_where_better(layers, entering.lowest)
     rank, smoothing = choose(list(layers.values()), entering.absmax, config, seed)

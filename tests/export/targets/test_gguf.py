@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import gguf
 import numpy
@@ -79,6 +80,42 @@ def test_diffusers_loads_it_and_computes_with_the_decoded_weights(flux_folder, f
         outputs = [model(**flux_inputs(torch.float32)).sample for model in (found, plain)]
     # diffusers multiplies codes and scales in float16
     assert (outputs[0] - outputs[1]).norm() < 2e-4 * outputs[1].norm()
+
+
+@pytest.mark.parametrize(("kind", "close"), [("q4_k", 0.1), ("q5_k", 0.05), ("q6_k", 0.03)])
+def test_super_blocks_are_read_by_diffusers(flux_folder, tmp_path, kind, close):
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=64, num_attention_heads=4,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(16, 24, 24),
+    )  # fmt: skip
+    shutil.copytree(flux_folder, tmp_path / "wide")
+    shutil.rmtree(tmp_path / "wide" / "transformer")
+    model.save_pretrained(tmp_path / "wide" / "transformer")
+    folder, file = exported(tmp_path / "wide", type=kind)
+    tensor = tensors_of(file)[TO_Q]
+    assert tensor.tensor_type.name == kind.upper()
+    decoded = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    weight = model.transformer_blocks[0].attn.to_q.weight.detach()
+    assert (decoded - weight).norm() < close * weight.norm()
+    loaded = FluxTransformer2DModel.from_single_file(
+        str(file),
+        config=str(folder),
+        subfolder="transformer",
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        dtype=torch.float32,
+    )
+    x = torch.randn(5, 256)
+    with torch.no_grad():
+        found = loaded.transformer_blocks[0].attn.to_q(x)
+        expected = x @ decoded.T + model.transformer_blocks[0].attn.to_q.bias
+    assert (found - expected).norm() < 2e-3 * expected.norm()  # codes and scales are multiplied in float16
+
+
+@pytest.mark.parametrize(("kind", "instead"), [("q4_k", "Q5_0"), ("q5_k", "Q5_1"), ("q6_k", "Q8_0")])
+def test_widths_that_no_super_block_divides_have_small_blocks_of_at_least_as_many_bits(flux_folder, kind, instead):
+    _, file = exported(flux_folder, type=kind)
+    assert tensors_of(file)[TO_Q].tensor_type.name == instead
 
 
 def test_diffusers_loads_a_unet_of_stable_diffusion(sd_folder, sd_pipeline):
