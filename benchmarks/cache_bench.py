@@ -24,6 +24,7 @@ from dacc.core.source import resolve_source
 from dacc.quant.api import quantize_pipeline
 from dacc.quant.config import QuantizeConfig
 from dacc.runtime.cached import no_cache
+from dacc.runtime.clock import attach_clock
 from dacc.runtime.load import load_source
 from dacc.runtime.request import RunRequest
 from dacc.runtime.timing import measure_in_turns
@@ -88,11 +89,13 @@ def _fewer(bench: Bench, source: str, options: dict[str, Any], folder: Path) -> 
 
     def run(scheduler: Any, count: int) -> float:
         pipe.scheduler = scheduler
+        attach_clock(pipe)
         return loop_seconds(pipe, one.model_copy(update={"num_inference_steps": count}))
 
     full = bench.request.num_inference_steps
     speedup = _speedup(lambda: run(own, full), lambda: run(solver, steps))
     pipe.scheduler = solver
+    attach_clock(pipe)
     seen = _look(bench, pipe, folder, bench.request.model_copy(update={"num_inference_steps": steps}))
     return {"macs_ratio": steps / full, "speedup": speedup}, seen
 

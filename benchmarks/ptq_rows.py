@@ -60,13 +60,16 @@ class Row:
     )
     settings: tuple[str, ...] = MAIN
     linears: bool = False  # only those, in networks that have convolutions too
+    convolutions: bool = False  # only where there are some
     spared: bool = False  # the layers that efficientdm spares have 8 bits, in networks that have such layers
     calibration: dict[str, Any] = field(default_factory=dict)  # options of `dacc calibrate` beside the strategy's
     swept: bool = False  # one of many that differ in a field: measured when it is named
 
     def is_for(self, pipeline: str, setting: str) -> bool:
         """Whether a pipeline has this row at a setting."""
-        special = (not self.linears or pipeline in LINEAR_GLOBS) and (not self.spared or pipeline in SENSITIVE_GLOBS)
+        special = (not (self.linears or self.convolutions) or pipeline in LINEAR_GLOBS) and (
+            not self.spared or pipeline in SENSITIVE_GLOBS
+        )
         return setting in self.settings and special
 
 
@@ -94,6 +97,16 @@ ROWS: dict[str, Row] = {
     "gptq (defaults)": Row({"method": "gptq"}, settings=MAIN + LOW),
     "tfmq (defaults)": Row({"method": "tfmq"}, settings=("W4A8",)),
     "gptq (linears)": Row({"method": "gptq"}, settings=("W4A16", "W8A8", "W4A8"), linears=True),
+    # activation scales for each group of features too: less error, slower
+    "gptq (linears, per group)": Row(
+        {"method": "gptq", "act_mode": "per-group", "group_size": "channel"}, settings=("W8A8",), linears=True
+    ),
+    # as a peer does that rounds the inputs of linears alone
+    "gptq (convolutions' inputs float)": Row(
+        {"method": "gptq", "layer_act_bits": [["*conv*", 16], ["*.downsamplers.*", 16], ["*.upsamplers.*", 16]]},
+        settings=("W8A8", "W4A8"),
+        convolutions=True,
+    ),
 }
 RANKS = (0, 4, 8, 16, "auto")
 

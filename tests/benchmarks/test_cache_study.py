@@ -35,18 +35,25 @@ def cell(row, target="2x", error=0.1, **facts):
 
 
 def test_cells_are_measured_and_not_measured_twice(bench, monkeypatch):
-    places = [("float", "-", cache_bench.NO_PLAN), ("float", "2x", "even"), ("float", "2x", "fewer steps")]
+    places = [
+        ("float", "-", cache_bench.NO_PLAN),
+        ("float", "2x", "even"),
+        ("float", "2x", "fewer steps"),
+        ("float", "2x", "fewer steps, DPM++"),
+    ]
     for place in places:
         cache_study.fill(bench, *place)
     study = read_study(bench.options.json, CacheStudy)
     found = {cell.row: cell for cell in study.cells}
-    assert [cell.status for cell in found.values()] == ["measured"] * 3
+    assert [cell.status for cell in found.values()] == ["measured"] * 4
     assert found["even"].metrics["relative_l2"].value > 0
     assert found["even"].macs_ratio <= 0.5
     assert found["even"].codes["body"].startswith("C")
     assert found["even"].speedup > 1
     assert found["fewer steps"].macs_ratio == 0.5
     assert found["fewer steps"].options == {"steps": 3, "solver": None}
+    other = found["fewer steps, DPM++"].metrics["relative_l2"].value
+    assert 0 < other != found["fewer steps"].metrics["relative_l2"].value
     assert "relative_l2" not in found[cache_bench.NO_PLAN].metrics
     monkeypatch.setattr(cache_study, "treat", lambda *_: pytest.fail("measured again"))
     for place in places:
