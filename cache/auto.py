@@ -33,18 +33,21 @@ def search_auto(
     wanted = sample(reference or pipe, request).latents
     found: dict[str, Found] = {}
     errors: dict[str, float] = {}
+    costs: dict[bool, CallCost | None] = {}  # of the units that methods treat: calls of each are timed once
     for name in TRIED:
+        method = METHODS.load(name)
+        whole = getattr(method, "WHOLE", False)
         own = config.model_copy(update={"method": name})
         try:
             found[name] = search_component(
-                pipe, component, own, METHODS.load(name), request, weights, reporter, known_cost, reference
+                pipe, component, own, method, request, weights, reporter, costs.get(whole, known_cost), reference
             )
         except ConfigError as error:
             if name == TRIED[-1] and not found:
                 raise
             reporter.notice(f"method auto: {name} was left out: {error.what}")
             continue
-        known_cost = found[name].cost  # calls are timed once, so that all aim at the same number of them
+        costs[whole] = found[name].cost
         found[name].install_(pipe, component)
         errors[name] = relative_l2(wanted, sample(pipe, request).latents).mean().item()
         remove_plans_(pipe)

@@ -86,7 +86,7 @@ def search_component(
     """
     denoiser: nn.Module = pipe.components[component]
     settings = build_config(method.CONFIG, **config.settings)
-    unit = choose_unit(denoiser, unit_text(config.unit, config.method, method))
+    unit = choose_unit(denoiser, unit_text(config.unit, config.method, method), whole=getattr(method, "WHOLE", False))
     calls, schedule = first_calls(pipe, component, request)
     macs = count_unit_macs(denoiser, (unit,), calls)
     cost = None

@@ -19,11 +19,14 @@ PARTS = ("attn1", "attn2", "attn", "ff", "ffn", "ff_context", "proj_mlp", "proj_
 _ALONE = re.compile(r"\.attentions\.\d+$")  # an attention of a UNet without a transformer block around it
 
 
-def choose_unit(denoiser: nn.Module, text: str) -> Unit:
+def choose_unit(denoiser: nn.Module, text: str, *, whole: bool = False) -> Unit:
     """The unit that a search is to treat.
 
     "auto" cuts a UNet at its shallowest skip connection, so that its first convolution and last layer stay fresh, and
     takes all blocks of a transformer but the first and the last.
+
+    Args:
+        whole: "auto" takes the first and the last block too.
 
     Raises:
         ConfigError: the denoiser has no such part.
@@ -49,7 +52,7 @@ def choose_unit(denoiser: nn.Module, text: str) -> Unit:
             mend="Name a part with --unit module:NAME; dacc inspect shows them.",
         )
     count = len(block_names(denoiser, stacks))
-    return parse_unit(f"blocks:1-{count - 1 if count > 2 else count}", stacks)
+    return parse_unit(f"blocks:0-{count}" if whole else f"blocks:1-{count - 1 if count > 2 else count}", stacks)
 
 
 def choose_units(denoiser: nn.Module, text: str) -> tuple[Unit, ...]:

@@ -4,8 +4,9 @@ compute everything, later ones at fixed distances; between them what is skipped 
 even        0 ... w - 1, then w - 1 + floor(i (C - w + 1) / (K - w + 1)), i = 1 ... K - w
 interval    0 ... w - 1, then w - 1 + N, w - 1 + 2 N, ... with the smallest whole N that gives no more than K calls
 
-Published for the output of every attention and feed-forward of a transformer; here for one unit, by default its whole
-body. How values are continued: `runtime/forecast.py`.
+Published for the output of every attention and feed-forward of a transformer; here for one unit. Unless another is
+named that is all blocks of a transformer: a forecast needs no fresh block beside it, and what one costs in every call is
+better spent on calls that compute. How values are continued: `runtime/forecast.py`.
 Letters: C calls of a run, K calls that compute, w warmup.
 """
 
@@ -32,6 +33,7 @@ class TaylorConfig(Config):
 
 CONFIG = TaylorConfig
 NEEDS: tuple[str, ...] = ()
+WHOLE = True
 
 
 def schedule(calls: int, computed: int, config: TaylorConfig) -> tuple[int, ...]:
