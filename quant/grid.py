@@ -20,7 +20,6 @@ from .nvfp4_scales import nvfp4_scales
 
 FLOAT16_SAFE = (2.0**-14, 65504.0)  # normal range: smaller scales would lose mantissa bits
 SHRINK_STEPS = 20  # candidates of the range search: 1.0, 0.98, ... of the full range
-PATIENCE = 3  # the search ends when so many of them in a row were better for no group, as soon happens at 8 bits
 TWO_LEVEL_MAX = 15  # 15 * 8 = 120 still fits int8 for 4-bit codes
 ROWS_VALUES = 1 << 19  # values treated at once: small enough to stay in cache through the passes of the search
 
@@ -186,23 +185,16 @@ def search_grid(groups: Tensor, bits: int, *, symmetric: bool, code_range: tuple
     best_scale, best_zero = minmax_grid(groups, bits, symmetric=symmetric)
     best_error = _error(groups, best_scale, best_zero, code_range)
 
-    def keep_better(scale: Tensor, zero: Tensor) -> bool:
+    def keep_better(scale: Tensor, zero: Tensor) -> None:
         nonlocal best_scale, best_zero, best_error
         error = _error(groups, scale, zero, code_range)
         better = error < best_error
-        if not bool(better.any()):
-            return False
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
         best_error = torch.where(better, error, best_error)
-        return True
 
-    in_vain = 0
     for step in range(1, SHRINK_STEPS):
-        found = keep_better(*minmax_grid(groups, bits, symmetric=symmetric, shrink=1.0 - 0.02 * step))
-        in_vain = 0 if found else in_vain + 1
-        if in_vain == PATIENCE:
-            break
+        keep_better(*minmax_grid(groups, bits, symmetric=symmetric, shrink=1.0 - 0.02 * step))
     for _ in range(2):
         centred = round_codes(groups, best_scale, best_zero, code_range) - best_zero.unsqueeze(-1)
         power = centred.square().sum(-1)

@@ -3,7 +3,6 @@ import torch
 
 from dacc.core.scheme import Scheme
 from dacc.quant.grid import (
-    SHRINK_STEPS,
     Grid,
     find_grid,
     minmax_grid,
@@ -71,24 +70,6 @@ def test_a_group_of_one_repeated_value_is_met_exactly(bits, symmetric, value):
     groups = torch.full((1, 2, 8), value)
     for grid in both_grids(groups, bits, symmetric):
         torch.testing.assert_close(through(groups, bits, symmetric, grid), groups, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(("bits", "symmetric"), CASES)
-def test_the_search_ends_early_without_another_result(monkeypatch, bits, symmetric):
-    groups = torch.randn(64, 8, 32, generator=torch.Generator().manual_seed(0))
-    tried = []
-    monkeypatch.setattr(
-        "dacc.quant.grid.minmax_grid",
-        lambda groups, bits, **options: tried.append(options) or minmax_grid(groups, bits, **options),
-    )
-    found = search_grid(groups, bits, symmetric=symmetric, code_range=code_range(bits, symmetric))
-    passes = len(tried)
-    monkeypatch.setattr("dacc.quant.grid.PATIENCE", SHRINK_STEPS)
-    whole = search_grid(groups, bits, symmetric=symmetric, code_range=code_range(bits, symmetric))
-    assert len(tried) - passes == SHRINK_STEPS
-    assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True))
-    if bits == 8:
-        assert passes < SHRINK_STEPS
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), CASES)
