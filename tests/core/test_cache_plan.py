@@ -29,7 +29,7 @@ def plan(**fields):
     [
         ({"codes": {"deep": "CRC"}}, "3 calls, the grid has 4"),
         ({"codes": {"deep": "RRCR"}}, "nothing to reuse"),
-        ({"codes": {"deep": "CRXR"}}, "codes other than"),
+        ({"codes": {"deep": "CRXR"}}, "codes that are not known"),
         ({"codes": {"shallow": "CRCR"}}, "the units are"),
         ({"macs": UnitMacs(full=1, units={})}, "macs.units"),
         ({"units": (CUT, CUT)}, "same id"),
