@@ -175,8 +175,8 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {name: self._buffers[name] for name in SCALE_NAMES if self._buffers[name] is not None}
+        self._unpacked = self._shift_outputs = None  # found anew from what is never cast
         super()._apply(fn, recurse)
-        self._unpacked = None
         for name, before in kept.items():
             after = self._buffers[name]
             if after is not None and before is not None and after.dtype != before.dtype:
