@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, UnsupportedError
 from ..core.reporter import Reporter
 from ..runtime.cached import remove_plans_
 from ..runtime.compare import relative_l2
@@ -42,7 +42,7 @@ def search_auto(
             found[name] = search_component(
                 pipe, component, own, method, request, weights, reporter, costs.get(whole, known_cost), reference
             )
-        except ConfigError as error:
+        except (ConfigError, UnsupportedError) as error:
             if name == TRIED[-1] and not found:
                 raise
             reporter.notice(f"method auto: {name} was left out: {error.what}")

@@ -166,6 +166,17 @@ def test_auto_keeps_the_nearest_of_what_it_tried(unet_folder, cached):
             assert plan_of(bundle) == record.plan
 
 
+def test_auto_leaves_out_what_cannot_reach_the_target(dit_folder, cached):
+    for name in ("deepcache", "dp"):  # the block that they leave fresh costs too much
+        with pytest.raises(UnsupportedError, match="this unit cannot give"):
+            cached(dit_folder, macs_ratio=0.4, method=name)
+    bundle = cached(dit_folder, macs_ratio=0.4)
+    record = read_manifest(bundle).components["transformer"].cache
+    assert record.method == "taylor"
+    notices = read_manifest(bundle).passes[-1].notices
+    assert [notice.split(":")[1].split()[0] for notice in notices if "left out" in notice] == ["deepcache", "dp"]
+
+
 def test_fields_of_a_forecast_reach_the_plan(unet_folder, cached):
     plan = plan_of(cached(unet_folder, method="taylor", settings={"order": 2, "x": "sigma", "form": "published"}))
     found = plan.predict["deep"]
