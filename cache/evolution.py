@@ -21,7 +21,6 @@ from ..core.errors import ConfigError, UnsupportedError
 from ..core.output import OutputWriter
 from ..core.reporter import Reporter
 from ..runtime.cached import remove_plans_
-from ..runtime.plan import denoiser_sha256
 from ..runtime.request import RunRequest
 from .config import SearchCacheConfig
 from .cost import feature_costs
@@ -29,6 +28,7 @@ from .front import Candidate, front_files
 from .given import schedule_file, trimmed, whole_calls
 from .methods import dp
 from .objective import PlanObjective
+from .planned import blank_plan
 from .profile import CallCost, count_unit_macs, first_calls, time_calls
 from .search import Found, checked_cost, count_plan
 from .units import choose_units
@@ -171,16 +171,7 @@ def evolve_component(
     cost = None
     if config.speedup is not None:
         cost = checked_cost(known_cost, units) if known_cost else time_calls(denoiser, units, calls, reporter)
-    blank = CachePlan(
-        class_name=type(denoiser).__name__,
-        config_sha256=denoiser_sha256(denoiser),
-        weights=weights,
-        schedule=schedule,
-        rule=config.rule,
-        units=units,
-        codes={unit.id: COMPUTE * len(schedule.timesteps) for unit in units},
-        macs=count_unit_macs(denoiser, units, calls),
-    )
+    blank = blank_plan(denoiser, units, count_unit_macs(denoiser, units, calls), schedule, weights, config)
     state = keeper.load()
     seeds = _seeds(pipe, component, blank, request, settings, reporter) if state is None else None
     objective = PlanObjective(pipe, component, blank, request)
@@ -203,12 +194,11 @@ def evolve_component(
         [state.known[name] for name in state.population],
         front.index(chosen),
     )
-    record = CacheRecord(
-        method=config.method,
-        plan=plan,
-        plan_sha256=plan.sha256(),
-        macs_ratio=count_plan(pipe, component, plan, request, reporter),
-        chosen={"calls": plan.calls, "computed": whole_calls(plan), "generations": state.generation},
+    record = CacheRecord.of(
+        config.method,
+        plan,
+        count_plan(pipe, component, plan, request, reporter),
+        {"calls": plan.calls, "computed": whole_calls(plan), "generations": state.generation},
     )
     return Found(record, cost, {}, files | schedule_file(component, denoiser, plan))
 

@@ -13,12 +13,13 @@ from ..core.errors import UnsupportedError
 from ..core.families import find_family
 from ..core.reporter import Reporter
 from ..runtime.cache_units import containers_of, layout_of
-from ..runtime.plan import denoiser_sha256, planned_macs
+from ..runtime.plan import planned_macs
 from ..runtime.request import RunRequest
 from .api import ECAD_FILE
 from .config import SearchCacheConfig
 from .ecad import read_schedule, schedule_document
 from .methods.ecad import EcadConfig
+from .planned import blank_plan
 from .profile import count_unit_macs, first_calls
 from .search import Found, count_plan
 
@@ -46,24 +47,13 @@ def import_component(
     if any(own[0] == REUSE for own in codes.values()):
         reporter.notice(f"{component}: the schedule reuses at the first step, when there is nothing; it computes there")
     units = tuple(codes)
-    plan = trimmed(
-        CachePlan(
-            class_name=type(denoiser).__name__,
-            config_sha256=denoiser_sha256(denoiser),
-            weights=weights,
-            schedule=grid,
-            rule=config.rule,
-            units=units,
-            codes={unit.id: COMPUTE + own[1:] for unit, own in codes.items()},
-            macs=count_unit_macs(denoiser, units, calls),
-        )
-    )
-    record = CacheRecord(
-        method=config.method,
-        plan=plan,
-        plan_sha256=plan.sha256(),
-        macs_ratio=count_plan(pipe, component, plan, request, reporter),
-        chosen={"calls": plan.calls, "computed": whole_calls(plan)},
+    blank = blank_plan(denoiser, units, count_unit_macs(denoiser, units, calls), grid, weights, config)
+    plan = trimmed(blank.model_copy(update={"codes": {unit.id: COMPUTE + own[1:] for unit, own in codes.items()}}))
+    record = CacheRecord.of(
+        config.method,
+        plan,
+        count_plan(pipe, component, plan, request, reporter),
+        {"calls": plan.calls, "computed": whole_calls(plan)},
     )
     return Found(record, None, {}, schedule_file(component, denoiser, plan))
 

@@ -1,4 +1,4 @@
-"""From the calls that a method lets compute to the plan of a unit."""
+"""Plans of a denoiser: one that computes everything, and that of the calls that a method lets compute."""
 
 from __future__ import annotations
 
@@ -6,7 +6,38 @@ from collections.abc import Collection, Mapping
 from types import ModuleType
 from typing import Any
 
-from ..core.cache_plan import COMPUTE, FORECAST, GATE, REUSE, CachePlan, Gate
+from torch import nn
+
+from ..core.cache_plan import COMPUTE, FORECAST, GATE, REUSE, CachePlan, Gate, Unit, UnitMacs
+from ..core.schedule_id import ScheduleId
+from ..runtime.plan import denoiser_sha256
+from .config import SearchCacheConfig
+
+
+def blank_plan(
+    denoiser: nn.Module,
+    units: tuple[Unit, ...],
+    macs: UnitMacs,
+    schedule: ScheduleId,
+    weights: str,
+    config: SearchCacheConfig,
+) -> CachePlan:
+    """A plan that computes all its units at every call.
+
+    Args:
+        schedule: the grid of the runs.
+        weights: hash of the denoiser's weight files.
+    """
+    return CachePlan(
+        class_name=type(denoiser).__name__,
+        config_sha256=denoiser_sha256(denoiser),
+        weights=weights,
+        schedule=schedule,
+        rule=config.rule,
+        units=units,
+        codes={unit.id: COMPUTE * len(schedule.timesteps) for unit in units},
+        macs=macs,
+    )
 
 
 def planned(

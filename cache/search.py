@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.cache_plan import COMPUTE, REUSE, CachePlan, CacheRecord, CorrectionId, Unit, UnitMacs
+from ..core.cache_plan import REUSE, CachePlan, CacheRecord, CorrectionId, Unit, UnitMacs
 from ..core.config import build_config
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.manifest import Effect
@@ -25,7 +25,7 @@ from ..core.tensor_file import content_hash
 from ..runtime.cached import install_plan_, no_cache
 from ..runtime.compare import compare
 from ..runtime.correction import Correction
-from ..runtime.plan import denoiser_sha256, planned_macs
+from ..runtime.plan import planned_macs
 from ..runtime.request import RunRequest
 from ..runtime.timing import measure_in_turns
 from ..runtime.trajectory import call_pipeline, sample
@@ -34,7 +34,7 @@ from .config import SearchCacheConfig
 from .correct import fit_correction
 from .cost import feature_costs, output_cost
 from .gating import gated_plan
-from .planned import planned
+from .planned import blank_plan, planned
 from .profile import CallCost, count_unit_macs, counted_macs, first_calls, time_calls, told
 from .units import choose_unit, unit_text
 
@@ -94,16 +94,7 @@ def search_component(
         cost = checked_cost(known_cost, (unit,)) if known_cost else time_calls(denoiser, (unit,), calls, reporter)
     count = len(schedule.timesteps)
     computed = _budget(config, count, macs, unit, cost)
-    blank = CachePlan(
-        class_name=type(denoiser).__name__,
-        config_sha256=denoiser_sha256(denoiser),
-        weights=weights,
-        schedule=schedule,
-        rule=config.rule,
-        units=(unit,),
-        codes={unit.id: COMPUTE * count},
-        macs=macs,
-    )
+    blank = blank_plan(denoiser, (unit,), macs, schedule, weights, config)
     profile = _profile(pipe, component, blank, method, settings, request, computed, reporter, reference)
     places = method.schedule(count, computed, settings, *profile)
     chosen: dict[str, int | float | str] = {"calls": count, "computed": len(places)}
@@ -120,13 +111,7 @@ def search_component(
     if plan.gates:
         partial = 1 - macs.units[unit.id] / macs.full
         chosen["computed"] = round(count * (ratio - partial) / (1 - partial), 1)
-    record = CacheRecord(
-        method=config.method,
-        plan=plan,
-        plan_sha256=plan.sha256(),
-        macs_ratio=ratio,
-        chosen=chosen,
-    )
+    record = CacheRecord.of(config.method, plan, ratio, chosen)
     return Found(record, cost, tables)
 
 

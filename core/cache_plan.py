@@ -170,3 +170,8 @@ class CacheRecord(Config):
     plan_sha256: str  # tells that the plan was not edited
     macs_ratio: float  # multiply-accumulates of a run with the plan over those without, all denoiser calls, counted
     chosen: dict[str, int | float | str] = Field(default_factory=dict)  # what the search decided, e.g. computed calls
+
+    @classmethod
+    def of(cls, method: str, plan: CachePlan, macs_ratio: float, chosen: dict[str, int | float | str]) -> CacheRecord:
+        """The record of a plan as it is."""
+        return cls(method=method, plan=plan, plan_sha256=plan.sha256(), macs_ratio=macs_ratio, chosen=chosen)

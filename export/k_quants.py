@@ -36,8 +36,8 @@ def _q4(values: Tensor) -> Tensor:
 
 def _q5(values: Tensor) -> Tensor:
     head, codes = _affine(values, 31)
-    bits = codes.reshape(len(values), 8, 32) >> 4  # of block j is bit j of 32 bytes
-    high = sum(bits[:, block] << block for block in range(8))
+    places = torch.arange(8, dtype=torch.int16).view(8, 1)  # the fifth bit of block j is bit j of 32 bytes
+    high = ((codes >> 4) << places).sum(1)
     return torch.cat([head, _bytes(high), _nibbles(codes & 15)], 1)
 
 
@@ -52,7 +52,8 @@ def _q6(values: Tensor) -> Tensor:
     low = quarters & 15
     first, second, third, fourth = low.unbind(2)
     nibbles = torch.stack([first | third << 4, second | fourth << 4], 2)  # (S, 2, 2, 32)
-    high = sum((quarters[:, :, row] >> 4) << 2 * row for row in range(4))  # (S, 2, 32)
+    places = 2 * torch.arange(4, dtype=torch.int16).view(4, 1)
+    high = ((quarters >> 4) << places).sum(2)  # (S, 2, 32)
     return torch.cat([_bytes(nibbles), _bytes(high), small.to(torch.int8).view(torch.uint8), _half_bytes(whole)], 1)
 
 
@@ -143,7 +144,6 @@ def _nibbles(codes: Tensor) -> Tensor:
     return _bytes(pairs[:, :, 0] | pairs[:, :, 1] << 4)
 
 
-def _bytes(values: Tensor | int) -> Tensor:
+def _bytes(values: Tensor) -> Tensor:
     """(S, ...) small integers -> (S, bytes) uint8."""
-    assert isinstance(values, Tensor)
     return values.flatten(1).to(torch.uint8)

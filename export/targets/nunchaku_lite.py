@@ -56,8 +56,8 @@ pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.DTYPE).to("cuda")""
 class NunchakuLiteConfig(Config):
     """Fields of `--set`."""
 
-    dtype: Literal["bfloat16", "float16"] = "bfloat16"  # of scales and floats; float16 holds the scales of integers as
-    # they are, bfloat16 to 0.4 %, but larger values
+    # of scales and floats; float16 holds the scales of integers as they are, bfloat16 to 0.4 %, but larger values
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
 
 
 CONFIG = NunchakuLiteConfig

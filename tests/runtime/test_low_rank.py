@@ -209,7 +209,7 @@ def test_what_a_shift_adds_is_taken_off_again_when_another_weight_comes():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cast_after_the_first_call_gives_what_one_before_it_gives(dtype):
     scheme = next(scheme for scheme in SCHEMES if scheme.shifted)
-    plain, layer, x = made(scheme)
+    _, layer, x = made(scheme)
     other = copy.deepcopy(layer).to(dtype)
     layer(x)
     assert torch.equal(layer.to(dtype)(x.to(dtype)), other(x.to(dtype)))
