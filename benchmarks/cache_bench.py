@@ -12,25 +12,24 @@ import diffusers
 
 from dacc.benchmarks.cache_rows import FEWER, FLOAT, ROWS, SOURCES, TARGETS
 from dacc.benchmarks.ptq_bench import Bench
-from dacc.benchmarks.ptq_cells import fingerprint
-from dacc.benchmarks.ptq_measure import Seen, look, read_seen
+from dacc.benchmarks.ptq_measure import Seen
+from dacc.benchmarks.study import fingerprint
 from dacc.cache.api import search_cache
 from dacc.cache.config import SearchCacheConfig
 from dacc.cache.search import loop_seconds
 from dacc.core.config import build_config
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import silent
-from dacc.core.source import resolve_source
 from dacc.quant.api import quantize_pipeline
 from dacc.quant.config import QuantizeConfig
 from dacc.runtime.cached import no_cache
 from dacc.runtime.clock import attach_clock
-from dacc.runtime.load import load_source
 from dacc.runtime.request import RunRequest
 from dacc.runtime.timing import measure_in_turns
 
 TIMED_RUNS = 4  # in turns; the first of each warms up
 NO_PLAN = "no plan"
+IMAGES = "seen.safetensors"
 
 
 def cell_options(bench: Bench, target: str, row: str) -> dict[str, Any]:
@@ -48,7 +47,8 @@ def cell_options(bench: Bench, target: str, row: str) -> dict[str, Any]:
 def treat(bench: Bench, source: str, row: str, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Seen]:
     """Facts for a cell, and its images."""
     if row == NO_PLAN:
-        return ({"macs_ratio": 1.0}, bench.reference if source == FLOAT else _look(bench, _pipe(bench, source), folder))
+        seen = bench.reference if source == FLOAT else bench.look(_source(bench, source), folder / IMAGES)
+        return {"macs_ratio": 1.0}, seen
     if row in FEWER:
         return _fewer(bench, source, options, folder)
     return _searched(bench, source, options, folder)
@@ -65,7 +65,7 @@ def _searched(bench: Bench, source: str, options: dict[str, Any], folder: Path) 
     manifest = read_manifest(bundle)
     assert manifest is not None
     (record,) = (record.cache for record in manifest.components.values() if record.cache)
-    pipe = load_source(resolve_source(str(bundle), reporter=silent()), device="cpu", dtype="float32", prefer="speed")
+    pipe = bench.load(str(bundle))
     one = _one(bench)
 
     def full() -> float:
@@ -78,12 +78,12 @@ def _searched(bench: Bench, source: str, options: dict[str, Any], folder: Path) 
         "speedup": _speedup(full, lambda: loop_seconds(pipe, one)),
         **json.loads(notes.read_text()),
     }
-    return facts, _look(bench, pipe, folder)
+    return facts, bench.see(lambda: pipe, folder / IMAGES, bench.request)
 
 
 def _fewer(bench: Bench, source: str, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Seen]:
     """The same pipeline with fewer steps of its own solver, or of another."""
-    pipe, one = _pipe(bench, source), _one(bench)
+    pipe, one = bench.load(_source(bench, source)), _one(bench)
     steps, own = options["steps"], pipe.scheduler
     solver = getattr(diffusers, options["solver"]).from_config(own.config) if options["solver"] else own
 
@@ -96,7 +96,8 @@ def _fewer(bench: Bench, source: str, options: dict[str, Any], folder: Path) -> 
     speedup = _speedup(lambda: run(own, full), lambda: run(solver, steps))
     pipe.scheduler = solver
     attach_clock(pipe)
-    seen = _look(bench, pipe, folder, bench.request.model_copy(update={"num_inference_steps": steps}))
+    request = bench.request.model_copy(update={"num_inference_steps": steps})
+    seen = bench.see(lambda: pipe, folder / IMAGES, request)
     return {"macs_ratio": steps / full, "speedup": speedup}, seen
 
 
@@ -109,25 +110,8 @@ def _speedup(full: Any, short: Any) -> float:
     return first / second
 
 
-def _look(bench: Bench, pipe: Any, folder: Path, request: RunRequest | None = None) -> Seen:
-    cache, asked = folder / "seen.safetensors", request or bench.request
-    kept = read_seen(cache)
-    if (
-        kept
-        and len(kept.paired) == bench.options.seeds
-        and (not kept.judged or len(kept.judged.answers) >= len(asked.seeds))
-    ):
-        return kept
-    return look(pipe, asked, bench.options.seeds, bench.judge, cache, bench.reporter)
-
-
 def _one(bench: Bench) -> RunRequest:
     return bench.request.model_copy(update={"seeds": bench.request.seeds[:1], "batch_size": 1})
-
-
-def _pipe(bench: Bench, source: str) -> Any:
-    found = resolve_source(str(_source(bench, source)), reporter=silent())
-    return load_source(found, device="cpu", dtype="float32", prefer="speed")
 
 
 def _source(bench: Bench, source: str) -> str:

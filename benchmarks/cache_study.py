@@ -17,7 +17,6 @@ import datetime
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,10 +24,8 @@ from dacc.benchmarks.cache_bench import NO_PLAN, cell_options, treat
 from dacc.benchmarks.cache_cells import CacheCell, CacheStudy
 from dacc.benchmarks.cache_rows import FEWER, FLOAT, NO_OTHER_SOLVER, PIPELINES, ROWS, SOURCES, TARGETS
 from dacc.benchmarks.cache_table import write_cache_tables
-from dacc.benchmarks.ptq_bench import Bench
-from dacc.benchmarks.ptq_cells import fingerprint, is_finished, read_study, record_cell
-from dacc.benchmarks.ptq_measure import Seen, measure
-from dacc.benchmarks.ptq_study import RESULTS, commit, pipeline_facts
+from dacc.benchmarks.ptq_bench import Bench, pipeline_facts
+from dacc.benchmarks.study import add_options, commit, fingerprint, is_finished, read_study, record_cell
 from dacc.core.errors import DaccError
 from dacc.core.machine import describe_machine
 from dacc.core.reporter import Reporter
@@ -58,17 +55,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--source", action="append", choices=list(SOURCES), help="repeatable; default: all")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="repeatable; default: all")
     parser.add_argument("--row", action="append", choices=rows, help="repeatable; default: all but slow ones")
-    parser.add_argument("--seeds", type=int, default=256, help="images compared with the float pipeline's")
-    parser.add_argument("--fid-samples", type=int, default=2000, help="images for FID, on the digits; 0: no FID")
-    parser.add_argument("--only-missing", action="store_true", help="leave every cell alone that is on record")
-    parser.add_argument("--again", action="store_true", help="measure these cells again from the start")
-    parser.add_argument("--table-only", action="store_true", help="write the tables from the JSON, run nothing")
-    parser.add_argument("--steps", type=int, help="solver steps; default: the zoo's own")
-    parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path(".work/study"))
-    parser.add_argument("--json", type=Path, default=RECORD)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    add_options(parser, RECORD)
     return parser.parse_args()
 
 
@@ -115,7 +102,7 @@ def fill(bench: Bench, source: str, target: str, row: str) -> None:
     )
     try:
         facts, seen = treat(bench, source, row, options, folder)
-        facts |= _measured(bench, seen, is_float=source == FLOAT and row == NO_PLAN)
+        facts |= bench.measured(seen, is_float=source == FLOAT and row == NO_PLAN)
         cell = base.model_copy(update=facts)
     except Exception as error:  # whatever breaks in one cell, the others are measured; the record says what it was
         said = str(error) if isinstance(error, DaccError | FloatingPointError) else repr(error)
@@ -124,20 +111,6 @@ def fill(bench: Bench, source: str, target: str, row: str) -> None:
         if found and found.measured and found.fingerprint == wanted and not settings.again:
             return  # only what was to be added failed
     record_cell(settings.json, cell, CacheStudy)
-
-
-def _measured(bench: Bench, seen: Seen, *, is_float: bool) -> dict[str, Any]:
-    """Metrics of a row and from how many images.
-
-    Raises:
-        FloatingPointError: its images are not numbers.
-    """
-    if not torch.isfinite(seen.paired.latents).all() or not torch.isfinite(seen.paired.images).all():
-        raise FloatingPointError("it gives NaN or infinity")
-    count = bench.fid_samples if bench.judge else 0
-    reference = None if is_float else bench.reference
-    metrics = measure(seen, reference, bench.request, bench.judge, fid_samples=count)
-    return {"metrics": metrics, "seeds": len(seen.paired), "fid_samples": count}
 
 
 if __name__ == "__main__":

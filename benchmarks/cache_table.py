@@ -8,6 +8,7 @@ from pathlib import Path
 from dacc.benchmarks.cache_cells import CacheCell, CacheStudy
 from dacc.benchmarks.cache_rows import FEWER, ROWS, SOURCES, TARGETS
 from dacc.benchmarks.ptq_table import figure, heading
+from dacc.benchmarks.study import write_between
 from dacc.evaluate.table import human_seconds
 
 NO_PLAN = "no plan"
@@ -25,14 +26,8 @@ def write_cache_tables(file: Path, study: CacheStudy, pipelines: Iterable[str], 
     Returns:
         The pipelines that were written.
     """
-    written = [name for name in pipelines if study.of(name)]
-    text = file.read_text(encoding="utf-8")
-    for name in written:
-        begin, end = f"<!-- cache:{name} -->", f"<!-- /cache:{name} -->"
-        head, rest = text.split(begin)
-        text = f"{head}{begin}\n{cache_block(study.of(name), facts.get(name, ''))}\n{end}{rest.split(end)[1]}"
-    file.write_text(text, encoding="utf-8")
-    return written
+    wanted = [name for name in pipelines if study.of(name)]
+    return write_between(file, "cache", {name: cache_block(study.of(name), facts.get(name, "")) for name in wanted})
 
 
 def cache_block(cells: Sequence[CacheCell], facts: str) -> str:

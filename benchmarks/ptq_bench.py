@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dacc.benchmarks.peers import PEERS
-from dacc.benchmarks.ptq_cells import FLOAT_ROW, fingerprint
+from dacc.benchmarks.ptq_cells import FLOAT_ROW
 from dacc.benchmarks.ptq_child import run_child
-from dacc.benchmarks.ptq_measure import Seen, look, read_seen
+from dacc.benchmarks.ptq_measure import Seen, look, measure, read_seen
 from dacc.benchmarks.ptq_rows import CALIBRATION, ROWS, WITH_FID
+from dacc.benchmarks.study import fingerprint
 from dacc.calibrate.api import calibrate_pipeline
 from dacc.calibrate.config import CalibrateConfig
 from dacc.core.config import build_config
@@ -96,15 +100,34 @@ class Bench:
 
     def look(self, source: str, cache: Path) -> Seen:
         """The images of a source, sampled where they are not kept."""
+        return self.see(lambda: self.load(source), cache, self.request)
+
+    def load(self, source: str) -> Any:
+        """A pipeline as every row runs."""
+        self.reporter.say(f"loading {source}")
+        found = resolve_source(source, reporter=self.reporter)
+        return load_source(found, device="cpu", dtype="float32", prefer="speed")
+
+    def see(self, make: Callable[[], Any], cache: Path, request: RunRequest) -> Seen:
+        """The images of a pipeline that is made only where they are not kept."""
         kept = read_seen(cache)
-        enough = kept and (kept.judged is None or len(kept.judged.answers) >= len(self.request.seeds))
+        enough = kept and (kept.judged is None or len(kept.judged.answers) >= len(request.seeds))
         if kept and enough and len(kept.paired) == self.options.seeds:
             return kept
-        self.reporter.say(f"sampling {source}")
-        pipe = load_source(
-            resolve_source(source, reporter=self.reporter), device="cpu", dtype="float32", prefer="speed"
-        )
-        return look(pipe, self.request, self.options.seeds, self.judge, cache, self.reporter)
+        return look(make(), request, self.options.seeds, self.judge, cache, self.reporter)
+
+    def measured(self, seen: Seen, *, is_float: bool) -> dict[str, Any]:
+        """Metrics of a row and from how many images.
+
+        Raises:
+            FloatingPointError: its images are not numbers.
+        """
+        if not torch.isfinite(seen.paired.latents).all() or not torch.isfinite(seen.paired.images).all():
+            raise FloatingPointError("it gives NaN or infinity")
+        reference = None if is_float else self.reference
+        count = self.fid_samples if self.judge else 0
+        metrics = measure(seen, reference, self.request, self.judge, fid_samples=count)
+        return {"metrics": metrics, "seeds": len(seen.paired), "fid_samples": count}
 
     def calibration(self, strategy: str, wanted: dict[str, Any]) -> Path:
         """The set of a strategy, made once: calibrate_pipeline returns one that is there.
@@ -117,6 +140,15 @@ class Bench:
         folder = self.work / f"calibration-{strategy}-{fingerprint(**config.model_dump(mode='json'))}"
         source = f"zoo:{self.name}"
         return calibrate_pipeline(source, config, output=folder, device="cpu", reporter=self.reporter)
+
+
+def pipeline_facts(name: str) -> str:
+    """What to say of a pipeline's request above its table."""
+    entry = zoo_entry(name)
+    judge = load_judge(entry)
+    half = judge.facts.get("fid_between_halves") if judge and name in WITH_FID else None
+    text = f"guidance {entry.guidance_scale or 'none'}, float32 arithmetic"
+    return text + (f"; FID between two halves of the real images: {half:.3g}" if half else "")
 
 
 def treat(bench: Bench, setting: str, row: str, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Seen]:

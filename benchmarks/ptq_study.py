@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import distributions
@@ -25,32 +24,21 @@ from typing import Any
 import torch
 
 from dacc.benchmarks.peers import PEERS
-from dacc.benchmarks.ptq_bench import Bench, treat
-from dacc.benchmarks.ptq_cells import (
-    FLOAT_ROW,
-    FLOAT_SETTING,
-    Cell,
-    fingerprint,
-    is_finished,
-    read_study,
-    record_cell,
-)
+from dacc.benchmarks.ptq_bench import Bench, pipeline_facts, treat
+from dacc.benchmarks.ptq_cells import FLOAT_ROW, FLOAT_SETTING, Cell, Study
 from dacc.benchmarks.ptq_child import PEERS_FOLDER, ChildFailed
-from dacc.benchmarks.ptq_measure import Seen, measure, read_seen
-from dacc.benchmarks.ptq_rows import DRAWN, PIPELINES, ROWS, SETTINGS, WITH_FID, row_options
+from dacc.benchmarks.ptq_measure import read_seen
+from dacc.benchmarks.ptq_rows import DRAWN, PIPELINES, ROWS, SETTINGS, row_options
 from dacc.benchmarks.ptq_table import write_tables
+from dacc.benchmarks.study import add_options, commit, fingerprint, is_finished, read_study, record_cell
 from dacc.core.config import build_config
 from dacc.core.errors import DaccError
 from dacc.core.machine import describe_machine
 from dacc.core.reporter import Reporter
-from dacc.core.zoo import zoo_entry
 from dacc.evaluate.grid import write_grid
-from dacc.evaluate.judge import load_judge
 from dacc.quant.api import METHODS
 from dacc.quant.config import QuantizeConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs" / "results.md"
 RECORD = Path(__file__).with_suffix(".json")
 COLUMNS = 10  # images in the picture
 
@@ -66,7 +54,7 @@ def main() -> None:
             for setting, row in _wanted(name, options):
                 _fill(bench, setting, row)
             _draw(bench)
-    study = read_study(options.json)
+    study = read_study(options.json, Study)
     written = write_tables(options.results, study, PIPELINES, {name: pipeline_facts(name) for name in PIPELINES})
     reporter.say(f"{options.results.name}: tables of {', '.join(written) or 'no pipeline'}")
 
@@ -77,18 +65,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--pipeline", action="append", choices=PIPELINES, help="repeatable; default: all")
     parser.add_argument("--setting", action="append", choices=list(SETTINGS), help="repeatable; default: all")
     parser.add_argument("--row", action="append", choices=rows, help="repeatable; default: all but sweeps, peers too")
-    parser.add_argument("--seeds", type=int, default=256, help="images compared with the float pipeline's")
-    parser.add_argument("--fid-samples", type=int, default=2000, help="images for FID, on the digits; 0: no FID")
-    parser.add_argument("--only-missing", action="store_true", help="leave every cell alone that is on record")
-    parser.add_argument("--again", action="store_true", help="measure these cells again from the start")
-    parser.add_argument("--table-only", action="store_true", help="write the tables from the JSON, run nothing")
-    parser.add_argument("--steps", type=int, help="solver steps; default: the zoo's own")
-    parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path(".work/study"))
+    add_options(parser, RECORD)
     parser.add_argument("--peers", type=Path, default=PEERS_FOLDER, help="folder that the peers are installed in")
-    parser.add_argument("--json", type=Path, default=RECORD)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
@@ -109,7 +87,7 @@ def _fill(bench: Bench, setting: str, row: str) -> None:
         options = _options(bench, setting, row)
     except DaccError as error:
         return bench.reporter.say(f"{place}: not measured yet: {error}")
-    found = read_study(bench.options.json).find(bench.name, setting, row)
+    found = read_study(bench.options.json, Study).find(bench.name, setting, row)
     wanted = fingerprint(asked=bench.asked, options=options)
     again, only_missing = bench.options.again, bench.options.only_missing
     if not again and is_finished(found, wanted, bench.fid_samples, only_missing=only_missing):
@@ -132,14 +110,14 @@ def _fill(bench: Bench, setting: str, row: str) -> None:
     )
     try:
         facts, seen = treat(bench, setting, row, options, folder)
-        cell = base.model_copy(update={**facts, **_measured(bench, seen, is_float=row == FLOAT_ROW)})
+        cell = base.model_copy(update={**facts, **bench.measured(seen, is_float=row == FLOAT_ROW)})
     except Exception as error:  # whatever breaks in one cell, the others are measured; the record says what it was
         said = str(error) if isinstance(error, DaccError | ChildFailed | FloatingPointError) else repr(error)
         cell = base.model_copy(update={"status": f"{'cannot run' if base.peer else 'failed'}: {said}"})
         bench.reporter.say(f"{place}: {cell.status}")
         if found and found.measured and found.fingerprint == wanted and not again:
             return None  # only what was to be added failed
-    record_cell(bench.options.json, cell)
+    record_cell(bench.options.json, cell, Study)
 
 
 def _options(bench: Bench, setting: str, row: str) -> dict[str, Any]:
@@ -162,23 +140,9 @@ def _options(bench: Bench, setting: str, row: str) -> dict[str, Any]:
     return options
 
 
-def _measured(bench: Bench, seen: Seen, *, is_float: bool) -> dict[str, Any]:
-    """Metrics of a row and from how many images.
-
-    Raises:
-        FloatingPointError: its images are not numbers.
-    """
-    if not torch.isfinite(seen.paired.latents).all() or not torch.isfinite(seen.paired.images).all():
-        raise FloatingPointError("it gives NaN or infinity")
-    reference = None if is_float else bench.reference
-    count = bench.fid_samples if bench.judge else 0
-    metrics = measure(seen, reference, bench.request, bench.judge, fid_samples=count)
-    return {"metrics": metrics, "seeds": len(seen.paired), "fid_samples": count}
-
-
 def _draw(bench: Bench) -> None:
     """The first images of some rows, one above the other, from the same noise; only when all of them are there."""
-    study, rows = read_study(bench.options.json), []
+    study, rows = read_study(bench.options.json, Study), []
     for setting, row in DRAWN:
         cell = study.find(bench.name, setting, row)
         if not cell or not cell.measured:
@@ -190,22 +154,6 @@ def _draw(bench: Bench) -> None:
     pictures = bench.options.results.parent / "images"
     pictures.mkdir(exist_ok=True)
     write_grid([(FLOAT_ROW, "", bench.reference.paired.images[:COLUMNS]), *rows], pictures / f"{bench.name}.png")
-
-
-def pipeline_facts(name: str) -> str:
-    """What to say of a pipeline's request above its table."""
-    entry = zoo_entry(name)
-    judge = load_judge(entry)
-    half = judge.facts.get("fid_between_halves") if judge and name in WITH_FID else None
-    text = f"guidance {entry.guidance_scale or 'none'}, float32 arithmetic"
-    return text + (f"; FID between two halves of the real images: {half:.3g}" if half else "")
-
-
-def commit() -> str:
-    """The commit that measured, marked when files differ from it."""
-    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dacc.benchmarks.ptq_cells import FLOAT_ROW, FLOAT_SETTING, Cell, Study
 from dacc.benchmarks.ptq_rows import ROWS, SETTINGS
+from dacc.benchmarks.study import write_between
 from dacc.evaluate.result import Metric
 from dacc.evaluate.table import human_bytes, human_seconds
 
@@ -23,15 +24,8 @@ def write_tables(file: Path, study: Study, pipelines: Iterable[str], facts: dict
     Returns:
         The pipelines that were written.
     """
-    written = [name for name in pipelines if study.of(name)]
-    text = file.read_text(encoding="utf-8")
-    for name in written:
-        begin, end = f"<!-- ptq:{name} -->", f"<!-- /ptq:{name} -->"
-        head, rest = text.split(begin)
-        tail = rest.split(end)[1]
-        text = f"{head}{begin}\n{pipeline_block(study, name, facts.get(name, ''))}\n{end}{tail}"
-    file.write_text(text, encoding="utf-8")
-    return written
+    wanted = [name for name in pipelines if study.of(name)]
+    return write_between(file, "ptq", {name: pipeline_block(study, name, facts.get(name, "")) for name in wanted})
 
 
 def pipeline_block(study: Study, pipeline: str, facts: str) -> str:

@@ -10,8 +10,7 @@ from dacc.benchmarks.cache_cells import CacheCell, CacheStudy
 from dacc.benchmarks.cache_rows import FEWER, PIPELINES, ROWS, SOURCES, TARGETS
 from dacc.benchmarks.cache_table import cache_block, write_cache_tables
 from dacc.benchmarks.ptq_bench import Bench
-from dacc.benchmarks.ptq_cells import read_study, record_cell
-from dacc.benchmarks.ptq_study import RESULTS
+from dacc.benchmarks.study import RESULTS, read_study, record_cell
 from dacc.cache.config import METHODS, SearchCacheConfig
 from dacc.core.config import build_config
 from dacc.core.errors import UnsupportedError

@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from dacc.benchmarks.full_size import MODELS, example_inputs, make_denoiser, make_pipeline_folder
+from dacc.benchmarks.full_size import example_inputs, make_denoiser, make_pipeline_folder
+from dacc.benchmarks.full_size_models import MODELS
 from dacc.evaluate.inspection import inspect_pipeline
 
 PUBLISHED_PARAMETERS = {

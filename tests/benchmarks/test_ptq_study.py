@@ -13,11 +13,12 @@ from torch import nn
 from dacc.benchmarks import ptq_study
 from dacc.benchmarks.peers import PEERS, peer_layers, summarize
 from dacc.benchmarks.ptq_bench import Bench
-from dacc.benchmarks.ptq_cells import Cell, Study, is_finished, read_study, record_cell, write_study
+from dacc.benchmarks.ptq_cells import Cell, Study
 from dacc.benchmarks.ptq_child import exact_products
 from dacc.benchmarks.ptq_measure import Seen, fid, fid_ratio, part
 from dacc.benchmarks.ptq_rows import LINEAR_GLOBS, PIPELINES, ROWS, SETTINGS, TEMPORAL_GLOBS, Row, row_options
 from dacc.benchmarks.ptq_table import pipeline_block, write_tables
+from dacc.benchmarks.study import is_finished, read_study, record_cell, write_study
 from dacc.core.config import build_config
 from dacc.core.families import find_family
 from dacc.core.manifest import read_manifest
@@ -63,13 +64,13 @@ def seen(value):
 
 
 def test_the_committed_record_can_be_read():
-    assert {one.pipeline for one in read_study(RECORD).cells} <= set(PIPELINES)
+    assert {one.pipeline for one in read_study(RECORD, Study).cells} <= set(PIPELINES)
 
 
 def test_a_study_is_read_as_it_was_written(tmp_path):
     study = Study().with_cell(cell("rtn")).with_cell(cell("gptq", options={"layer_bits": [["a", 4]]}))
     write_study(tmp_path / "study.json", study)
-    assert read_study(tmp_path / "study.json") == study
+    assert read_study(tmp_path / "study.json", Study) == study
     assert [file.name for file in tmp_path.iterdir()] == ["study.json"]
 
 
@@ -94,7 +95,7 @@ def test_a_measured_cell_is_not_measured_again(bench, monkeypatch):
     monkeypatch.setattr(ptq_study, "treat", lambda *_: (runs.append(1), ({"bytes_per_float32": 0.1}, seen(0.25)))[1])
     for _ in range(2):
         ptq_study._fill(bench, "W4A16", "rtn (defaults)")
-    (found,) = read_study(bench.options.json).cells
+    (found,) = read_study(bench.options.json, Study).cells
     assert len(runs) == 1
     assert found.metrics["relative_l2"].value == pytest.approx(0.5)
     assert found.options == {"bits": 4, "method": "rtn"}
@@ -109,7 +110,7 @@ def test_an_unknown_method_and_a_peer_that_is_not_installed_are_missing(bench, m
     monkeypatch.setattr(ptq_study, "treat", lambda *_: pytest.fail("it was run"))
     ptq_study._fill(bench, "W4A16", "future")
     ptq_study._fill(bench, "W4A16", "quanto")
-    assert read_study(bench.options.json).cells == ()
+    assert read_study(bench.options.json, Study).cells == ()
 
 
 def test_what_breaks_is_recorded_and_a_measured_cell_outlives_it(bench, monkeypatch):
@@ -118,19 +119,19 @@ def test_what_breaks_is_recorded_and_a_measured_cell_outlives_it(bench, monkeypa
 
     monkeypatch.setattr(ptq_study, "treat", broken)
     ptq_study._fill(bench, "W4A16", "rtn (defaults)")
-    assert "no kernel" in read_study(bench.options.json).cells[0].status
+    assert "no kernel" in read_study(bench.options.json, Study).cells[0].status
     monkeypatch.setattr(ptq_study, "treat", lambda *_: ({}, seen(0.25)))
     ptq_study._fill(bench, "W4A16", "rtn (defaults)")
     bench.options.fid_samples = 10  # what is to be added now fails
     monkeypatch.setattr(ptq_study, "treat", broken)
     ptq_study._fill(bench, "W4A16", "rtn (defaults)")
-    assert read_study(bench.options.json).cells[0].measured
+    assert read_study(bench.options.json, Study).cells[0].measured
 
 
 def test_images_that_are_no_numbers_are_a_failure(bench, monkeypatch):
     monkeypatch.setattr(ptq_study, "treat", lambda *_: ({}, seen(float("nan"))))
     ptq_study._fill(bench, "W4A16", "rtn (defaults)")
-    assert read_study(bench.options.json).cells[0].status == "failed: it gives NaN or infinity"
+    assert read_study(bench.options.json, Study).cells[0].status == "failed: it gives NaN or infinity"
 
 
 def test_rows_at_one_granularity_hold_temporal_layers_at_the_asked_bits():
@@ -170,8 +171,8 @@ def test_the_ratio_of_two_fids_is_known_better_than_either():
 def test_two_studies_may_write_to_one_record(tmp_path):
     file = tmp_path / "study.json"
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: record_cell(file, cell(f"row {number}")), range(24)))
-    assert len(read_study(file).cells) == 24
+        list(pool.map(lambda number: record_cell(file, cell(f"row {number}"), Study), range(24)))
+    assert len(read_study(file, Study).cells) == 24
 
 
 def test_a_row_of_linears_is_there_where_convolutions_are_too():

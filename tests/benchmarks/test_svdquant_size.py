@@ -50,7 +50,7 @@ def test_finished_stages_are_not_run_again_unless_something_else_is_asked_for(tm
 
 
 def test_the_published_depth_is_the_default():
-    from dacc.benchmarks.full_size import MODELS
+    from dacc.benchmarks.full_size_models import MODELS
 
     assert parse(["--work=x"]).depth == MODELS[svdquant_size.MODEL].published_depth
 

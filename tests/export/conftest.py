@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 
 from dacc.quant.api import quantize_pipeline
@@ -28,6 +29,19 @@ def bundle(tmp_path: Path) -> Callable[..., Path]:
         return quantize_pipeline(source, config, output=tmp_path / "bundle", device="cpu", **calibrated)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def wide_flux_folder(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Flux with one block of each kind, 256 wide: formats with large tiles and blocks take its linears."""
+    config = FluxTransformer2DModel.load_config(flux_folder, subfolder="transformer")
+    config |= {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 64, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel.from_config(config, axes_dims_rope=(16, 24, 24))
+    folder = tmp_path_factory.mktemp("wide") / "wide-flux"
+    shutil.copytree(flux_folder, folder, ignore=shutil.ignore_patterns("transformer"))
+    model.save_pretrained(folder / "transformer")
+    return folder
 
 
 @pytest.fixture

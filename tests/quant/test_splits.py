@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dacc import load
-from dacc.benchmarks.full_size import MODELS
+from dacc.benchmarks.full_size_models import MODELS
 from dacc.core.scheme import Scheme
 from dacc.quant.grid import find_grid
 from dacc.quant.ranges import Observed, scale_of

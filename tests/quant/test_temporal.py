@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from dacc.benchmarks.full_size import MODELS
+from dacc.benchmarks.full_size_models import MODELS
 from dacc.calibrate.store import open_calibration
 from dacc.core.families import Family, find_family
 from dacc.core.pipeline import denoisers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import gguf
 import numpy
@@ -83,16 +82,9 @@ def test_diffusers_loads_it_and_computes_with_the_decoded_weights(flux_folder, f
 
 
 @pytest.mark.parametrize(("kind", "close"), [("q4_k", 0.1), ("q5_k", 0.05), ("q6_k", 0.03)])
-def test_super_blocks_are_read_by_diffusers(flux_folder, tmp_path, kind, close):
-    torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=64, num_attention_heads=4,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(16, 24, 24),
-    )  # fmt: skip
-    shutil.copytree(flux_folder, tmp_path / "wide")
-    shutil.rmtree(tmp_path / "wide" / "transformer")
-    model.save_pretrained(tmp_path / "wide" / "transformer")
-    folder, file = exported(tmp_path / "wide", type=kind)
+def test_super_blocks_are_read_by_diffusers(wide_flux_folder, kind, close):
+    model = FluxTransformer2DModel.from_pretrained(wide_flux_folder, subfolder="transformer")
+    folder, file = exported(wide_flux_folder, type=kind)
     tensor = tensors_of(file)[TO_Q]
     assert tensor.tensor_type.name == kind.upper()
     decoded = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))

@@ -13,8 +13,6 @@ import types
 import pytest
 import torch
 from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
     FluxTransformer2DModel,
     NunchakuLiteQuantizationConfig,
 )
@@ -34,27 +32,6 @@ SVDQUANT = {
     "method": "svdquant",
     "settings": {"data_free": True, "rank": 8, "shift": False},
 }
-
-
-@pytest.fixture(scope="module")
-def wide_folder(tmp_path_factory):
-    """A Flux whose linears are as wide as the kernels ask for."""
-    torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=64,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(16, 24, 24),
-    )
-    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    folder = tmp_path_factory.mktemp("wide") / "wide-flux"
-    FluxPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **parts).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -128,18 +105,6 @@ def loaded(folder, classes, dtype):
     return model
 
 
-def inputs(dtype):
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "hidden_states": torch.randn(2, 9, 16, generator=generator).to(dtype),
-        "encoder_hidden_states": torch.randn(2, 5, 32, generator=generator).to(dtype),
-        "pooled_projections": torch.randn(2, 32, generator=generator).to(dtype),
-        "timestep": torch.tensor([0.5, 0.9], dtype=dtype),
-        "img_ids": torch.zeros(9, 3),
-        "txt_ids": torch.zeros(5, 3),
-    }
-
-
 CASES = {
     "integers": (SVDQUANT, {"dtype": "float16"}, 2e-3),
     "integers in bfloat16": (SVDQUANT, {}, 2e-2),
@@ -158,8 +123,10 @@ CASES = {
 
 @pytest.mark.parametrize(("fields", "settings", "close"), CASES.values(), ids=CASES.keys())
 @torch.no_grad()
-def test_diffusers_own_layers_give_what_the_bundle_gives(bundle, wide_folder, classes, fields, settings, close):
-    small = bundle(wide_folder, **fields)
+def test_diffusers_own_layers_give_what_the_bundle_gives(
+    bundle, wide_flux_folder, classes, flux_inputs, fields, settings, close
+):
+    small = bundle(wide_flux_folder, **fields)
     folder = export_pipeline(small, ExportConfig(format="nunchaku-lite", settings=settings), output="lite")
     dtype = getattr(torch, settings.get("dtype", "bfloat16"))
     model = loaded(folder, classes, dtype)
@@ -171,18 +138,18 @@ def test_diffusers_own_layers_give_what_the_bundle_gives(bundle, wide_folder, cl
             x = torch.randn(7, module.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
             expected = reference.get_submodule(name)(x.float())
             assert (module(x).float() - expected).norm() < close * expected.norm(), name
-    found, expected = model(**inputs(dtype)).sample.float(), reference(**inputs(torch.float32)).sample
+    found, expected = model(**flux_inputs(dtype)).sample.float(), reference(**flux_inputs(torch.float32)).sample
     assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 @torch.no_grad()
-def test_codes_are_those_of_the_bundle_and_float16_holds_their_scales_exactly(bundle, wide_folder, classes):
-    small = bundle(wide_folder, **SVDQUANT)
+def test_codes_are_those_of_the_bundle_and_float16_holds_their_scales_exactly(bundle, wide_flux_folder, classes):
+    small = bundle(wide_flux_folder, **SVDQUANT)
     settings = {"dtype": "float16"}
     folder = export_pipeline(small, ExportConfig(format="nunchaku-lite", settings=settings), output="lite")
     model = loaded(folder, classes, torch.float16)
     reference = FluxTransformer2DModel.from_pretrained(small, subfolder="transformer")
-    name = "transformer_blocks.0.ff.net.0.proj"
+    name = next(name for name, module in reference.named_modules() if getattr(module, "smoothing", None) is not None)
     layer, original = model.get_submodule(name), reference.get_submodule(name)
     signed = unpack_codes(original.qweight, 4, original.features, signed=True)
     assert torch.equal(layout.unpack_codes(layer.qweight, signed.shape).to(torch.int8), signed & 15)
@@ -222,9 +189,9 @@ def test_weights_behind_floating_point_inputs_keep_their_codes(classes, symmetri
     assert (own(x).float() - expected).norm() < 2e-3 * expected.norm()
 
 
-def test_layers_that_have_no_such_numbers_become_floats_and_are_told(bundle, wide_folder, weights_of):
+def test_layers_that_have_no_such_numbers_become_floats_and_are_told(bundle, wide_flux_folder, weights_of):
     reporter = silent()
-    small = bundle(wide_folder, **SVDQUANT)
+    small = bundle(wide_flux_folder, **SVDQUANT)
     folder = export_pipeline(small, ExportConfig(format="nunchaku-lite"), output="lite", reporter=reporter)
     tensors = weights_of(folder)
     assert tensors["transformer_blocks.0.norm1.linear.weight"].dtype == torch.bfloat16
@@ -233,8 +200,8 @@ def test_layers_that_have_no_such_numbers_become_floats_and_are_told(bundle, wid
 
 
 @pytest.mark.parametrize("fields", [{"bits": 8}, {"bits": 4, "act_bits": 4, "act_mode": "dynamic"}])
-def test_a_bundle_without_such_numbers_is_refused_with_advice(bundle, wide_folder, tmp_path, fields):
-    small = bundle(wide_folder, **fields)
+def test_a_bundle_without_such_numbers_is_refused_with_advice(bundle, wide_flux_folder, tmp_path, fields):
+    small = bundle(wide_flux_folder, **fields)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(UnsupportedError, match=r"no linear of transformer .* --method svdquant --set shift=false"):
         export_pipeline(small, ExportConfig(format="nunchaku-lite"), output=tmp_path / "lite")
