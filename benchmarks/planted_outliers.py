@@ -159,7 +159,7 @@ def main() -> None:
         ]
         entry = zoo_entry_of(resolve_source(arguments.source, reporter=silent()))
         config = CalibrateConfig(samples=arguments.samples).resolved(entry)
-        request = RunRequest(seeds=seed_stream("planted", 0, arguments.seeds), num_inference_steps=config.steps or 1)
+        request = RunRequest(seeds=seed_stream("evaluation", 0, arguments.seeds), num_inference_steps=config.steps or 1)
         request = request.with_zoo_defaults(entry)
         bench = Bench(request, latents_of(arguments.source, request), work)
         sets = [calibrate_pipeline(source, config, output=work / f"set{at}") for at, source in enumerate(sources)]

@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from dacc.benchmarks import planted_outliers
 from dacc.benchmarks.planted_outliers import ROWS, plant_
 from dacc.core.config import build_config
 from dacc.quant.config import METHODS, QuantizeConfig
@@ -59,6 +60,19 @@ def test_outliers_in_both_streams_of_flux_change_nothing_that_it_gives(flux_pipe
     assert len(largest["plain"]) == len(read)
     for before, after in zip(largest["plain"], largest["planted"], strict=True):
         assert int((after / before > 30).sum()) == 2
+
+
+def test_a_table_is_printed(dit_folder, monkeypatch, capsys):
+    monkeypatch.setattr(planted_outliers, "ROWS", {"rtn": ROWS["rtn"]})
+    words = [str(dit_folder), "--samples", "1", "--seeds", "2", "--threads", "1", "--size", "100", "--act-bits", "8"]
+    monkeypatch.setattr("sys.argv", ["planted_outliers.py", *words])
+    planted_outliers.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "1 calibration samples, 2 seeds, 50 steps"
+    (row,) = [line for line in printed if line.startswith("| rtn |")]
+    figures = [float(cell) for cell in row.strip("| ").split("|")[1:]]
+    assert len(figures) == 6
+    assert figures[2] > figures[1] > 0  # outliers harm
 
 
 def test_every_row_can_be_asked_for():
