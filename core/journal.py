@@ -52,6 +52,10 @@ class Journal:
         """Names of the finished units."""
         return set(self._records)
 
+    def files(self) -> list[Path]:
+        """Unit files on disk, in the order of their names; one may be there a moment before its name is known."""
+        return sorted(self.folder.glob("[!.]*.safetensors"))
+
     def record(self, name: str) -> Any:
         """The record that was saved with a unit."""
         return self._records[name]
@@ -73,7 +77,7 @@ class Journal:
 
     def _read_units(self) -> list[tuple[str, Any]]:
         units = []
-        for file in sorted(self.folder.glob("[!.]*.safetensors")):
+        for file in self.files():
             try:
                 header, metadata = read_header_and_metadata(file)
                 intact = content_hash(_stored(file, header)) == metadata["sha256"]

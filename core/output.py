@@ -169,7 +169,7 @@ class OutputWriter:
 
     def _leave_unfinished(self, *, hopeless: bool) -> None:
         """After an error or Ctrl-C: keep what a second try can use, nothing else."""
-        finished = 0 if hopeless else len(self._journal.names())
+        finished = 0 if hopeless else len(self._journal.files())
         shutil.rmtree(self._partial if not finished else self.folder, ignore_errors=True)
         if finished:
             self.reporter.say(

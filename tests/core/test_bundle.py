@@ -18,7 +18,7 @@ from dacc.core.errors import BundleError, ConfigError, DaccError, ModelError, Re
 from dacc.core.manifest import ComponentRecord, FileRecord, Manifest, SourceRecord, read_manifest
 from dacc.core.reporter import Reporter, silent
 from dacc.core.safe_read import read_header_and_metadata, weight_hash
-from dacc.core.tensor_file import stored_tensors
+from dacc.core.tensor_file import stored_tensors, write_tensors
 
 UNITS = [f"unet/blocks.{number}" for number in range(4)]
 
@@ -233,6 +233,21 @@ def test_a_disk_that_is_too_small_is_found_before_the_work(make_pipeline, tmp_pa
 
 
 # interruptions
+
+
+def test_a_unit_is_kept_that_was_written_when_ctrl_c_came(tmp_path, make_pipeline, monkeypatch):
+    def interrupted(*arguments):
+        write_tensors(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dacc.core.journal.write_tensors", interrupted)
+    source = make_pipeline()
+    with pytest.raises(KeyboardInterrupt), writer_for(source, tmp_path / "out") as writer:
+        halve(writer)
+    assert siblings(tmp_path) == [".out.partial", "pipe"]
+    monkeypatch.undo()
+    with writer_for(source, tmp_path / "out") as writer:
+        assert len(writer.finished_units()) == 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("bug"), ResourceError("full")])
