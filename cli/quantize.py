@@ -102,6 +102,14 @@ def quantize(
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.", show_default="auto")
     ] = None,
+    act_symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--act-symmetric/--act-asymmetric",
+            help="Likewise for activation scales that are found at each call.",
+            show_default="auto",
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Only layers of these names; repeatable.")
     ] = None,
@@ -183,6 +191,7 @@ def quantize(
         method=method,
         group_size=int(group_size) if _is_whole(group_size) else group_size,
         symmetric="auto" if symmetric is None else symmetric,
+        act_symmetric="auto" if act_symmetric is None else act_symmetric,
         include=include or (),
         exclude=exclude or (),
         layer_bits=[_layer_bits("--layer-bits", text) for text in layer_bits or []],

@@ -14,7 +14,7 @@ ActMode = Literal["none", "dynamic", "per-group", "static", "per-step"]
 NVFP4_GROUP = 16  # input features per scale
 _NAME = re.compile(
     r"w(?P<bits>\d)(a(?P<act_bits>\d))?(-g(?P<group_size>\d+))?(-two-level|-asym|-nvfp4)?"
-    r"(-static|-per-step(?P<act_steps>\d+)|-per-group(?P<act_group_size>\d+))?"
+    r"(-static|-per-step(?P<act_steps>\d+)|-per-group(?P<act_group_size>\d+))?(-offset)?"
     r"(-split(?P<split>\d+))?(-r(?P<rank>\d+))?(-smooth)?(-shifted)?"
 )
 
@@ -42,6 +42,7 @@ class Scheme(Config):
     # the same, another one for each denoiser call of a sampling run
     act_mode: ActMode = "none"
     act_group_size: int | None = Field(None, ge=1)  # per-group: input features per activation scale
+    act_offset: bool = False  # dynamic, per-group: each scale comes with a zero point, so that no code is without use
     act_steps: int | None = Field(None, ge=1)  # per-step: denoiser calls of the grid that the table was made on
     split: int | None = Field(None, ge=1)  # input channels of the first of two parts
     rank: int | None = Field(None, ge=1)  # of the low-rank branch; None: there is none
@@ -65,6 +66,8 @@ class Scheme(Config):
             raise ValueError("act_group_size is given exactly when act_mode is 'per-group'")
         if self.act_bits < 16 and not self.symmetric:
             raise ValueError("quantized activations need symmetric weights")
+        if self.act_offset and (self.shifted or not self.finds_acts):
+            raise ValueError("zero points are found where scales are, at each call, of inputs that are not shifted")
         if self.shifted and not (self.finds_acts and self.act_bits < 8 and self.split is None):
             raise ValueError("inputs are shifted where their scales are found at each call, below 8 bits, in one part")
         if self.two_level and (self.bits > 4 or self.group_size is None or not self.symmetric):
@@ -108,8 +111,8 @@ class Scheme(Config):
 
     @property
     def act_max(self) -> int:
-        """Largest integer of an activation whose scale is found at each call; the smallest is its negative, or 0 where
-        inputs are shifted."""
+        """Largest integer of an activation whose scale is found at each call; the smallest is its negative, 0 where
+        inputs are shifted, one less than its negative where there are zero points."""
         return int(2 ** (self.act_bits - (0 if self.shifted else 1)) - 1)
 
     @property
@@ -141,6 +144,7 @@ class Scheme(Config):
             "per-group": f"-per-group{self.act_group_size}",
         }
         mode = modes.get(self.act_mode, "")
+        mode += "-offset" if self.act_offset else ""
         split = f"-split{self.split}" if self.split else ""
         absorbed = (f"-r{self.rank}" if self.rank else "") + ("-smooth" if self.smooth else "")
         absorbed += "-shifted" if self.shifted else ""
@@ -164,6 +168,7 @@ class Scheme(Config):
             symmetric="-asym" not in name,
             two_level="-two-level" in name,
             act_mode=rounded if "act_bits" in numbers else "none",
+            act_offset="-offset" in name,
             smooth="-smooth" in name,
             shifted="-shifted" in name,
             **numbers,

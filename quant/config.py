@@ -31,6 +31,9 @@ class QuantizeConfig(Config):
     act_bits: int = 16  # activation bits, 4 to 8, or 16: float; 8 runs on integer products and is faster
     # auto: what the method is made for
     act_mode: Literal["auto", "dynamic", "per-group", "static", "per-step"] = "auto"
+    # of activation scales that are found at each call: without or with zero points. auto: with, but for groups below 8
+    # bits, which fused 4-bit kernels take without
+    act_symmetric: bool | Literal["auto"] = "auto"
     attention_bits: int = 16  # of q, k and v in the products of attention, 4 to 8, simulated; 16: float
     method: str = "auto"  # a file of quant/methods
     group_size: int | Literal["auto", "channel"] = (
@@ -91,6 +94,8 @@ class QuantizeConfig(Config):
     def _check_combination(self) -> QuantizeConfig:
         if self.layer_act_bits and self.act_bits == 16:
             raise ValueError("activation bits of some layers need --act-bits for the others")
+        if self.act_symmetric != "auto" and self.act_bits == 16:
+            raise ValueError("zero points of activations need --act-bits")
         if self.act_bits < 16 and self.symmetric is False:
             raise ValueError("asymmetric weights cannot ride an integer product; drop --asymmetric or --act-bits")
         if self.act_bits < 16 and self.bits > 4 and isinstance(self.group_size, int):

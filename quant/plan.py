@@ -16,7 +16,7 @@ from ..core.families import Family
 from ..core.pipeline import walk_layers
 from ..core.scheme import NVFP4_GROUP, Scheme
 from ..runtime.layers import LAYER_CLASSES
-from .config import QuantizeConfig
+from .config import FAST_BITS, QuantizeConfig
 from .splits import find_splits
 
 AUTO_GROUP = 64  # input features per scale for narrow weights; halved until it divides a layer's features
@@ -151,15 +151,22 @@ def _integers(
         acts: dict[str, Any] = {"act_bits": act_bits, "act_mode": mode}
         if mode == "per-group" and (act_group_size := _act_group_size(layer, group_size, config, split)):
             split = split if group_size is None else None  # groups have scales of their own anyway
-            acts["act_group_size"] = act_group_size
+            acts |= {"act_group_size": act_group_size, "act_offset": _has_offset(mode, act_bits, config)}
             return Scheme(bits=bits, group_size=group_size, split=split, **acts)
-        if mode == "per-group":
-            acts["act_mode"] = "dynamic"
+        if mode in ("dynamic", "per-group"):
+            acts |= {"act_mode": "dynamic", "act_offset": _has_offset(mode, act_bits, config)}
         if mode == "per-step":
             acts["act_steps"] = traits.calls
         return Scheme(bits=bits, group_size=group_size, two_level=group_size is not None, split=split, **acts)
     symmetric = group_size is None if config.symmetric == "auto" else config.symmetric
     return Scheme(bits=bits, symmetric=symmetric, group_size=group_size, split=split if group_size is None else None)
+
+
+def _has_offset(mode: str, act_bits: int, config: QuantizeConfig) -> bool:
+    """Whether scales that are found at each call come with zero points."""
+    if config.act_symmetric == "auto":
+        return mode == "dynamic" or act_bits >= FAST_BITS
+    return not config.act_symmetric
 
 
 def _act_bits(name: str, config: QuantizeConfig, *, spared: bool) -> int:

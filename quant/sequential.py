@@ -141,7 +141,7 @@ def levels(block: Block) -> list[list[str]]:
         geometry = [
             str(getattr(layer, fact, None)) for fact in ("kernel_size", "stride", "padding", "dilation", "groups")
         ]
-        rounding = scheme.split, scheme.act_mode, scheme.act_group_size, scheme.act_bits
+        rounding = scheme.split, scheme.act_mode, scheme.act_group_size, scheme.act_offset, scheme.act_bits
         key = (x.data_ptr(), tuple(x.shape), *geometry, *rounding)
         if not any(name in level for level in found.values()):
             found.setdefault(key, []).append(name)

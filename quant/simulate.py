@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.scheme import Scheme
 from ..runtime.activation import ActivationScale, round_static
 from ..runtime.clock import current_run
-from ..runtime.kernels_int8 import quantize_rows
+from ..runtime.kernels_round import quantize_rows
 from ..runtime.low_rank import add_low_rank, shifted, smoothed
 from ..runtime.weight import QuantizedWeight
 
@@ -122,21 +122,17 @@ def row_now(rows: int) -> int:
     return min(state.call, rows - 1) if state else rows - 1
 
 
-def round_dynamic(x: Tensor, qmax: int, *, per_sample: bool, group_size: int | None = None) -> Tensor:
-    """x through its integers: one scale per token (..., K), or per sample (N, C, H, W).
-
-    Args:
-        group_size: features of a token that share a scale; None: all.
-    """
-    rows = x.flatten(1) if per_sample else x.reshape(-1, group_size or x.shape[-1])
-    integers, scale = quantize_rows(rows.detach(), qmax)
-    return (integers.float() * scale).view(x.shape).to(x.dtype)
+def round_dynamic(x: Tensor, scheme: Scheme, *, per_sample: bool) -> Tensor:
+    """x through its integers: one scale per token (..., K) or group of its features, or per sample (N, C, H, W)."""
+    rows = x.flatten(1) if per_sample else x.reshape(-1, scheme.act_group_size or x.shape[-1])
+    integers, scale, zero = quantize_rows(rows.detach(), scheme.act_max, offset=scheme.act_offset)
+    values = integers.float() if zero is None else integers.float() - zero
+    return (values * scale).view(x.shape).to(x.dtype)
 
 
 def _dynamic_part(scheme: Scheme, layer: nn.Module) -> Callable[[Tensor, int], Tensor]:
-    qmax = scheme.act_max
-    per_sample, group_size = isinstance(layer, nn.Conv2d), scheme.act_group_size  # groups end where parts end
-    return lambda part, _: round_dynamic(part, qmax, per_sample=per_sample, group_size=group_size)
+    per_sample = isinstance(layer, nn.Conv2d)
+    return lambda part, _: round_dynamic(part, scheme, per_sample=per_sample)  # groups end where parts end
 
 
 def _fixed_part(scheme: Scheme, acts: ActivationScale) -> Callable[[Tensor, int], Tensor]:

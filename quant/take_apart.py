@@ -103,7 +103,7 @@ def error_of(layer: Layer, parts: Parts) -> float:
     scheme = layer.scheme
     if scheme.act_bits < 16:
         moved = x if layer.shift is None else smoothed(shifted(layer.inputs, layer.shift), parts.smoothing)
-        entering = round_dynamic(moved, scheme.act_max, per_sample=False, group_size=scheme.act_group_size)
+        entering = round_dynamic(moved, scheme, per_sample=False)
     y = entering @ parts.rounded.T  # (N, O)
     if layer.shift is not None:
         y -= shift_outputs(parts.rounded, parts.smoothing, layer.shift)

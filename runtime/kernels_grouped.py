@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels_int8 import blocks, int8_product, quantize_tokens
+from .kernels_int8 import Offset, int8_product
+from .kernels_round import blocks, quantize_tokens
 from .kernels_scratch import may_use_scratch
 
 _OUTPUT_BLOCK = 2**18  # outputs summed at once (1 MB): larger saves calls, smaller stays in cache through the groups
@@ -27,33 +28,45 @@ def linear_int8_grouped(
     *,
     group_size: int,
     qmax: int = 127,
+    row_sums: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """(..., K) float, (O, K) int8, (O, G) float -> (..., O) of `dtype` (of `x` by default).
 
     Args:
         group_size: features that share an activation scale; divides K.
+        row_sums: (G, O) int32, sums of the integers of each row within a group; given, tokens have zero points.
     """
     outputs, groups = weight_scale.shape
-    integers, scale = quantize_tokens(x, qmax, group_size)
+    integers, scale, zero = quantize_tokens(x, qmax, group_size, offset=row_sums is not None)
     grouped = integers.view(-1, groups, group_size).transpose(0, 1).contiguous()  # (G, M, N)
-    scale = scale.view(-1, groups).t().unsqueeze(-1).contiguous()  # (G, M, 1)
+    scale = _by_group(scale, groups)
+    zero = None if zero is None else _by_group(zero, groups)
     weight_scale = weight_scale.float().t().contiguous()  # (G, O)
     columns = weight.view(outputs, groups, group_size).unbind(1)
+
+    def product(group: int, rows: slice, added: Tensor | None = None) -> Tensor:
+        """What a group gives to some tokens, (R, O) float32."""
+        offset = None if zero is None or row_sums is None else Offset(zero[group, rows], row_sums[group])
+        some = grouped[group, rows], scale[group, rows], columns[group], weight_scale[group]
+        return int8_product(*some, added, torch.float32, offset)
+
+    def sum_of_groups(rows: slice) -> Tensor:
+        total = product(0, rows, bias)
+        for group in range(1, groups):
+            total += product(group, rows)
+        return total
+
+    tokens = grouped.shape[1]
     if may_use_scratch(x):
-        y = torch.empty(grouped.shape[1], outputs, dtype=dtype or x.dtype)
-        for rows in blocks(len(y), _OUTPUT_BLOCK // max(outputs, 1)):
-            y[rows] = _sum_of_groups(grouped[:, rows], scale[:, rows], columns, weight_scale, bias)
+        y = torch.empty(tokens, outputs, dtype=dtype or x.dtype)
+        for rows in blocks(tokens, _OUTPUT_BLOCK // max(outputs, 1)):
+            y[rows] = sum_of_groups(rows)
     else:
-        y = _sum_of_groups(grouped, scale, columns, weight_scale, bias).to(dtype or x.dtype)
+        y = sum_of_groups(slice(None)).to(dtype or x.dtype)
     return y.view(*x.shape[:-1], outputs)
 
 
-def _sum_of_groups(
-    integers: Tensor, scale: Tensor, columns: tuple[Tensor, ...], weight_scale: Tensor, bias: Tensor | None
-) -> Tensor:
-    """(G, M, N) int8, (G, M, 1) float32, G times (O, N) int8, (G, O) float32 -> (M, O) float32."""
-    total = int8_product(integers[0], scale[0], columns[0], weight_scale[0], bias, torch.float32)
-    for group in range(1, len(columns)):
-        total += int8_product(integers[group], scale[group], columns[group], weight_scale[group], None, torch.float32)
-    return total
+def _by_group(values: Tensor, groups: int) -> Tensor:
+    """(M * G, 1), those of a token together -> (G, M, 1)."""
+    return values.view(-1, groups).t().unsqueeze(-1).contiguous()

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activation import quantize_static
-from .kernels_int8 import QUANTIZE_BLOCK, Geometry, LastTokens, blocks, int8_convolution, int8_product
+from .kernels_int8 import Geometry, int8_convolution, int8_product
+from .kernels_round import QUANTIZE_BLOCK, LastTokens, blocks
 from .kernels_scratch import may_use_scratch, scratch
 
 _last = LastTokens()

@@ -45,6 +45,10 @@ class _IntegerLayer(QuantizedLayer):
         """The output of one part of the input channels with its columns of the integer weight (O, K of the part)."""
         raise NotImplementedError
 
+    def rounding(self, part: int) -> dict[str, Any]:
+        """How this part of the input is rounded against a scale that is found in it."""
+        return {"qmax": self.scheme.act_max, "row_sums": self.row_sums()[part] if self.scheme.act_offset else None}
+
     def static_input(self, part: int) -> StaticInput:
         """How fixed scales round this part of the input."""
         scale, zero_point = self.activation_scale()
@@ -75,13 +79,19 @@ class QuantizedLinear(_IntegerLayer, nn.Linear):  # type: ignore[override]
         scale = spread(self.scale, groups, split and split // group_size)  # (O, G)
         weight = self.integer_weight(x)
         return linear_int8_grouped(
-            x, weight, scale, self.integer_bias(), group_size=group_size, qmax=self.scheme.act_max
+            x,
+            weight,
+            scale,
+            self.integer_bias(),
+            group_size=group_size,
+            qmax=self.scheme.act_max,
+            row_sums=self.row_sums() if self.scheme.act_offset else None,
         )
 
     def run_part(self, part: int, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         scale = self.scale[:, part]
         if self.scheme.act_mode == "dynamic":
-            return linear_int8_dynamic(x, weight, scale, bias, qmax=self.scheme.act_max, dtype=dtype)
+            return linear_int8_dynamic(x, weight, scale, bias, dtype=dtype, **self.rounding(part))
         return linear_int8_static(x, weight, scale, bias, act=self.static_input(part), dtype=dtype)
 
 
@@ -117,7 +127,7 @@ class QuantizedConv2d(_QuantizedConv, _IntegerLayer, nn.Conv2d):  # type: ignore
         }
         options |= {"padding": (0, 0) if self._pads_before() else self.padding, "dtype": dtype}
         if self.scheme.act_mode == "dynamic":
-            return conv2d_int8_dynamic(x, weight, scale, bias, qmax=self.scheme.act_max, **options)
+            return conv2d_int8_dynamic(x, weight, scale, bias, **options, **self.rounding(part))
         return conv2d_int8_static(x, weight, scale, bias, act=self.static_input(part), **options)
 
 

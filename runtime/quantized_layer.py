@@ -124,7 +124,8 @@ class QuantizedLayer(nn.Module):
         return rows
 
     def row_sums(self) -> Tensor:
-        """(P, O) int32, sums of the integers of each row, kept from the first eager call on."""
+        """(P, O) int32, sums of the integers of each row, or (G, O) within each group of features that have activation
+        scales of their own; kept from the first eager call on."""
         if self._row_sums is not None:
             return self._row_sums
         if torch.compiler.is_compiling():
@@ -135,7 +136,10 @@ class QuantizedLayer(nn.Module):
 
     def _sum_rows(self) -> Tensor:
         rows = integer_rows(self.qweight, self.group_scale, self.scheme, self.features)
-        parts = rows.tensor_split([self.scheme.split], 1) if self.scheme.split else [rows]
+        if self.scheme.act_group_size is not None:
+            parts = rows.split(self.scheme.act_group_size, 1)
+        else:
+            parts = rows.tensor_split([self.scheme.split], 1) if self.scheme.split else (rows,)
         return torch.stack([part.sum(1, dtype=torch.int32) for part in parts])
 
     def shift_outputs(self) -> Tensor | None:

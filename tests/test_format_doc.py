@@ -60,6 +60,7 @@ BY_HAND = {
         (6, 48, 1, 1),
     ),
     "smoothing": (Scheme(bits=8, act_bits=8, act_mode="dynamic", smooth=True), (6, 48)),
+    "zero points of activations": (Scheme(bits=8, act_bits=8, act_mode="dynamic", act_offset=True, split=16), (6, 48)),
     "activations per group": (
         Scheme(bits=4, group_size=8, act_bits=4, act_mode="per-group", act_group_size=8, rank=3, smooth=True),
         (6, 48),

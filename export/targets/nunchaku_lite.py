@@ -117,7 +117,7 @@ def kind_of(layer: StoredLayer) -> Kind | None:
         return "nvfp4" if tiled else None
     if scheme.group_size != GROUP:
         return None
-    if scheme.act_bits == 4 and scheme.act_group_size == GROUP and tiled:
+    if scheme.act_bits == 4 and scheme.act_group_size == GROUP and not scheme.act_offset and tiled:
         return "int4"
     fits = shape[1] % WORDS_FEATURES == 0 and shape[0] % WORDS_ROWS == 0
     return "words" if scheme.act_bits == 16 and not scheme.absorbs_outliers and fits else None

@@ -115,6 +115,11 @@ def quantize_group(
     return found
 
 
+def _may_shift(scheme: Scheme) -> bool:
+    """Whether integers without a sign would be more than those that the scheme has."""
+    return scheme.act_bits < 8 and scheme.split is None and not scheme.act_offset
+
+
 def shifted_where_better(layers: Mapping[str, Layer], lowest: float) -> Mapping[str, Layer]:
     """The layers with the least shift that lifts all inputs above 0, or as they are where signed integers do better.
 
@@ -123,7 +128,7 @@ def shifted_where_better(layers: Mapping[str, Layer], lowest: float) -> Mapping[
     """
     schemes = [layer.scheme for layer in layers.values()]
     shift = next((bound for bound in SHIFTS if bound >= -lowest), None)
-    if shift is None or not all(scheme.act_bits < 8 and scheme.split is None for scheme in schemes):
+    if shift is None or not all(_may_shift(scheme) for scheme in schemes):
         return layers
     moved = {name: layer.shifted(shift) for name, layer in layers.items()}
 

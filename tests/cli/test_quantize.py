@@ -109,9 +109,9 @@ def test_activation_bits_are_chosen_by_pattern(dacc, pipeline, tmp_path):
     ran = dacc("quantize", pipeline, "-o", "out", "--measure", "never", "--group-size", "channel", *options)
     assert ran.code == 0, ran.err
     modules = read_manifest(tmp_path / "out").components["unet"].quantization.modules
-    assert modules["mid_block.resnets.0.conv1"].scheme == "w4a8"
+    assert modules["mid_block.resnets.0.conv1"].scheme == "w4a8-offset"
     assert modules["mid_block.attentions.0.to_q"].scheme == "w4"
-    assert modules["down_blocks.0.resnets.0.conv1"].scheme == "w4a4"
+    assert modules["down_blocks.0.resnets.0.conv1"].scheme == "w4a4-offset"
 
 
 def test_a_floor_that_is_met_changes_nothing(dacc, pipeline):

@@ -31,6 +31,8 @@ NVFP4 = {"format": "nvfp4", "bits": 4, "group_size": 16}
             "w4a4-g64-per-group64-r8",
         ),
         ({"bits": 4, "act_bits": 4, "act_mode": "dynamic", "shifted": True}, "w4a4-shifted"),
+        ({"bits": 8, "act_bits": 8, "act_mode": "dynamic", "act_offset": True, "split": 8}, "w8a8-offset-split8"),
+        ({**PER_GROUP, "act_offset": True, "smooth": True}, "w4a4-per-group16-offset-smooth"),
         ({**PER_GROUP, "rank": 8, "smooth": True, "shifted": True}, "w4a4-per-group16-r8-smooth-shifted"),
         (NVFP4, "w4-g16-nvfp4"),
         ({**NVFP4, "rank": 32, "smooth": True}, "w4-g16-nvfp4-r32-smooth"),
@@ -105,6 +107,9 @@ def test_codes_are_twos_complement_or_start_at_zero(bits, signed, unsigned):
             )
         ),
         ({**NVFP4, "group_size": None, "act_bits": 8, "act_mode": "dynamic"}, "floating-point activations"),
+        ({"bits": 8, "act_bits": 8, "act_mode": "static", "act_offset": True}, "zero points are found"),
+        ({"bits": 8, "act_offset": True}, "zero points are found"),
+        ({"bits": 8, "act_bits": 4, "act_mode": "dynamic", "act_offset": True, "shifted": True}, "not shifted"),
     ],
 )
 def test_what_cannot_be_stored_or_multiplied_is_refused(fields, advice):

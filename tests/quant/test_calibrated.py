@@ -175,8 +175,9 @@ def test_what_enters_the_treated_layers_is_rounded(kind, run, calls_of):
             )
     calls[0].replay(done.model)
     assert len(seen) > 10
+    scheme = Scheme(bits=8, act_bits=8, act_mode="dynamic", act_offset=True)
     for x, per_sample in seen:
-        torch.testing.assert_close(round_dynamic(x, 127, per_sample=per_sample), x, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(round_dynamic(x, scheme, per_sample=per_sample), x, rtol=1e-5, atol=1e-6)
 
 
 # going on

@@ -78,4 +78,4 @@ def test_a_preview_names_the_products_of_every_scheme(dit_folder):
     preview = preview_quantization(dit_folder, config(bits=8, act_bits=8, target="ada"), reporter=Heard())
     schemes = {name for component in preview.components.values() for name in component.schemes}
     assert preview.runs_as.keys() == schemes
-    assert preview.runs_as["w8a8"] == "int8 products"
+    assert preview.runs_as["w8a8-offset"] == "int8 products"

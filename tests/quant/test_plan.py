@@ -61,15 +61,21 @@ def unet():
         ({"bits": 8}, {"attn1.to_q": "w8", "ff.net.2": "w8", "norm1.linear": "w8", "time": "w8", "class": "w8"}),
         (
             {"bits": 8, "act_bits": 8},
-            {"attn1.to_q": "w8a8", "ff.net.2": "w8a8", "norm1.linear": "w8", "time": "w8", "class": "w8"},
+            {"attn1.to_q": "w8a8-offset", "ff.net.2": "w8a8-offset", "norm1.linear": "w8", "time": "w8", "class": "w8"},
         ),
         (
             {"bits": 4, "act_bits": 8},
-            {"attn1.to_q": "w4a8", "ff.net.2": "w4a8-g64-two-level", "norm1.linear": "w4", "time": "w8", "class": "w8"},
+            {
+                "attn1.to_q": "w4a8-offset",
+                "ff.net.2": "w4a8-g64-two-level-offset",
+                "norm1.linear": "w4",
+                "time": "w8",
+                "class": "w8",
+            },
         ),
         (
             {"bits": 4, "act_bits": 8, "group_size": "channel"},
-            {"attn1.to_q": "w4a8", "ff.net.2": "w4a8", "norm1.linear": "w4", "time": "w8", "class": "w8"},
+            {"attn1.to_q": "w4a8-offset", "ff.net.2": "w4a8-offset", "norm1.linear": "w4", "time": "w8", "class": "w8"},
         ),
         (
             {"bits": 4, "group_size": 32, "symmetric": True},
@@ -98,7 +104,7 @@ def test_every_layer_of_a_unet_is_planned_once(unet):
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     assert [plan.name for plan in plans] == names
     assert {plan.scheme.name for plan in plans if plan.name.endswith("time_emb_proj")} == {"w8"}
-    assert {plan.scheme.name for plan in plans if ".conv" in plan.name} == {"w8a8"}
+    assert {plan.scheme.name for plan in plans if ".conv" in plan.name} == {"w8a8-offset"}
     assert all((plan.scheme is None) != (plan.reason is None) for plan in plans)
     assert all(plan.shape == tuple(unet.get_submodule(plan.name).weight.shape) for plan in plans)
 
@@ -200,10 +206,10 @@ def test_sensitive_layers_are_spared_by_methods_that_say_so(unet):
     spared = {plan.name: plan.scheme for plan in plans if plan.scheme}
     changed = {name for name in spared if spared[name] != usual[name]}
     assert changed == {name for name in spared if name.endswith("conv_shortcut") or ".downsamplers." in name}
-    assert {spared[name].name for name in changed} == {"w8a8"}
+    assert {spared[name].name for name in changed} == {"w8a8-offset"}
     asked = config.model_copy(update={"layer_bits": (("*.conv_shortcut", 5),), "layer_act_bits": (("*", 6),)})
     plans = plan_layers(unet, family, asked, Traits(spares=True))
-    assert {plan.scheme.name for plan in plans if plan.name.endswith("conv_shortcut")} == {"w5a6"}
+    assert {plan.scheme.name for plan in plans if plan.name.endswith("conv_shortcut")} == {"w5a6-offset"}
 
 
 @pytest.mark.parametrize(
@@ -295,8 +301,9 @@ def test_the_body_has_the_mode_that_was_asked_for(mode, act_bits):
     steps = 5 if mode == "per-step" else None
     mode = "dynamic" if mode == "auto" else mode
     groups = 64 if mode == "per-group" else None
-    expected = Scheme(bits=8, act_bits=act_bits, act_mode=mode, act_steps=steps, act_group_size=groups)
-    assert found["layer"].scheme == expected
+    offset = mode == "dynamic" or (mode == "per-group" and act_bits == 8)
+    fields = {"act_mode": mode, "act_steps": steps, "act_group_size": groups, "act_offset": offset}
+    assert found["layer"].scheme == Scheme(bits=8, act_bits=act_bits, **fields)
     assert found["mod"].scheme.act_mode == "none"
 
 
@@ -315,7 +322,10 @@ PER_GROUP = {"act_bits": 4, "act_mode": "per-group"}
         (256, {"group_size": 256}, "w4a4"),
         (256, {"group_size": "channel"}, "w4a4-per-group64"),
         (256, {"bits": 8}, "w8a4-per-group64"),
-        (256, {"bits": 8, "act_bits": 8}, "w8a8-per-group64"),
+        (256, {"bits": 8, "act_bits": 8}, "w8a8-per-group64-offset"),
+        (256, {"act_symmetric": False}, "w4a4-g64-per-group64-offset"),
+        (256, {"act_mode": "dynamic"}, "w4a4-g64-two-level-offset"),
+        (256, {"act_mode": "dynamic", "act_symmetric": True}, "w4a4-g64-two-level"),
         (256, {"layer_bits": (("layer", 6),), "group_size": 32}, "w6a4-per-group32"),
         (256, {"layer_act_bits": (("layer", 16),)}, "w4-g64-asym"),
         (256, {"layer_act_bits": (("layer", 7),)}, "w4a7-g64-per-group64"),

@@ -91,16 +91,17 @@ def test_inputs_are_rounded_to_integers_of_their_token_or_sample(kind, per_sampl
     x = make(kind)[1]
     dims = (1, 2, 3) if per_sample else (-1,)
     step = x.abs().amax(dims, keepdim=True) / qmax
-    torch.testing.assert_close(round_dynamic(x, qmax, per_sample=per_sample), (x / step).round() * step)
+    scheme = Scheme(bits=8, act_bits=qmax.bit_length() + 1, act_mode="dynamic")
+    torch.testing.assert_close(round_dynamic(x, scheme, per_sample=per_sample), (x / step).round() * step)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_layout_and_type_of_an_input_stay(dtype, per_sample):
     x = make("3x3")[1].to(dtype)
-    expected = round_dynamic(x, 127, per_sample=per_sample)
+    expected = round_dynamic(x, W8A8, per_sample=per_sample)
     turned = x.movedim(1, -1).contiguous().movedim(-1, 1)  # channels last in memory
-    found = round_dynamic(turned, 127, per_sample=per_sample)
+    found = round_dynamic(turned, W8A8, per_sample=per_sample)
     assert torch.equal(found, expected)
     assert (found.dtype, found.shape) == (dtype, x.shape)
 
@@ -108,9 +109,9 @@ def test_layout_and_type_of_an_input_stay(dtype, per_sample):
 def test_zeros_stay_zeros_and_rounding_twice_is_rounding_once():
     x = make("linear")[1]
     x[0] = 0
-    once = round_dynamic(x, 127, per_sample=False)
+    once = round_dynamic(x, W8A8, per_sample=False)
     assert torch.equal(once[0], x[0])
-    torch.testing.assert_close(round_dynamic(once, 127, per_sample=False), once, rtol=1e-6, atol=0)
+    torch.testing.assert_close(round_dynamic(once, W8A8, per_sample=False), once, rtol=1e-6, atol=0)
 
 
 @EACH
@@ -136,7 +137,7 @@ def test_layers_are_rounded_one_by_one_and_weight_only_ones_never():
     assert torch.equal(model(x), model[2](expected))
     inputs.put("2", rounding_of(W8A8, model[2], None))
     torch.testing.assert_close(
-        model(x), nn.functional.linear(round_dynamic(expected, 127, per_sample=False), model[2].weight, model[2].bias)
+        model(x), nn.functional.linear(round_dynamic(expected, W8A8, per_sample=False), model[2].weight, model[2].bias)
     )
 
 
@@ -145,7 +146,7 @@ def test_statistics_are_of_the_rounded_inputs():
     RoundedInputs(model, {"0": W8A8}).put("0", rounding_of(W8A8, model[0], None))
     with Grams({"0": model[0]}, rows_per_call=100) as grams:
         model(x)
-    rows = round_dynamic(x, 127, per_sample=False).flatten(0, 1)
+    rows = round_dynamic(x, W8A8, per_sample=False).flatten(0, 1)
     torch.testing.assert_close(grams.mean("0"), rows.T @ rows / len(rows))
 
 
@@ -255,7 +256,9 @@ def test_scales_per_group_give_what_the_integer_layer_gives(kind, scheme):
     step = groups.abs().amax(-1, keepdim=True) / (2 ** (scheme.act_bits - 1) - 1)
     entering = rounding_of(scheme, model[0], None)(x)
     torch.testing.assert_close(entering, ((groups / step).round() * step).flatten(-2))
-    assert not torch.allclose(entering, round_dynamic(x, 2 ** (scheme.act_bits - 1) - 1, per_sample=False))
+    assert not torch.allclose(
+        entering, round_dynamic(x, scheme.model_copy(update={"act_group_size": None}), per_sample=False)
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "3x3"])

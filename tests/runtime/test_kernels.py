@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from dacc.core.scheme import Scheme
-from dacc.runtime import kernels_int8
-from dacc.runtime.kernels_int8 import conv2d_int8_dynamic, linear_int8_dynamic, quantize_rows
+from dacc.runtime import kernels_int8, kernels_round
+from dacc.runtime.kernels_int8 import conv2d_int8_dynamic, linear_int8_dynamic
+from dacc.runtime.kernels_round import quantize_rows
 from dacc.runtime.kernels_weight_only import float_weight, int8_rows, linear_weight_only
 from dacc.runtime.weight import QuantizedWeight
 
@@ -104,8 +105,8 @@ def test_blocks_do_not_change_the_integers(monkeypatch):
     x, image = torch.randn(50, 64), torch.randn(3, 8, 9, 10)
     conv_weight = random_weight(weight.scheme, (12, 8, 3, 3))
     whole = linear(x, weight), conv2d(image, conv_weight)
-    for limit in ("QUANTIZE_BLOCK", "_PRODUCT_BLOCK", "_PATCH_BLOCK"):
-        monkeypatch.setattr(kernels_int8, limit, 700)
+    for module, limit in ((kernels_round, "QUANTIZE"), (kernels_int8, "_PRODUCT"), (kernels_int8, "_PATCH")):
+        monkeypatch.setattr(module, f"{limit}_BLOCK", 700)
     assert torch.equal(linear(x.clone(), weight), whole[0])
     assert torch.equal(conv2d(image, conv_weight), whole[1])
 
@@ -118,7 +119,8 @@ def test_traced_form_gives_the_same_integers_as_the_eager_one(monkeypatch):
         random_weight(Scheme(bits=8, act_bits=8, act_mode="dynamic"), (12, 8, 3, 3)),
     )
     eager_image = conv2d(image, weight, stride=(2, 2), padding=(1, 1))
-    monkeypatch.setattr(kernels_int8, "may_use_scratch", lambda _: False)
+    for module in (kernels_int8, kernels_round):
+        monkeypatch.setattr(module, "may_use_scratch", lambda _: False)
     traced = quantize_rows(x)
     assert torch.equal(eager[0], traced[0])
     assert torch.equal(eager[1], traced[1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dacc.runtime import kernels_int8, kernels_static
+from dacc.runtime import kernels_int8, kernels_round, kernels_static
 from dacc.runtime.activation import quantize_static, round_static
 from dacc.runtime.kernels_static import StaticInput, conv2d_int8_static, linear_int8_static
 
@@ -34,7 +34,7 @@ def _no_grad():
 @pytest.fixture
 def form(request, monkeypatch):
     if request.param == "functional":
-        for module in (kernels_int8, kernels_static):
+        for module in (kernels_int8, kernels_round, kernels_static):
             monkeypatch.setattr(module, "may_use_scratch", lambda _: False)
     return request.param
 
