@@ -277,13 +277,14 @@ def _manifest(
 def _with_written_files(
     record: ComponentRecord, name: str, files: dict[str, FileRecord], before: Manifest | None
 ) -> ComponentRecord:
-    """Fill in hash and size, which are known only when the files are written, and keep the cache plan."""
+    """Fill in hash and size, which are known only when the files are written, and keep what earlier passes did."""
     facts: dict[str, Any] = {
         "weight_hash": component_weight_hash(files, name),
         "bytes_after": component_weight_bytes(files, name),
     }
     if before and name in before.components:
-        facts["cache"] = before.components[name].cache
+        known = before.components[name]
+        facts |= {"cache": known.cache, "pruning": known.pruning, "bytes_before": known.bytes_before}
     return record.model_copy(update=facts)
 
 
