@@ -26,7 +26,7 @@ from .select import greedily, permitted
 from .settings import ScoredConfig, parse_groups
 from .teacher import Teacher
 from .unet import Modules
-from .units import Unit, find_units
+from .units import Unit, find_units, sizes_of
 
 ADDS_UP = 1.5  # the error of a set over the sum of the scores of its units may be so much before scores are found anew
 TIMED_RUNS = 5
@@ -76,12 +76,13 @@ def decide(
         scores = score_units(settings.score, teacher, units, known, named_seed(config.seed, "task"), reporter)
         if settings.by == "latency":
             costs, whole, latency = _latencies(teacher, units, reporter)
-    names = [name for name, _ in denoiser.named_modules()]
+    sizes = sizes_of(denoiser)
     fields: Any = denoiser.config
     request = Request(
         type(denoiser).__name__,
         dict(fields),
-        Modules(names),
+        Modules(sizes),
+        sizes,
         units,
         config.ratio,
         config.strict_config,
@@ -95,7 +96,7 @@ def decide(
     error = additivity = None
     if teacher is not None and isinstance(settings, ScoredConfig):
         removed, error, additivity = _checked(teacher, request, removed, known, method, settings, reporter)
-    removal = plan_removal(request.class_name, request.config, names, removed)
+    removal = plan_removal(request.class_name, request.config, sizes, removed)
     if config.strict_config and removal.identity:
         raise UnsupportedError(
             f"the config of a {request.class_name} cannot tell that {removal.identity[0]} is gone.",

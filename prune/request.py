@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UnsupportedError
@@ -24,6 +24,7 @@ class Request:
         class_name: of the denoiser.
         config: all fields of its config.
         modules: its lists.
+        sizes: parameters of each of its modules.
         units: what may be removed; what the rules protect is not among them.
         ratio: share of `total` to remove; None: as the method thinks best.
         strict: only what the config can express.
@@ -37,6 +38,7 @@ class Request:
     class_name: str
     config: Mapping[str, Any]
     modules: Modules
+    sizes: Mapping[str, int]
     units: Sequence[Unit]
     ratio: float | None
     strict: bool
@@ -54,6 +56,14 @@ class Request:
     def items(self, scores: Mapping[str, float]) -> list[Item]:
         """The units as `select.py` takes them."""
         return [Item(scores[unit.name], self.costs[unit.name], unit.stack, unit.position) for unit in self.units]
+
+    def with_ratio(self, ratio: float) -> Request:
+        """The same for another ratio."""
+        return replace(self, ratio=ratio)
+
+    def with_units(self, units: Sequence[Unit]) -> Request:
+        """The same with fewer units."""
+        return replace(self, units=units)
 
     def rules(self, groups: tuple[int, int] | None = None) -> Rules:
         """What may go together."""

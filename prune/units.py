@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.errors import UnsupportedError
 from .stacks import TRANSFORMERS, UNETS, Stack, UnetKind
 from .unet import Modules, mirror
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Kind = Literal["auto", "layer", "depth"]
 PROTECTED_AT_MOST = 2  # blocks at each end of a list of transformer blocks
@@ -53,7 +54,7 @@ def find_units(denoiser: nn.Module, *, strict: bool = False, kind: Kind = "auto"
         UnsupportedError: nothing is known to be removable.
     """
     name = type(denoiser).__name__
-    sizes = {path: sum(value.numel() for value in part.parameters()) for path, part in denoiser.named_modules()}
+    sizes = sizes_of(denoiser)
     if name in TRANSFORMERS and kind == "auto":
         units = [unit for stack in TRANSFORMERS[name] for unit in _blocks(denoiser, stack)]
     elif name in UNETS and kind != "depth":
@@ -72,6 +73,11 @@ def find_units(denoiser: nn.Module, *, strict: bool = False, kind: Kind = "auto"
             mend="Leave --strict-config out." if strict else "",
         )
     return [_with_size(unit, sizes) for unit in units]
+
+
+def sizes_of(denoiser: nn.Module) -> dict[str, int]:
+    """Parameters of every module."""
+    return {name: sum(value.numel() for value in part.parameters()) for name, part in denoiser.named_modules()}
 
 
 def unit_of(modules: Sequence[str], sites: Sequence[tuple[str, str]], *, name: str, stack: str, position: int) -> Unit:
