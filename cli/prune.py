@@ -209,7 +209,9 @@ def _table(units: dict[str, PrunedUnit]) -> list[str]:
     shown = [place for place in range(len(head)) if place == 0 or any(row[place] for row in rows)]
     widths = {place: max(len(row[place]) for row in (head, *rows)) for place in shown}
     return [
-        "  ".join(row[place].ljust(widths[place]) if place in (0, 6) else row[place].rjust(widths[place]) for place in shown).rstrip()
+        "  ".join(
+            row[place].ljust(widths[place]) if place in (0, 6) else row[place].rjust(widths[place]) for place in shown
+        ).rstrip()
         for row in (head, *rows)
     ]
 

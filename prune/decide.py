@@ -191,4 +191,3 @@ def _latencies(
     saved = {unit.name: max(0.0, whole - seconds) for unit, seconds in zip(units, others, strict=True)}
     told = {"whole": 1000 * whole, **{name: 1000 * seconds for name, seconds in saved.items()}}
     return {name: round(seconds / LATENCY_STEP) for name, seconds in saved.items()}, round(whole / LATENCY_STEP), told
-

@@ -145,9 +145,7 @@ def _written_config(
     """The new config.json, and its fields that changed."""
     plain = json.loads(json.dumps({key: before.get(key) for key in removal.config}))
     after = json.loads(json.dumps(removal.config))
-    changes = {
-        key: ConfigChange(before=plain[key], after=value) for key, value in after.items() if value != plain[key]
-    }
+    changes = {key: ConfigChange(before=plain[key], after=value) for key, value in after.items() if value != plain[key]}
     written = {key: value for key, value in raw.items() if key != "quantization_config"}
     written |= {key: change.after for key, change in changes.items()}
     if removal.identity:

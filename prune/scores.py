@@ -49,7 +49,9 @@ def score_units(
 def of_video(content: Sequence[float], motion: Sequence[float]) -> list[float]:
     """Errors of frames and of their differences as one score: each over its median, motion counted twice."""
     scales = [median(values) or 1.0 for values in (content, motion)]
-    return [frames / scales[0] + MOTION_WEIGHT * steps / scales[1] for frames, steps in zip(content, motion, strict=True)]
+    return [
+        frames / scales[0] + MOTION_WEIGHT * steps / scales[1] for frames, steps in zip(content, motion, strict=True)
+    ]
 
 
 def _out_mse(
@@ -136,7 +138,8 @@ def _taylor(
             for name, value in products.items():
                 totals[name] += value
     return {
-        unit.name: UnitScore(abs(sum(value for name, value in totals.items() if _lies_in(name, unit)))) for unit in units
+        unit.name: UnitScore(abs(sum(value for name, value in totals.items() if _lies_in(name, unit))))
+        for unit in units
     }
 
 
@@ -150,4 +153,3 @@ SCORES: Mapping[str, Callable[..., dict[str, UnitScore]]] = {
     "inout_mse": _from_sites(relative_change),
     "taylor": _taylor,
 }
-

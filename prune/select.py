@@ -110,9 +110,7 @@ def _can_end(items: Sequence[Item], removed: tuple[int, ...], needed: int, rules
     return any(found.cost >= needed for found in _front(items, needed, rules, forced=frozenset(removed)))
 
 
-def _front(
-    items: Sequence[Item], needed: int, rules: Rules, forced: frozenset[int] = frozenset()
-) -> list[_Partial]:
+def _front(items: Sequence[Item], needed: int, rules: Rules, forced: frozenset[int] = frozenset()) -> list[_Partial]:
     """All sets that no other beats, in each state at the end."""
     states: dict[State, list[_Partial]] = {START: [_Partial(0.0, 0, ())]}
     for place, item in enumerate(items):

@@ -200,7 +200,9 @@ def _shorten(
     config[DEPTHS] = flat
     config[REVERSED_DEPTHS] = None
     if not even or any(isinstance(entry, list) for entry in flat):
-        config[REVERSED_DEPTHS] = [_flat(above, below) for above, below in zip(reversed(up), reversed(flat), strict=True)]
+        config[REVERSED_DEPTHS] = [
+            _flat(above, below) for above, below in zip(reversed(up), reversed(flat), strict=True)
+        ]
     return lost
 
 

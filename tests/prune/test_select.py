@@ -90,4 +90,8 @@ def test_greedy_choice_follows_scores_that_change():
         return [{0: 5.0 if removed else 0.1, 1: 1.0, 2: 0.2, 3: 0.3}[place] for place in places]
 
     assert greedily(items, 2, Rules(), scores) == (0, 2)
-    assert greedily(items, 3, Rules(), lambda removed, places: [float(place in (0, 2)) for place in places]) == (0, 1, 3)
+    assert greedily(items, 3, Rules(), lambda removed, places: [float(place in (0, 2)) for place in places]) == (
+        0,
+        1,
+        3,
+    )

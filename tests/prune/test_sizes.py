@@ -64,9 +64,7 @@ def test_koala_comes_out_of_sdxl():
     assert parameters_without(network, (*without_middle, "mid_block")) == (pytest.approx(782.8e6, rel=1e-4), True)
 
 
-@pytest.mark.parametrize(
-    ("size", "parameters"), [("base", 579_384_964), ("small", 482_346_884), ("tiny", 323_384_964)]
-)
+@pytest.mark.parametrize(("size", "parameters"), [("base", 579_384_964), ("small", 482_346_884), ("tiny", 323_384_964)])
 def test_bk_sdm_comes_out_of_stable_diffusion(size, parameters):
     network = whole("sd15")
     assert parameters_without(network, chosen(network, "bksdm", size=size)) == (parameters, True)
