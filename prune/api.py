@@ -258,8 +258,8 @@ def _tell_of_size(job: Job, pruned: dict[str, Pruned], reporter: Reporter) -> No
         share = 1 - own.record.parameters_after / own.record.parameters_before
         if share >= NO_PRODUCT * 0.95 and not job.config.recover:
             reporter.notice(
-                f"{name} lost {share:.0%} of its parameters and nothing was trained to make up for them: expect visibly "
-                "worse results"
+                f"{name} lost {share:.0%} of its parameters and nothing was trained to make up for them: "
+                "expect visibly worse results"
             )
 
 

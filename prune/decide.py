@@ -127,6 +127,8 @@ def _checked(
     rules = request.rules(parse_groups(settings.groups) if settings.groups else None)
 
     def rescored(before: tuple[int, ...], candidates: list[int]) -> list[float]:
+        if not before:
+            return [known[request.units[place].name]["relative"] for place in candidates]
         sets = [[*before, place] for place in reporter.progress(candidates, "scoring anew")]
         found = [teacher.errors([name for at in places for name in request.units[at].modules]) for places in sets]
         return [errors.relative for errors in found]

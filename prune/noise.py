@@ -1,7 +1,7 @@
 """How a network's input, its output, noise and clean samples are related, from the scheduler's config.
 
-With s the noise level that the run clock tells (noise over signal; flow schedulers: their sigma), x0 a clean sample and e
-noise, what enters the network is (x0 + s e) / sqrt(1 + s^2), for flow schedulers (1 - s) x0 + s e.
+With s the noise level that the run clock tells (noise over signal; flow schedulers: their sigma), x0 a clean sample and
+e noise, what enters the network is (x0 + s e) / sqrt(1 + s^2), for flow schedulers (1 - s) x0 + s e.
 """
 
 from __future__ import annotations

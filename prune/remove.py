@@ -1,8 +1,8 @@
 """What a config, and the names of a denoiser, become when blocks are removed.
 
-Transformers lose entries of their lists. A U-Net loses pairs: layer j of down stage i together with that layer of the up
-stage across from it which reads the skip connection that layer j - 1 gave; both then get along without a gap, since all
-skip connections of a stage are alike but the first. The layers that change the number of channels stay.
+Transformers lose entries of their lists. A U-Net loses pairs: layer j of a down stage with that layer of the up stage
+across from it which reads the skip connection of layer j - 1, so that what is left fits without a gap: all skip
+connections of a stage are alike but the first. The layers that change the number of channels stay.
 
 Where the class of a model cannot be built without a module, the module stays in its place and passes on what enters it:
 it is named among the identity modules.

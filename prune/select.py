@@ -2,8 +2,8 @@
 
     minimise  sum of s over the removed units    so that    sum of c over the removed units >= C
 
-with s what it costs to miss a unit and c its size. Of all partial choices only those are kept that no other beats in both
-sums, for each state that the rules depend on, so that the result is the best one and not an approximation.
+with s what it costs to miss a unit and c its size. Of all partial choices only those are kept that no other beats in
+both sums, for each state that the rules depend on, so that the result is the best one and not an approximation.
 """
 
 from __future__ import annotations

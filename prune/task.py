@@ -1,8 +1,8 @@
 """The loss that the network was trained with, on samples that it makes itself.
 
-A clean sample is what the network predicts at the lowest noise level that the calibration set holds of it. Fresh noise is
-added at the levels of the set's other calls, and the loss is the squared error of the network against that noise. The
-network's own output would not do as the target: there the loss is 0, and so is its gradient.
+A clean sample is what the network predicts at the lowest noise level that the calibration set holds of it. Fresh noise
+is added at the levels of the set's other calls, and the loss is the squared error of the network against that noise.
+The network's own output would not do as the target: there the loss is 0, and so is its gradient.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A U-Net without some layers: which fields of its config say so, and which modules have to stay as identities.
 
-Letters: n stages; stage i is down block i with up block n - 1 - i. A down stage of L layers has an up stage of L + 1, whose
-layer k reads the skip connection of down layer L - 1 - k; the last one reads what entered the stage.
+Letters: n stages; stage i is down block i with up block n - 1 - i. A down stage of L layers has an up stage of L + 1,
+whose layer k reads the skip connection of down layer L - 1 - k; the last one reads what entered the stage.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def unet_removal(
         lost = _lists(modules, stage, gone)
         left -= lost
         if told:
-            keep |= {path: stage.kept for path in modules.lists(stage.down)}
-            keep |= {path: stage.kept_up for path in modules.lists(stage.up)}
+            keep |= dict.fromkeys(modules.lists(stage.down), stage.kept)
+            keep |= dict.fromkeys(modules.lists(stage.up), stage.kept_up)
         else:
             identity |= lost
     if told and counts != [stage.layers for stage in stages]:
@@ -193,7 +193,7 @@ def _shorten(
     first = flat[-1][0] if isinstance(flat[-1], list) else flat[-1]
     if middle and middle != first:
         raise UnsupportedError(
-            f"the middle block would keep {middle} transformer blocks and the first attention of the last stage {first}.",
+            f"the middle would keep {middle} transformer blocks and the first attention of the last stage {first}.",
             "The config has one number for both.",
         )
     even = all(set(above) <= {entry} for above, entry in zip(up, flat, strict=True) if not isinstance(entry, list))

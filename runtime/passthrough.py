@@ -1,4 +1,4 @@
-"""Modules that pass on what enters them: what is left of a block that was removed from a class that always builds it."""
+"""Modules that pass on what enters them: what is left of a block that is gone from a class that always builds it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Fixed patterns, which need no look at the network, after BK-SDM: A Lightweight, Fast, and Cheap Version of Stable
 Diffusion (Kim et al., 2023), arXiv 2305.15798. Of a U-Net
 
-- `base`: of every stage only the first layer going down stays, and the first and the last going up; attentions that have
+- `base`: of every stage only the first layer going down stays, and the first and the last going up; attentions of
   several transformer blocks keep theirs;
 - `small`: the middle block goes too;
 - `tiny`: so does the innermost stage, with the down-sampling that leads to it. Only where the stage before is as wide.
@@ -97,8 +97,8 @@ def _pattern_or_none(request: Request, size: str) -> tuple[str, ...]:
 
 
 def _evenly(request: Request) -> tuple[str, ...]:
-    """As many units as the ratio needs, their gaps as even as whole numbers allow: of all sets that are large enough the
-    one in which they stand nearest to the middles of equal parts."""
+    """As many units as the ratio needs, at even distances: of all sets that are large enough the one in which they
+    stand nearest to the middles of equal parts."""
     if request.ratio is None:
         raise ConfigError(
             f"of a {request.class_name} blocks go at even distances, and nothing says how many.", mend="Give --ratio."

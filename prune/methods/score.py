@@ -3,9 +3,9 @@ alone, its score s is what the outputs lose, and the units to remove solve
 
     minimise  sum of s    so that    sum of c >= ratio * C
 
-with c the parameters of a unit and C those of the denoiser, or the time that they take. This relies on scores that add up.
-Where the outputs lose more than 1.5 times the sum, units are removed one after the other instead, scored anew each time,
-and the better of both sets is kept.
+with c the parameters of a unit and C those of the denoiser, or the time that they take. This relies on scores that add
+up. Where the outputs lose more than 1.5 times the sum, units are removed one after the other instead, scored anew each
+time, and the better of both sets is kept.
 """
 
 from __future__ import annotations

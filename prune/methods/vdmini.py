@@ -1,9 +1,9 @@
 """Shallow layers go, deep ones stay, after VDMini (Individual Content and Motion Dynamics Preserved Pruning for Video
-Diffusion Models, Wu et al., 2024), arXiv 2411.18375: deep layers carry the motion of a whole clip, shallow ones the content
-of its frames.
+Diffusion Models, Wu et al., 2024), arXiv 2411.18375: deep layers carry the motion of a whole clip, shallow ones the
+content of its frames.
 
-The paper says which kind of layers goes from a U-Net (the second pair of residual layer and attention of stages, and the
-middle block) and that about 40 % of the parameters do. What is here is our reconstruction of it:
+The paper says which kind of layers goes from a U-Net (the second pair of residual layer and attention of stages, and
+the middle block) and that about 40 % of the parameters do. What is here is our reconstruction of it:
 
 - U-Net: the middle block goes, and all but the first pair of the shallowest stages, as many of them as the ratio needs;
   without a ratio of all stages but the deepest. On Stable Video Diffusion that is [1, 1, 1, 2] layers and 38.8 % fewer

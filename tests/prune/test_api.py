@@ -26,8 +26,8 @@ from dacc import (
 from dacc.core.errors import ConfigError, ModelError, UnsupportedError
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import Reporter
-from dacc.prune.decide import decide
 from dacc.prune.config import METHODS
+from dacc.prune.decide import decide
 from dacc.prune.settings import ScoredConfig
 from dacc.prune.teacher import Errors
 from dacc.runtime.passthrough import Passthrough, skipping
@@ -36,7 +36,7 @@ from dacc.runtime.trajectory import sample
 
 from . import toys
 
-REQUEST = RunRequest(seeds=(3,), num_inference_steps=3)
+REQUEST = RunRequest(seeds=(3,), num_inference_steps=5)
 PLAIN = """
 import sys
 sys.modules["dacc"] = None
@@ -71,19 +71,17 @@ def test_a_pruned_transformer_is_what_plain_diffusers_loads(deep_dit, pruned, ru
         (folder / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size for folder in (deep_dit, bundle)
     )
     gone = pruning.parameters_before - pruning.parameters_after
-    assert before - after == pytest.approx(4 * gone, rel=0.02)
+    assert before - after == pytest.approx(4 * gone, rel=0.03)
     scores = [unit.score for unit in pruning.units.values()]
     assert pruning.error == pytest.approx(pruning.additivity * sum(pruning.units[name].score for name in removed))
     assert all(score > 0 for score in scores)
 
 
 def test_what_a_config_cannot_tell_loads_with_dacc_and_is_refused_without(deep_unet, pruned, run_python):
-    bundle = pruned(deep_unet, ratio=0.15, method="bksdm", settings={"size": "auto"})
-    assert read_manifest(bundle).components["unet"].pruning.identity_modules == ()
-    config = PruneConfig(ratio=0.08, measure="never")
-    bundle = pruned(deep_unet, **config.model_dump(include={"ratio"}))
+    bundle = pruned(deep_unet, method="vdmini")  # another number of layers in each stage
     pruning = read_manifest(bundle).components["unet"].pruning
-    assert pruning.identity_modules, pruning.config
+    assert set(pruning.config) == {"mid_block_type"}
+    assert "up_blocks.1.resnets.1" in pruning.identity_modules
     ran = run_python(PLAIN, bundle, "unet", check=False)
     assert ran.returncode != 0
     assert "dacc" in ran.stderr
@@ -205,7 +203,7 @@ def test_scores_that_do_not_add_up_are_found_anew(better):
             names = {name.rpartition(".")[2] for name in removed}
             alone = {"1": 0.1, "2": 0.6, "3": 0.15, "4": 0.2}
             joint = 5.0 if {"1", "3"} <= names else 0.0
-            worse = 9.0 if not better and {"1", "4"} <= names else 0.0
+            worse = 9.0 if not better and "1" in names and len(names) > 1 and "3" not in names else 0.0
             return Errors(sum(alone.get(name, 1.0) for name in names) + joint + worse)
 
     network, reporter = toys.dit(num_layers=6).build(), Reporter(quiet=True)

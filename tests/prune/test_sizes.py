@@ -57,6 +57,7 @@ def koala(network: nn.Module, depth: int) -> tuple[str, ...]:
     return (*layers, *blocks)
 
 
+@pytest.mark.slow
 def test_koala_comes_out_of_sdxl():
     network = whole("sdxl")
     assert parameters_without(network, koala(network, 6)) == (pytest.approx(1161e6, rel=5e-4), True)
@@ -70,6 +71,7 @@ def test_bk_sdm_comes_out_of_stable_diffusion(size, parameters):
     assert parameters_without(network, chosen(network, "bksdm", size=size)) == (parameters, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("doubles", "singles", "parameters"), [(8, 38, 8.163e9), (5, 10, 3.179e9)])
 def test_smaller_fluxes_come_out_of_flux(doubles, singles, parameters):
     network = whole("flux")
@@ -78,6 +80,7 @@ def test_smaller_fluxes_come_out_of_flux(doubles, singles, parameters):
     assert parameters_without(network, tuple(removed)) == (pytest.approx(parameters, rel=2e-4), True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "ratio", "layers", "fewer"),
     [

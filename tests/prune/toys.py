@@ -214,7 +214,8 @@ def hunyuan_dit() -> Toy:
 
     def inputs() -> dict[str, Any]:
         return {
-            "hidden_states": torch.randn(2, 4, 8, 8), "timestep": TIME.float(), "encoder_hidden_states": torch.randn(2, 3, 16),
+            "hidden_states": torch.randn(2, 4, 8, 8), "timestep": TIME.float(),
+            "encoder_hidden_states": torch.randn(2, 3, 16),
             "text_embedding_mask": torch.ones(2, 3), "encoder_hidden_states_t5": torch.randn(2, 4, 16),
             "text_embedding_mask_t5": torch.ones(2, 4),
         }  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from dacc.core.errors import UnsupportedError
@@ -18,7 +20,7 @@ def test_it_reaches_the_ratio_within_the_rules_and_follows_the_seed():
         assert removed == select("random", ask(toy, 0.3, seed=seed))
         assert share(request, removed) >= 0.95 * 0.3
         places = sorted(int(name.rpartition(".")[2]) for name in removed)
-        assert all(after - before > 1 for before, after in zip(places, places[1:], strict=False))
+        assert all(after - before > 1 for before, after in pairwise(places))
         found.add(removed)
     assert len(found) > 3
 

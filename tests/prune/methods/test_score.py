@@ -14,9 +14,9 @@ BLOCK = "transformer_blocks.{}".format
 
 def test_the_units_that_are_missed_least_go():
     scores = {BLOCK(1): 0.1, BLOCK(2): 0.1, BLOCK(4): 0.3, BLOCK(6): 0.2}
-    request = ask(toys.pixart(), 0.4, scores)
+    request = ask(toys.pixart(), 0.3, scores)
     removed = select("score", request)
-    assert share(request, removed) >= 0.95 * 0.4
+    assert share(request, removed) >= 0.95 * 0.3
     deep = toys.dit(num_layers=9)
     request = ask(deep, 0.3, scores)
     assert select("score", request) == (BLOCK(1), BLOCK(4), BLOCK(6))
