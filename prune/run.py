@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from ..calibrate.inputs import calibration_of
 from ..calibrate.store import CalibrationSet
@@ -23,6 +24,7 @@ from ..core.treatable import identity_config
 from ..runtime.load import pick_device
 from ..runtime.passthrough import bypass_
 from ..runtime.skeleton import build_skeleton
+from ..runtime.trajectory import DenoiserCall
 from .api import Job, calibration_config
 from .config import METHODS
 from .decide import Decision, decide
@@ -178,12 +180,8 @@ class JournalledScores(MutableMapping[str, dict[str, float]]):
         return sum(1 for _ in self)
 
 
-def _on(call: Any, device: torch.device) -> Any:
+def _on(call: DenoiserCall, device: torch.device) -> DenoiserCall:
     """A call on another device."""
-    from dataclasses import replace
-
-    from torch.utils._pytree import tree_map
-
     if device.type == "cpu":
         return call
 

@@ -20,7 +20,7 @@ from ..runtime.passthrough import skipping
 from ..runtime.trajectory import DenoiserCall
 from .noise import Noise
 
-FRAME_AXIS = {
+FRAME_AXIS = {  # of outputs
     "UNetSpatioTemporalConditionModel": 1,
     "CogVideoXTransformer3DModel": 1,
     "UNet3DConditionModel": 2,
@@ -28,6 +28,7 @@ FRAME_AXIS = {
     "WanTransformer3DModel": 2,
     "HunyuanVideoTransformer3DModel": 2,
 }
+PACKED = ("LTXVideoTransformer3DModel",)  # outputs are rows of tokens, frame by frame
 CLASS_FIRST = ("DiTTransformer2DModel",)  # the batch of both guidance branches begins with the guided one
 
 
@@ -58,12 +59,7 @@ class Teacher:
         self.calls = list(calls)
         self._groups = [list(group) for _, group in groupby(self.calls, key=_moment)]
         self._wanted: list[Tensor] | None = None
-        self._frames = FRAME_AXIS.get(type(denoiser).__name__)
-
-    @property
-    def is_video(self) -> bool:
-        """Whether its outputs have frames."""
-        return self._frames is not None
+        self.is_video = type(denoiser).__name__ in (*FRAME_AXIS, *PACKED)
 
     def errors(self, removed: Collection[str]) -> Errors:
         """How far the outputs move without some modules."""
@@ -74,8 +70,8 @@ class Teacher:
             for group, wanted in zip(self._groups, self._wanted, strict=True):
                 change = (self._predict(group) - wanted).double()
                 relative.append((change.square().sum() / wanted.double().square().sum().clamp(min=1e-30)).item())
-                if self._frames is not None:
-                    frames = change.movedim(self._frames, 1).flatten(2)  # (B, F, rest)
+                if self.is_video:
+                    frames = self._frames_of(change, group[0])
                     weight = self.noise.clean_factor(group[0].state) ** 2
                     content.append(weight * frames.square().mean().item())
                     steps = frames.diff(dim=1)
@@ -83,6 +79,13 @@ class Teacher:
         if not content:
             return Errors(_mean(relative))
         return Errors(_mean(relative), _mean(content), _mean(motion))
+
+    def _frames_of(self, output: Tensor, call: DenoiserCall) -> Tensor:
+        """(B, F, rest)."""
+        name = type(self.denoiser).__name__
+        if name in PACKED:
+            return output.unflatten(1, (call.kwargs["num_frames"], -1)).flatten(2)
+        return output.movedim(FRAME_AXIS[name], 1).flatten(2)
 
     def _predict(self, group: list[DenoiserCall]) -> Tensor:
         """The prediction that the solver gets in one call: branches combined, learned variances left out."""

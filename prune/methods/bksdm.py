@@ -27,7 +27,7 @@ SIZES = ("base", "small", "tiny")
 class BkSdmConfig(MethodConfig):
     """Fields of `--set`."""
 
-    size: Literal["auto", "base", "small", "tiny"] = "auto"  # of U-Nets; auto: the largest that reaches the ratio
+    size: Literal["auto", "base", "small", "tiny"] = "auto"  # of U-Nets; auto: the first that reaches the ratio
 
 
 CONFIG = BkSdmConfig
