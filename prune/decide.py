@@ -120,8 +120,7 @@ def _checked(
     """The choice, what the outputs lose by it, and that over the sum of what they lose by each unit alone; a better
     choice where that is far from 1."""
     error = teacher.errors(removed).relative
-    alone = sum(known[name]["relative"] for name in _names_of(request, removed) if name in known)
-    additivity = error / alone if settings.score == "out_mse" and alone > 0 else None
+    additivity = _additivity(request, removed, error, known) if settings.score == "out_mse" else None
     if additivity is None or additivity <= ADDS_UP or not getattr(method, "RESCORES", False):
         return removed, error, additivity
     rules = request.rules(parse_groups(settings.groups) if settings.groups else None)
@@ -143,7 +142,15 @@ def _checked(
         f"the scores do not add up (the outputs lose {error:.4g}, {additivity:.2f} times their sum): units removed one "
         f"by one lose {other_error:.4g}, and {'that choice' if better else 'the first choice'} is taken"
     )
-    return (other, other_error, additivity) if better else (removed, error, additivity)
+    if not better:
+        return removed, error, additivity
+    return other, other_error, _additivity(request, other, other_error, known)
+
+
+def _additivity(request: Request, removed: Sequence[str], error: float, known: Known) -> float | None:
+    """What the outputs lose over the sum of what they lose by each unit alone."""
+    alone = sum(known[name]["relative"] for name in _names_of(request, removed))
+    return error / alone if alone > 0 else None
 
 
 def _names_of(request: Request, removed: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ def taps_of(class_name: str, names: Collection[str], removal: Removal) -> list[t
     """(module of what is left, module of the source), in the order in which they run.
 
     Of a U-Net every stage, as in BK-SDM (arXiv 2305.15798). Of a transformer every block that is left, paired with the
-    last block of the source before the next one that is left: what it gives is what that next block was trained to read.
+    last block of the source before the next one that is left: that next block was trained to read what it gives.
 
     Args:
         names: modules of the source.

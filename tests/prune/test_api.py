@@ -93,7 +93,7 @@ def test_what_a_config_cannot_tell_loads_with_dacc_and_is_refused_without(deep_u
         wanted = sample(whole, REQUEST).latents
     assert torch.allclose(sample(pipe, REQUEST).latents, wanted, atol=1e-5)
     pipe.save_pretrained("again")
-    assert torch.equal(latents_of(Path("again")), latents_of(bundle))
+    assert torch.allclose(latents_of(Path("again")), latents_of(bundle), rtol=1e-4)
     with pytest.raises(UnsupportedError, match="pass on what enters them.*--lossy"):
         export_pipeline(bundle, ExportConfig(format="safetensors-bf16"), output="exported")
     small = quantize_pipeline(bundle, QuantizeConfig(bits=8, measure="never"), output="small", device="cpu")
@@ -216,7 +216,7 @@ def test_scores_that_do_not_add_up_are_found_anew(better):
         found = decide(network, config, method, ScoredConfig(), teacher, {}, reporter)  # type: ignore[arg-type]
     finally:
         module._macs = original
-    assert found.additivity == pytest.approx(5.25 / 0.25)
+    assert found.additivity == pytest.approx(1.0 if better else 5.25 / 0.25)
     assert "do not add up" in reporter.notices[0]
     wanted = (
         {"transformer_blocks.1", "transformer_blocks.4"} if better else {"transformer_blocks.1", "transformer_blocks.3"}
