@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
-from ..core.cache_plan import CORRECTION_NAME
+from ..core.cache_plan import CORRECTION_NAME, beside_plan
 from ..core.card import model_card
 from ..core.machine import describe_machine
 from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
@@ -32,8 +32,6 @@ from .files import given_schedule, read_costs, told_config
 if TYPE_CHECKING:
     from .search import Found
 
-ECAD_FILE = "dacc_ecad_{}.json"  # a plan as a schedule file of ECAD
-FRONT_FILES = ("dacc_front_{}.json", "dacc_front_{}.png")  # of a search for many plans, by component
 TOLD_UNITS = 3
 REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}
 
@@ -172,11 +170,10 @@ def _text(source: str | Path | None) -> str | None:
 
 def _write_beside(writer: BundleWriter, component: str, found: Found) -> None:
     """What belongs to a plan, in place of what belonged to an earlier one."""
-    name = f"{component}/{CORRECTION_NAME}"
-    for old in (name, *(pattern.format(component) for pattern in (*FRONT_FILES, ECAD_FILE))):
+    for old in beside_plan(component):
         writer.leave_out(old)
     if found.tables:
-        writer.write_table(name, found.tables, info="correction of reused values")
+        writer.write_table(f"{component}/{CORRECTION_NAME}", found.tables, info="correction of reused values")
     for file, content in found.files.items():
         writer.write_bytes(file, content)
 

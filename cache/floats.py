@@ -35,9 +35,16 @@ class FloatReference:
         self._manifest = read_manifest(job.source.path)
 
     def pipeline(self, component: str) -> Any | None:
-        """The float pipeline; None for a component that is not quantized, or where it is not found (a notice)."""
+        """The float pipeline; None for a component that is not quantized, and, with a notice, where it is not found or
+        has other blocks."""
         record = self._manifest.components.get(component) if self._manifest else None
         if record is None or record.quantization is None:
+            return None
+        if record.pruning is not None:
+            self._reporter.notice(
+                f"{component} was pruned before it was quantized: the search compares with the quantized network "
+                "itself, without its rounding errors"
+            )
             return None
         if self._job.reference is None:
             assert self._manifest is not None

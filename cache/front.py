@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .api import FRONT_FILES
+from ..core.cache_plan import FRONT_FILES
 
 FRONT_FORMAT = 1
 

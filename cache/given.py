@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.cache_plan import COMPUTE, REUSE, CachePlan, CacheRecord
+from ..core.cache_plan import COMPUTE, ECAD_FILE, REUSE, CachePlan, CacheRecord
 from ..core.config import build_config
 from ..core.errors import UnsupportedError
 from ..core.families import find_family
@@ -15,7 +15,6 @@ from ..core.reporter import Reporter
 from ..runtime.cache_units import containers_of, layout_of
 from ..runtime.plan import planned_macs
 from ..runtime.request import RunRequest
-from .api import ECAD_FILE
 from .config import SearchCacheConfig
 from .ecad import read_schedule, schedule_document
 from .methods.ecad import EcadConfig

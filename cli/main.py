@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..core.errors import ConfigError, DaccError, ResourceError
-from . import calibrate, evaluate, export, generate, inspect, options, quantize, search_cache, verify, zoo
+from . import calibrate, evaluate, export, generate, inspect, options, prune, quantize, search_cache, verify, zoo
 
 USAGE_ERROR = typer.BadParameter.__mro__[2]  # ClickException, from click or from typer's own copy of it
 INTERRUPTED, READER_LEFT = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
@@ -50,7 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (inspect, calibrate, quantize, search_cache, export, generate, evaluate, verify):
+for module in (inspect, calibrate, prune, quantize, search_cache, export, generate, evaluate, verify):
     module.mount(app)
 app.add_typer(zoo.app, name="zoo")
 

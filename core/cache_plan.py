@@ -17,6 +17,8 @@ from .schedule_id import ScheduleId, StepRule
 
 PLAN_FORMAT = 1
 CORRECTION_NAME: Final = "dacc_cache.safetensors"  # beside the weights of the component, and none of them
+ECAD_FILE: Final = "dacc_ecad_{}.json"  # a plan as a schedule file of ECAD, by component
+FRONT_FILES: Final = ("dacc_front_{}.json", "dacc_front_{}.png")  # of a search for many plans
 COMPUTE, REUSE, FORECAST, GATE = "C", "R", "F", "G"  # the codes of a call
 SKIPPING = frozenset({REUSE, FORECAST})  # those of a call that does not run the unit
 Abscissa = Literal["call", "sigma", "timestep"]
@@ -175,3 +177,9 @@ class CacheRecord(Config):
     def of(cls, method: str, plan: CachePlan, macs_ratio: float, chosen: dict[str, int | float | str]) -> CacheRecord:
         """The record of a plan as it is."""
         return cls(method=method, plan=plan, plan_sha256=plan.sha256(), macs_ratio=macs_ratio, chosen=chosen)
+
+
+def beside_plan(component: str) -> list[str]:
+    """Files of a bundle that belong to a plan, whether they are there or not."""
+    patterns = (*FRONT_FILES, ECAD_FILE)
+    return [f"{component}/{CORRECTION_NAME}", *(pattern.format(component) for pattern in patterns)]

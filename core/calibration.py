@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from .config import Config
-from .errors import BundleError
+from .errors import BundleError, ModelError
 from .manifest import SourceRecord, read_document
 from .schedule_id import ScheduleId
 
@@ -75,6 +75,18 @@ def read_calibration(folder: Path) -> CalibrationRecord | None:
     """
     file = folder / CALIBRATION_NAME
     return read_document(file, CalibrationRecord, newest=FORMAT) if file.is_file() else None
+
+
+def calibration_id(folder: Path) -> str:
+    """The id of the calibration set in a folder.
+
+    Raises:
+        ModelError: there is none.
+    """
+    record = read_calibration(folder)
+    if record is None:
+        raise ModelError(f"{folder} is not a calibration set.", mend="Make one with dacc calibrate.")
+    return record.id
 
 
 def existing_set(folder: Path, request: str) -> bool:

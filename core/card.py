@@ -68,11 +68,30 @@ def _body(manifest: Manifest) -> str:
         "## Difference to the float pipeline, from the same noise",
         *(f"- {line}" for done in manifest.passes for effect in done.effect.values() for line in _effect_lines(effect)),
     ]
+    lines += _pruned_lines(manifest)
     notices = [notice for done in manifest.passes for notice in done.notices]
     if notices:
         lines += ["", "## Notices", *(f"- {notice}" for notice in notices)]
     lines += ["", f"Manifest sha256: `{manifest.sha256()}`", ""]
     return "\n".join(lines)
+
+
+def _pruned_lines(manifest: Manifest) -> list[str]:
+    """What was removed, and who can load the rest."""
+    found = []
+    for name, record in manifest.components.items():
+        if record.pruning is None:
+            continue
+        gone = [unit for unit, part in record.pruning.units.items() if part.removed]
+        found.append(
+            f"- {name}: {record.pruning.parameters_before} parameters became {record.pruning.parameters_after}, "
+            f"without {', '.join(gone)}"
+        )
+        if record.pruning.identity_modules:
+            found.append(
+                f"- {name} loads with dacc alone: {', '.join(record.pruning.identity_modules)} cannot be left out"
+            )
+    return ["", "## Removed blocks", *found] if found else []
 
 
 def _component_row(name: str, record: ComponentRecord) -> str:

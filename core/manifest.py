@@ -99,6 +99,45 @@ class QuantizationRecord(Config):
     chosen: dict[str, int | float | str] = Field(default_factory=dict)  # what the method decided, e.g. iterations
 
 
+class ConfigChange(Config):
+    """A field of a model's config.json before and after blocks were removed."""
+
+    before: Any = None
+    after: Any = None
+
+
+class PrunedUnit(Config):
+    """One part of a denoiser that could be removed, and what is known of it."""
+
+    modules: tuple[str, ...]  # in the source
+    parameters: int
+    removed: bool = False
+    macs: int | None = None  # of one denoiser call of the calibration set; None: not counted
+    score: float | None = None  # larger: missed more; None: the method asks for none
+    content: float | None = None  # of videos: what single frames lose
+    motion: float | None = None  # and what the differences of neighbouring frames lose
+
+
+class RecoveryRecord(Config):
+    """How the rest was trained to make up for what was removed."""
+
+
+class PruningRecord(Config):
+    """Which blocks of the source are left, and how names of the source lead to them."""
+
+    method: str
+    keep: dict[str, tuple[int, ...]]  # list of blocks -> places in the source of those that are left, in their order
+    identity_modules: tuple[str, ...] = ()  # modules that the class would build, and that pass their input on
+    config: dict[str, ConfigChange] = Field(default_factory=dict)  # fields of config.json that changed
+    index_map: dict[str, str] = Field(default_factory=dict)  # module of the source -> its name here, where it differs
+    units: dict[str, PrunedUnit] = Field(default_factory=dict)
+    parameters_before: int
+    parameters_after: int
+    error: float | None = None  # relative squared error of the denoiser's outputs without all that was removed
+    additivity: float | None = None  # that over the sum of the scores of single units
+    recovery: RecoveryRecord | None = None
+
+
 class ComponentRecord(Config):
     """One treated model of the pipeline."""
 
@@ -109,6 +148,7 @@ class ComponentRecord(Config):
     bytes_fp32: int  # 4 bytes for every parameter of the float component
     bytes_before: int  # weight files before the chain
     bytes_after: int  # weight files now
+    pruning: PruningRecord | None = None
     quantization: QuantizationRecord | None = None
     cache: CacheRecord | None = None  # plan that the loader installs
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import UnsupportedError
-from .manifest import read_manifest
+from .manifest import FORMAT, read_manifest
 from .pipeline import denoiser_names
 from .safe_read import read_json
 from .source import Source, component_entries
+
+OURS = "dacc"  # the quant_method of our bundles
 
 
 def refuse_other_libraries(source: Source, components: list[str]) -> None:
@@ -45,8 +49,27 @@ def refuse_quantized(source: Source, components: list[str]) -> None:
 
 
 def quantized_by(folder: Path) -> str | None:
-    """The method in a component's config.json, whoever made it; None for a float component."""
+    """The method in a component's config.json, whoever made it; None for a float component, pruned or not."""
+    found = _quantization_config(folder)
+    if found is None or (found.get("quant_method") == OURS and not found.get("modules")):
+        return None
+    return str(found.get("quant_method", "an unknown method"))
+
+
+def identity_modules_of(folder: Path) -> list[str]:
+    """Modules of a component that pass on what enters them, where its class builds more than is left of it."""
+    found = _quantization_config(folder) or {}
+    names = found.get("identity_modules", []) if found.get("quant_method") == OURS else []
+    return [str(name) for name in names]
+
+
+def identity_config(names: Sequence[str]) -> dict[str, Any]:
+    """What config.json says of a float component with such modules: without dacc no loader takes it for a whole one."""
+    return {"quant_method": OURS, "format": FORMAT, "schemes": {}, "modules": {}, "identity_modules": list(names)}
+
+
+def _quantization_config(folder: Path) -> dict[str, Any] | None:
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else None
     found = config.get("quantization_config") if isinstance(config, dict) else None
-    return str(found.get("quant_method", "an unknown method")) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else None

@@ -14,7 +14,7 @@ from torch import nn
 from ..core.config import Config, Document
 from ..core.errors import UnsupportedError
 from ..core.families import find_family
-from ..core.manifest import Manifest, read_manifest
+from ..core.manifest import ComponentRecord, Manifest, read_manifest
 from ..core.pipeline import denoisers, walk_layers
 from ..core.reporter import Reporter, silent
 from ..core.safe_read import component_tensors
@@ -56,6 +56,7 @@ class Component(Config):
     seconds_per_call: float | None = None  # median
     blocks: tuple[BlockCost, ...] = ()
     quantizable: dict[str, Quantizable] = Field(default_factory=dict)  # kind of layer -> what could be saved
+    pruning: str | None = None  # method and what is left, when blocks were removed
     quantization: str | None = None  # method and schemes, when it is quantized already
 
 
@@ -155,8 +156,18 @@ def _component(name: str, entry: tuple[str, str], pipe: Any, source: Source, man
         quantizable=quantizable_layers(module, {key: info.end - info.start for key, info in tensors.items()})
         if is_denoiser and not quantization
         else {},
+        pruning=_pruning(record),
         quantization=f"{quantization.method}: {', '.join(sorted(quantization.schemes))}" if quantization else None,
     )
+
+
+def _pruning(record: ComponentRecord | None) -> str | None:
+    pruning = record.pruning if record else None
+    if pruning is None:
+        return None
+    share = pruning.parameters_after / pruning.parameters_before
+    gone = [name for name, unit in pruning.units.items() if unit.removed]
+    return f"{pruning.method}: {share:.3f} of the parameters, without {', '.join(gone)}"
 
 
 def _denoiser_costs(pipe: Any, source: Source) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:

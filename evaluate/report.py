@@ -124,6 +124,8 @@ def print_inspection(inspection: Inspection) -> None:
             print_table(
                 f"\n{name}: what quantize could do", ["layers", "count", "now", "at 8 bits", "at 4 bits"], kinds
             )
+        if component.pruning:
+            print(f"\n{name} is pruned: {component.pruning}.")
         if component.quantization:
             print(f"\n{name} is quantized: {component.quantization}.")
     for options, products in inspection.products.items():

@@ -128,7 +128,8 @@ def _origin(job: Job, reference: SourceLike | None, reporter: Reporter) -> Origi
         ModelError: the reference that was given is not the one that the bundle was made from.
     """
     own = Origin(job.source.path, job.manifest, "the weights as they are")
-    treated = job.manifest is not None and any(name in job.manifest.components for name in job.components)
+    found_records = [_of(job.manifest, name) for name in job.components]
+    treated = any(record is not None and (record.quantization or not record.pruning) for record in found_records)
     if not treated or not job.target.ROUNDS:
         if reference is not None:
             reporter.notice(f"{job.config.format} is made from the weights as they are: --reference is not used.")

@@ -14,6 +14,11 @@ def losses_of(component: str, record: ComponentRecord) -> dict[str, str]:
     found = {}
     if record.cache is not None:
         found["cache plan"] = f"the cache plan of {component}: every call computes everything"
+    if record.pruning is not None and record.pruning.identity_modules:
+        names = ", ".join(record.pruning.identity_modules)
+        found["identity modules"] = (
+            f"that {names} of {component} pass on what enters them: a loader without dacc invents weights for them"
+        )
     quantization = record.quantization
     if quantization is None:
         return found

@@ -17,9 +17,8 @@ from typing import Any
 
 from ..calibrate.api import prepare as prepare_calibration
 from ..core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
-from ..core.calibration import read_calibration
+from ..core.calibration import calibration_id
 from ..core.card import model_card
-from ..core.errors import ModelError
 from ..core.machine import describe_machine
 from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
 from ..core.output import check_output
@@ -138,15 +137,16 @@ def _write(
         earlier: notices of other passes that the reporter has served.
         started: when, in seconds.
     """
+    from ..calibrate.inputs import calibration_of
     from ..runtime.measure import measure_bundle
     from .driver import check_plans, quantize_component
-    from .inputs import calibration_of
 
     method, calibration = METHODS.load(job.config.method), None
     if job.config.needs_calibration:
         check_plans(job, method, reporter)  # before the minutes that a calibration set takes
+        made = on_the_fly(job.config, job.float_hashes)
         calibration = calibration_of(
-            job.source, job.float_hashes, job.config, job.calibration, device=device, reporter=reporter
+            job.source, job.float_hashes, made, job.calibration, device=device, reporter=reporter
         )
     elif job.calibration:
         reporter.notice(f"{job.config.method} needs no calibration set here: {job.calibration.name} is not used.")
@@ -216,18 +216,11 @@ def prepare(
     if config.needs_calibration:
         made = on_the_fly(config, components)
         request = None if calibration else prepare_calibration(found, made, "float32", reporter).request
-        identity["calibration"] = _calibration_id(calibration) if calibration else request
+        identity["calibration"] = calibration_id(calibration) if calibration else request
     if loras:
         identity["loras"] = [(lora.sha256, lora.scale) for lora in loras]
     run_key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return Job(found, config, components, hashes, calibration, run_key, loras)
-
-
-def _calibration_id(folder: Path) -> str:
-    record = read_calibration(folder)
-    if record is None:
-        raise ModelError(f"{folder} is not a calibration set.", mend="Make one with dacc calibrate.")
-    return record.id
 
 
 def default_output(job: Job) -> Path:
@@ -277,13 +270,14 @@ def _manifest(
 def _with_written_files(
     record: ComponentRecord, name: str, files: dict[str, FileRecord], before: Manifest | None
 ) -> ComponentRecord:
-    """Fill in hash and size, which are known only when the files are written, and keep the cache plan."""
+    """Fill in hash and size, which are known only when the files are written, and keep what earlier passes did."""
     facts: dict[str, Any] = {
         "weight_hash": component_weight_hash(files, name),
         "bytes_after": component_weight_bytes(files, name),
     }
     if before and name in before.components:
-        facts["cache"] = before.components[name].cache
+        known = before.components[name]
+        facts |= {"cache": known.cache, "pruning": known.pruning, "bytes_before": known.bytes_before}
     return record.model_copy(update=facts)
 
 

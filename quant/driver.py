@@ -25,6 +25,7 @@ from ..core.safe_read import resolve_shards
 from ..core.scheme import Scheme
 from ..core.seeds import named_seed
 from ..core.tensor_file import StoredTensor, stored_tensors
+from ..core.treatable import identity_modules_of
 from ..runtime.attention import SOFTMAX_BITS, attention_modules
 from ..runtime.load import pick_device
 from ..runtime.skeleton import build_skeleton
@@ -293,4 +294,6 @@ def _component_config(
     }
     optional = {"steps": steps, "attention": attention}
     config["quantization_config"] |= {name: part.model_dump(mode="json") for name, part in optional.items() if part}
+    if names := identity_modules_of(folder):
+        config["quantization_config"]["identity_modules"] = names
     return config

@@ -23,6 +23,7 @@ from ..core.manifest import FORMAT, AttentionRecord, StepRecord
 from ..core.scheme import Scheme
 from .attention import quantize_attention_, restore_attention_
 from .layers import LAYER_CLASSES, swap_layers_
+from .passthrough import bypass_
 from .quantized_layer import STORED_NAMES, QuantizedLayer
 from .step_table import StepTable, unhook_step_tables_
 
@@ -44,6 +45,7 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
         format: format number of the bundle.
         steps: fields of `StepRecord`, for schemes with per-step scales.
         attention: fields of `AttentionRecord`, where the products of attention are rounded.
+        identity_modules: modules that the class builds and that pass on what enters them, where blocks were removed.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
         format: int = FORMAT,
         steps: dict[str, Any] | None = None,
         attention: dict[str, Any] | None = None,
+        identity_modules: list[str] | None = None,
         **unknown: Any,
     ) -> None:
         if format > FORMAT or unknown:
@@ -64,7 +67,7 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
             )
         self.quant_method = DaccMethod.DACC  # type: ignore[assignment]  # the enum of diffusers is closed
         self.schemes, self.modules, self.format, self.steps = schemes or {}, modules or {}, format, steps
-        self.attention = attention
+        self.attention, self.identity_modules = attention, identity_modules or []
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -79,6 +82,7 @@ class DaccQuantizationConfig(QuantizationConfigMixin):
             "modules": self.modules,
             **({} if self.steps is None else {"steps": self.steps}),
             **({} if self.attention is None else {"attention": self.attention}),
+            **({"identity_modules": self.identity_modules} if self.identity_modules else {}),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -161,6 +165,7 @@ class DaccQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         schemes = self.quantization_config.layer_schemes()
+        self._bypass_(model)
         known = {name for name, layer in model.named_modules() if type(layer) in LAYER_CLASSES}
         if strange := sorted(set(schemes) - known):
             raise BundleError(
@@ -182,6 +187,16 @@ class DaccQuantizer(DiffusersQuantizer):
                 f"the weight files do not fit the config: {'; '.join(filter(None, parts))}.",
                 mend="The bundle is damaged; copy it again or run `dacc verify` on it.",
             )
+
+    def _bypass_(self, model: nn.Module) -> None:
+        """Take away the modules whose weights the file does not have."""
+        names = self.quantization_config.identity_modules
+        if strange := sorted(set(names) - {name for name, _ in model.named_modules()}):
+            raise BundleError(
+                f"the config names identity modules that {type(model).__name__} does not have: {_some(strange)}.",
+                mend=DAMAGED_OR_NEWER,
+            )
+        bypass_(model, names)
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -230,9 +245,10 @@ class DaccQuantizer(DiffusersQuantizer):
         unhook_step_tables_(model)
         restore_attention_(model)
         config: Any = model.config
-        vars(model)["_internal_dict"] = FrozenDict(  # so that it is saved as the plain model that it is now
-            {key: value for key, value in config.items() if key != "quantization_config"}
-        )
+        plain = {key: value for key, value in config.items() if key != "quantization_config"}
+        if names := self.quantization_config.identity_modules:  # no plain model has them
+            plain["quantization_config"] = DaccQuantizationConfig(identity_modules=names)
+        vars(model)["_internal_dict"] = FrozenDict(plain)  # so that it is saved as what it is now
         return model
 
 

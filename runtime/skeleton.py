@@ -11,10 +11,12 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from ..core.errors import ModelError, UnsupportedError
+from ..core.treatable import identity_modules_of
+from .passthrough import bypass_
 
 
 def build_skeleton(folder: Path) -> nn.Module:
-    """Instantiate the model of a component folder on the meta device.
+    """Instantiate the model of a component folder on the meta device, without what was removed from it.
 
     Raises:
         ModelError: config.json is missing or unreadable.
@@ -35,4 +37,5 @@ def build_skeleton(folder: Path) -> nn.Module:
         model: nn.Module = model_class.from_config(
             {key: value for key, value in config.items() if key != "quantization_config"}
         )
+    bypass_(model, identity_modules_of(folder))
     return model

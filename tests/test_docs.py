@@ -18,6 +18,8 @@ from dacc.cli.main import app
 from dacc.core.config import Config
 from dacc.evaluate.config import EvaluateConfig
 from dacc.evaluate.generate import GenerateConfig
+from dacc.prune.config import METHODS as PRUNINGS
+from dacc.prune.config import PruneConfig
 from dacc.quant.api import METHODS
 from dacc.quant.config import QuantizeConfig
 
@@ -86,6 +88,7 @@ def test_the_index_names_every_page():
     ("config", "page"),
     [
         (CalibrateConfig, "calibrate"),
+        (PruneConfig, "prune"),
         (QuantizeConfig, "quantize"),
         (SearchCacheConfig, "search-cache"),
         (EvaluateConfig, "evaluate"),
@@ -101,7 +104,12 @@ def test_every_config_field_is_documented(config: type[Config], page: str):
     ("page", "registry", "name"),
     [
         (page, found, name)
-        for page, found in (("quantize", METHODS), ("search-cache", SEARCHES), ("calibrate", STRATEGIES))
+        for page, found in (
+            ("quantize", METHODS),
+            ("prune", PRUNINGS),
+            ("search-cache", SEARCHES),
+            ("calibrate", STRATEGIES),
+        )
         for name in found.names()
     ],
 )

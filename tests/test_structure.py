@@ -42,6 +42,8 @@ LIGHT = [
     "calibrate/api.py",
     "cache/config.py",
     "cache/api.py",
+    "prune/config.py",
+    "prune/api.py",
     "quant/config.py",
     "evaluate/config.py",
     "__init__.py",

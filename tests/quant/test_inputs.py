@@ -131,7 +131,7 @@ def test_a_set_made_earlier_brings_its_notices_as_one_made_now(sd_folder: Path, 
 def test_what_cannot_be_is_refused_before_a_set_is_made(
     dit_folder: Path, tmp_path: Path, monkeypatch, fields, advice
 ) -> None:
-    monkeypatch.setattr("dacc.quant.inputs.calibrate_pipeline", lambda *_, **__: pytest.fail("it was calibrated"))
+    monkeypatch.setattr("dacc.calibrate.inputs.calibrate_pipeline", lambda *_, **__: pytest.fail("it was calibrated"))
     with pytest.raises(ConfigError, match=advice):
         quantize_pipeline(dit_folder, GPTQ.model_copy(update=fields), output=tmp_path / "out")
 

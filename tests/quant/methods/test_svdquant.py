@@ -449,7 +449,7 @@ def test_without_data_a_layer_that_gains_nothing_keeps_its_nearest_rounding():
 @pytest.mark.parametrize("setting", [True, "true"])
 def test_without_data_no_set_is_made_and_a_notice_says_so(setting, dit_folder, tmp_path, monkeypatch):
     for place in (
-        "dacc.quant.inputs.calibration_of",
+        "dacc.calibrate.inputs.calibration_of",
         "dacc.quant.driver.load_float",
         "dacc.quant.driver.quantize_units",
     ):

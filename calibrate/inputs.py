@@ -1,18 +1,17 @@
-"""The calibration set of a quantization: the one that was given, the one that SOURCE names, or one made on the fly."""
+"""The calibration set of a pass: the one that was given, the one that SOURCE names, or one made on the fly."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from ..calibrate.api import calibrate_pipeline, prepare
-from ..calibrate.config import CalibrateConfig
-from ..calibrate.store import CalibrationSet, open_calibration
 from ..core.calibration import existing_set
 from ..core.errors import BundleError, ModelError
 from ..core.reporter import Reporter
 from ..core.source import Source
-from .config import QuantizeConfig, on_the_fly
+from .api import calibrate_pipeline, prepare
+from .config import CalibrateConfig
+from .store import CalibrationSet, open_calibration
 
 CACHE_VARIABLE = "DACC_CACHE"
 
@@ -20,7 +19,7 @@ CACHE_VARIABLE = "DACC_CACHE"
 def calibration_of(
     source: Source,
     weights: dict[str, str],
-    config: QuantizeConfig,
+    made: CalibrateConfig,
     given: Path | None,
     *,
     device: str,
@@ -28,12 +27,16 @@ def calibration_of(
 ) -> CalibrationSet:
     """Open a set that fits the components in `weights` (name -> weight hash); make one when none is given.
 
+    Args:
+        made: what to run then.
+        given: folder of a set.
+
     Raises:
         ModelError: it was made with another model.
         BundleError: it is damaged.
     """
     if given is None:
-        found = _on_the_fly(source, weights, on_the_fly(config, weights), device, reporter)
+        found = _on_the_fly(source, weights, made, device, reporter)
     else:
         found = open_calibration(given, weights=weights, reporter=reporter)
     if missing := [name for name in weights if name not in found.record.branches]:

@@ -1,0 +1,202 @@
+"""What is removed from one denoiser, and why: its units, their scores, the choice of the method, the check of it."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from ..core.config import Config
+from ..core.errors import UnsupportedError
+from ..core.manifest import PrunedUnit
+from ..core.reporter import Reporter
+from ..core.seeds import named_seed
+from ..runtime.macs import count_macs
+from ..runtime.passthrough import skipping
+from ..runtime.timing import measure_in_turns
+from .config import PruneConfig
+from .remove import Removal, plan_removal
+from .request import Request
+from .scores import UnitScore, score_units
+from .select import greedily, permitted
+from .settings import ScoredConfig, parse_groups
+from .teacher import Teacher
+from .unet import Modules
+from .units import Unit, find_units, sizes_of
+
+ADDS_UP = 1.5  # the error of a set over the sum of the scores of its units may be so much before scores are found anew
+TIMED_RUNS = 5
+LATENCY_STEP = 5e-5  # seconds: finer differences are noise
+Known = MutableMapping[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What goes from one denoiser."""
+
+    removal: Removal
+    units: dict[str, PrunedUnit]
+    parameters: int  # of the whole denoiser
+    error: float | None = None
+    additivity: float | None = None
+    latency_ms: dict[str, float] | None = None  # "whole" and what each unit takes of it, where it was measured
+
+
+def decide(
+    denoiser: nn.Module,
+    config: PruneConfig,
+    method: ModuleType,
+    settings: Config,
+    teacher: Teacher | None,
+    known: Known,
+    reporter: Reporter,
+) -> Decision:
+    """Choose by one method.
+
+    Args:
+        denoiser: the whole one; on the meta device where no teacher is needed.
+        teacher: the same with its weights and what enters it, for methods that score.
+        known: scores of an interrupted run; what is found is added.
+
+    Raises:
+        UnsupportedError: nothing can be removed, or not as much as is asked for.
+    """
+    kind = getattr(settings, "units", "auto")
+    units = find_units(denoiser, strict=config.strict_config, kind=kind)
+    total = sum(parameter.numel() for parameter in denoiser.parameters())
+    scores: dict[str, UnitScore] = {}
+    latency = None
+    costs, whole = {unit.name: unit.parameters for unit in units}, total
+    if teacher is not None:
+        assert isinstance(settings, ScoredConfig)
+        scores = score_units(settings.score, teacher, units, known, named_seed(config.seed, "task"), reporter)
+        if settings.by == "latency":
+            costs, whole, latency = _latencies(teacher, units, reporter)
+    sizes = sizes_of(denoiser)
+    fields: Any = denoiser.config
+    request = Request(
+        type(denoiser).__name__,
+        dict(fields),
+        Modules(sizes),
+        sizes,
+        units,
+        config.ratio,
+        config.strict_config,
+        config.allow_adjacent,
+        named_seed(config.seed, "choice"),
+        costs,
+        whole,
+        scores,
+    )
+    removed: tuple[str, ...] = method.select(request, settings)
+    error = additivity = None
+    if teacher is not None and isinstance(settings, ScoredConfig):
+        removed, error, additivity = _checked(teacher, request, removed, known, method, settings, reporter)
+    removal = plan_removal(request.class_name, request.config, sizes, removed)
+    if config.strict_config and removal.identity:
+        raise UnsupportedError(
+            f"the config of a {request.class_name} cannot tell that {removal.identity[0]} is gone.",
+            "Without dacc it would be built with invented weights.",
+            "Leave --strict-config out.",
+        )
+    macs = _macs(teacher, units) if teacher is not None else {}
+    told = {unit.name: _told(unit, removed, scores.get(unit.name), macs.get(unit.name)) for unit in units}
+    return Decision(removal, told, total, error, additivity, latency)
+
+
+def _checked(
+    teacher: Teacher,
+    request: Request,
+    removed: tuple[str, ...],
+    known: Known,
+    method: ModuleType,
+    settings: ScoredConfig,
+    reporter: Reporter,
+) -> tuple[tuple[str, ...], float, float | None]:
+    """The choice, what the outputs lose by it, and that over the sum of what they lose by each unit alone; a better
+    choice where that is far from 1."""
+    error = teacher.errors(removed).relative
+    additivity = _additivity(request, removed, error, known) if settings.score == "out_mse" else None
+    if additivity is None or additivity <= ADDS_UP or not getattr(method, "RESCORES", False):
+        return removed, error, additivity
+    rules = request.rules(parse_groups(settings.groups) if settings.groups else None)
+
+    def rescored(before: tuple[int, ...], candidates: list[int]) -> list[float]:
+        if not before:
+            return [known[request.units[place].name]["relative"] for place in candidates]
+        sets = [[*before, place] for place in reporter.progress(candidates, "scoring anew")]
+        found = [teacher.errors([name for at in places for name in request.units[at].modules]) for places in sets]
+        return [errors.relative for errors in found]
+
+    items = request.items({name: found.score for name, found in request.scores.items()})
+    places = greedily(items, request.needed(), rules, rescored)
+    assert permitted(items, places, rules)
+    other = tuple(name for place in places for name in request.units[place].modules)
+    other_error = teacher.errors(other).relative
+    better = other_error < error
+    reporter.notice(
+        f"the scores do not add up (the outputs lose {error:.4g}, {additivity:.2f} times their sum): units removed one "
+        f"by one lose {other_error:.4g}, and {'that choice' if better else 'the first choice'} is taken"
+    )
+    if not better:
+        return removed, error, additivity
+    return other, other_error, _additivity(request, other, other_error, known)
+
+
+def _additivity(request: Request, removed: Sequence[str], error: float, known: Known) -> float | None:
+    """What the outputs lose over the sum of what they lose by each unit alone."""
+    alone = sum(known[name]["relative"] for name in _names_of(request, removed))
+    return error / alone if alone > 0 else None
+
+
+def _names_of(request: Request, removed: Sequence[str]) -> list[str]:
+    return [unit.name for unit in request.units if set(unit.modules) <= set(removed)]
+
+
+def _told(unit: Unit, removed: Sequence[str], score: UnitScore | None, macs: int | None) -> PrunedUnit:
+    found = score or UnitScore(0.0)
+    return PrunedUnit(
+        modules=unit.modules,
+        parameters=unit.parameters,
+        removed=all(_within(name, removed) for name in unit.modules),
+        macs=macs,
+        score=found.score if score else None,
+        content=found.content,
+        motion=found.motion,
+    )
+
+
+def _within(name: str, removed: Sequence[str]) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in removed)
+
+
+def _macs(teacher: Teacher, units: Sequence[Unit]) -> dict[str, int]:
+    """What each unit multiplies in one call."""
+    call = teacher.calls[0]
+    whole = count_macs(lambda: call.replay(teacher.denoiser))
+    found = {}
+    for unit in units:
+        with skipping(teacher.denoiser, unit.modules):
+            found[unit.name] = whole - count_macs(lambda: call.replay(teacher.denoiser))
+    return found
+
+
+def _latencies(
+    teacher: Teacher, units: Sequence[Unit], reporter: Reporter
+) -> tuple[dict[str, int], int, dict[str, float]]:
+    """What each unit takes of the time of one call, that of the whole call, and both in milliseconds."""
+    call = teacher.calls[0]
+
+    def without(modules: Sequence[str]) -> None:
+        with skipping(teacher.denoiser, modules):
+            call.replay(teacher.denoiser)
+
+    actions = [lambda: without(()), *((lambda unit=unit: without(unit.modules)) for unit in units)]
+    whole, *others = (median(seconds) for seconds in measure_in_turns(actions, TIMED_RUNS, reporter))
+    saved = {unit.name: max(0.0, whole - seconds) for unit, seconds in zip(units, others, strict=True)}
+    told = {"whole": 1000 * whole, **{name: 1000 * seconds for name, seconds in saved.items()}}
+    return {name: round(seconds / LATENCY_STEP) for name, seconds in saved.items()}, round(whole / LATENCY_STEP), told

@@ -1,0 +1,1 @@
+"""Which units go: one file per method."""

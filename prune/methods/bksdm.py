@@ -1,0 +1,120 @@
+"""Fixed patterns, which need no look at the network, after BK-SDM: A Lightweight, Fast, and Cheap Version of Stable
+Diffusion (Kim et al., 2023), arXiv 2305.15798. Of a U-Net
+
+- `base`: of every stage only the first layer going down stays, and the first and the last going up; attentions of
+  several transformer blocks keep theirs;
+- `small`: the middle block goes too;
+- `tiny`: so does the innermost stage, with the down-sampling that leads to it. Only where the stage before is as wide.
+
+Of a transformer blocks go at even distances, as in the baseline of that name in TinyFusion (Fang et al., 2024), arXiv
+2412.01199: the paper itself is about U-Nets.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ...core.errors import ConfigError, UnsupportedError
+from ..config import KEPT_PROMISE
+from ..request import Request
+from ..select import Item, cheapest, largest
+from ..settings import MethodConfig
+from ..stacks import UNETS
+
+SIZES = ("base", "small", "tiny")
+
+
+class BkSdmConfig(MethodConfig):
+    """Fields of `--set`."""
+
+    size: Literal["auto", "base", "small", "tiny"] = "auto"  # of U-Nets; auto: the first that reaches the ratio
+
+
+CONFIG = BkSdmConfig
+NEEDS = ()
+
+
+def select(request: Request, config: BkSdmConfig) -> tuple[str, ...]:
+    """The modules to remove.
+
+    Raises:
+        UnsupportedError: no pattern reaches the ratio, or the network has no such stage.
+        ConfigError: a size is asked for that only a U-Net has, or a ratio beside it.
+    """
+    if request.class_name not in UNETS:
+        if config.size != "auto":
+            raise ConfigError(f"--set size is for U-Nets, not for a {request.class_name}.", mend="Give --ratio.")
+        return _evenly(request)
+    if config.size != "auto":
+        if request.ratio is not None:
+            raise ConfigError("--set size says how much goes, and so does --ratio.", mend="Give one of them.")
+        return pattern(request, config.size)
+    found = [names for size in SIZES if (names := _pattern_or_none(request, size))]
+    if not found:
+        raise UnsupportedError(f"this {request.class_name} has one layer in every stage and a middle that has to stay.")
+    if request.ratio is None:
+        return found[0]
+    for names in found:
+        if size_of(request, names) >= KEPT_PROMISE * request.ratio * request.total:
+            return names
+    raise request.out_of_reach(size_of(request, found[-1]))
+
+
+def pattern(request: Request, size: str) -> tuple[str, ...]:
+    """What goes from a U-Net.
+
+    Raises:
+        UnsupportedError: the innermost stage has to stay.
+    """
+    stages = request.modules.size("down_blocks")
+    names = [name for unit in request.units if unit.stack != "mid" for name in unit.modules]
+    if size != "base":
+        names += [name for unit in request.units if unit.stack == "mid" for name in unit.modules]
+    if size != "tiny":
+        return tuple(names)
+    widths, kind = list(request.config["block_out_channels"]), UNETS[request.class_name]
+    if stages < 2 or not kind.can_drop_stage or widths[-1] != widths[-2]:
+        raise UnsupportedError(
+            f"the innermost stage of this {request.class_name} has to stay.",
+            "It can go where the stage before it has as many channels.",
+            "Use --set size=small.",
+        )
+    inner, outer = f"down_blocks.{stages - 1}", "up_blocks.0"
+    kept = [name for name in names if not name.startswith((f"{inner}.", f"{outer}."))]
+    return (*kept, inner, outer, f"down_blocks.{stages - 2}.downsamplers")
+
+
+def size_of(request: Request, names: tuple[str, ...]) -> int:
+    """Parameters of modules, none of which lies in another."""
+    return sum(request.sizes[name] for name in names)
+
+
+def _pattern_or_none(request: Request, size: str) -> tuple[str, ...]:
+    try:
+        return pattern(request, size)
+    except UnsupportedError:
+        return ()
+
+
+def _evenly(request: Request) -> tuple[str, ...]:
+    """As many units as the ratio needs, at even distances: of all sets that are large enough the one in which they
+    stand nearest to the middles of equal parts."""
+    if request.ratio is None:
+        raise ConfigError(
+            f"of a {request.class_name} blocks go at even distances, and nothing says how many.", mend="Give --ratio."
+        )
+    needed, rules = request.needed(), request.rules()
+    by_size = sorted((request.costs[unit.name] for unit in request.units), reverse=True)
+    for count in range(1, len(request.units) + 1):
+        if sum(by_size[:count]) < needed:
+            continue
+        marks = [(part + 0.5) * len(request.units) / count - 0.5 for part in range(count)]
+        scores = [1 + min(abs(place - mark) for mark in marks) ** 2 for place in range(len(request.units))]
+        items = [
+            Item(score, request.costs[unit.name], unit.stack, unit.position)
+            for score, unit in zip(scores, request.units, strict=True)
+        ]
+        if places := cheapest(items, needed, rules):
+            return tuple(name for place in places for name in request.units[place].modules)
+    items = [Item(0.0, request.costs[unit.name], unit.stack, unit.position) for unit in request.units]
+    raise request.out_of_reach(largest(items, rules))

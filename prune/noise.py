@@ -1,0 +1,66 @@
+"""How a network's input, its output, noise and clean samples are related, from the scheduler's config.
+
+With s the noise level that the run clock tells (noise over signal; flow schedulers: their sigma), x0 a clean sample and
+e noise, what enters the network is (x0 + s e) / sqrt(1 + s^2), for flow schedulers (1 - s) x0 + s e.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..core.safe_read import read_json
+from ..runtime.clock import RunState
+
+Target = Literal["epsilon", "v_prediction", "sample", "flow"]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a network predicts."""
+
+    target: Target = "epsilon"
+
+    def clean_factor(self, state: RunState | None) -> float:
+        """By how much an error of the output moves the clean sample that it stands for; 1 where that is not known."""
+        if state is None or state.sigma is None or self.target == "sample":
+            return 1.0
+        level = state.sigma
+        if self.target == "v_prediction":
+            return level / (1 + level**2) ** 0.5
+        return level
+
+    def mixed(self, clean: Tensor, noise: Tensor, level: float) -> Tensor:
+        """What enters the network at a noise level."""
+        if self.target == "flow":
+            return (1 - level) * clean + level * noise
+        return (clean + level * noise) / (1 + level**2) ** 0.5
+
+    def wanted(self, clean: Tensor, noise: Tensor, level: float) -> Tensor:
+        """What it should give then."""
+        if self.target == "flow":
+            return noise - clean
+        if self.target == "v_prediction":
+            return (noise - level * clean) / (1 + level**2) ** 0.5
+        return clean if self.target == "sample" else noise
+
+    def clean(self, entered: Tensor, output: Tensor, level: float) -> Tensor:
+        """The clean sample that an output stands for."""
+        if self.target == "flow":
+            return entered - level * output
+        if self.target == "v_prediction":
+            return (entered - level * output) / (1 + level**2) ** 0.5
+        return output if self.target == "sample" else (1 + level**2) ** 0.5 * entered - level * output
+
+
+def noise_of(pipeline: Path) -> Noise:
+    """Of a pipeline folder; without a readable scheduler: noise itself."""
+    file = pipeline / "scheduler" / "scheduler_config.json"
+    config: Any = read_json(file) if file.is_file() else {}
+    if "FlowMatch" in str(config.get("_class_name")) or config.get("use_flow_sigmas"):
+        return Noise("flow")
+    target = config.get("prediction_type", "epsilon")
+    return Noise(target if target in ("epsilon", "v_prediction", "sample") else "epsilon")

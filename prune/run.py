@@ -1,0 +1,191 @@
+"""The heavy part of `dacc prune`: one component after the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from ..calibrate.inputs import calibration_of
+from ..calibrate.store import CalibrationSet
+from ..core.bundle import BundleWriter
+from ..core.errors import ModelError
+from ..core.manifest import ConfigChange, PruningRecord
+from ..core.reporter import Reporter
+from ..core.safe_read import read_json, resolve_shards
+from ..core.tensor_file import StoredTensor, stored_tensors
+from ..core.treatable import identity_config
+from ..runtime.load import pick_device
+from ..runtime.passthrough import bypass_
+from ..runtime.skeleton import build_skeleton
+from ..runtime.trajectory import DenoiserCall
+from .api import Job, calibration_config
+from .config import METHODS
+from .decide import Decision, decide
+from .noise import noise_of
+from .remap import index_map, sources_of
+from .remove import Removal
+from .teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """One component without the blocks that go."""
+
+    record: PruningRecord
+    bytes_before: int
+    latency_ms: dict[str, float] | None
+
+
+def calibration_for(job: Job, device: str, reporter: Reporter) -> CalibrationSet | None:
+    """What the units are judged on; None where nothing is judged."""
+    if not job.scored:
+        return None
+    weights = {name: job.hashes[name] for name in job.scored}
+    made = calibration_config(job.config, job.settings, job.scored)
+    return calibration_of(job.source, weights, made, job.calibration, device=device, reporter=reporter)
+
+
+def prune_component(
+    job: Job,
+    name: str,
+    writer: BundleWriter,
+    calibration: CalibrationSet | None,
+    device: str,
+    reporter: Reporter,
+) -> Pruned:
+    """Write one component without some of its blocks."""
+    folder = job.source.path / name
+    decision = choose(job, name, calibration, device, JournalledScores(writer, name), reporter)
+    skeleton = build_skeleton(folder)
+    stored = stored_tensors(folder)
+    skeleton._fix_state_dict_keys_on_load(stored)  # type: ignore[operator]  # names of old attention blocks
+    small = smaller(skeleton, decision.removal)
+    tensors = remapped(stored, small, decision.removal, f"{name} of {job.source.name}")
+    config, changes = _written_config(read_json(folder / "config.json"), dict(skeleton.config), decision.removal)
+    writer.write_component(name, config, tensors, info=f"pruned by {job.config.method}")
+    names = [path for path, _ in skeleton.named_modules()]
+    record = PruningRecord(
+        method=job.config.method,
+        keep=decision.removal.keep,
+        identity_modules=decision.removal.identity,
+        config=changes,
+        index_map=index_map(names, decision.removal.keep, decision.removal.removed),
+        units=decision.units,
+        parameters_before=decision.parameters,
+        parameters_after=sum(parameter.numel() for parameter in small.parameters()),
+        error=decision.error,
+        additivity=decision.additivity,
+    )
+    size = sum(file.stat().st_size for file in resolve_shards(folder).values())
+    return Pruned(record, size, decision.latency_ms)
+
+
+def choose(
+    job: Job,
+    name: str,
+    calibration: CalibrationSet | None,
+    device: str,
+    known: MutableMapping[str, dict[str, float]],
+    reporter: Reporter,
+) -> Decision:
+    """What goes from one component."""
+    folder, method = job.source.path / name, METHODS.load(job.config.method)
+    denoiser, teacher = build_skeleton(folder), None
+    if calibration is not None and name in job.scored:
+        denoiser = load_denoiser(denoiser, folder, device)
+        calls = [call for call in calibration if call.component == name]
+        moved = [_on(call, pick_device(device)) for call in calls]
+        guidance = calibration.record.recipe.get("guidance_scale")
+        teacher = Teacher(denoiser, moved, guidance, noise_of(job.source.path))
+    return decide(denoiser, job.config, method, job.settings, teacher, known, reporter)
+
+
+def load_denoiser(skeleton: nn.Module, folder: Any, device: str) -> nn.Module:
+    """The network of a component with its weights in float32."""
+    loader: Any = type(skeleton)
+    model: nn.Module = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    return model.eval().requires_grad_(False).to(pick_device(device))
+
+
+def smaller(skeleton: nn.Module, removal: Removal) -> nn.Module:
+    """The network that is left, on the meta device."""
+    with init_empty_weights():
+        model: nn.Module = type(skeleton).from_config(removal.config)  # type: ignore[attr-defined]
+    bypass_(model, removal.identity)
+    return model
+
+
+def remapped(
+    stored: dict[str, StoredTensor], small: nn.Module, removal: Removal, where: str
+) -> dict[str, StoredTensor]:
+    """The tensors of the result under their new names, checked against the network that is to hold them.
+
+    Raises:
+        ModelError: the weight files lack some, or hold others.
+    """
+    sources = sources_of(list(stored), removal.keep, removal.removed, removal.copies)
+    wanted = {name: tuple(value.shape) for name, value in small.state_dict().items()}
+    found = {new: stored[old].shape for new, old in sources.items()}
+    if wrong := sorted(wanted.items() ^ found.items()):
+        raise ModelError(
+            f"the weights of {where} do not fit its config: {wrong[0][0]} is missing, left over, or of another shape.",
+            mend="Check the folder with diffusers' own from_pretrained.",
+        )
+    return {new: stored[old] for new, old in sources.items()}
+
+
+def _written_config(
+    raw: dict[str, Any], before: dict[str, Any], removal: Removal
+) -> tuple[dict[str, Any], dict[str, ConfigChange]]:
+    """The new config.json, and its fields that changed."""
+    plain = json.loads(json.dumps({key: before.get(key) for key in removal.config}))
+    after = json.loads(json.dumps(removal.config))
+    changes = {key: ConfigChange(before=plain[key], after=value) for key, value in after.items() if value != plain[key]}
+    written = {key: value for key, value in raw.items() if key != "quantization_config"}
+    written |= {key: change.after for key, change in changes.items()}
+    if removal.identity:
+        written["quantization_config"] = identity_config(removal.identity)
+    return written, changes
+
+
+class JournalledScores(MutableMapping[str, dict[str, float]]):
+    """Scores of units that an interrupted run finds again."""
+
+    def __init__(self, writer: BundleWriter, component: str) -> None:
+        self._writer, self._prefix = writer, f"scores:{component}/"
+
+    def __getitem__(self, unit: str) -> dict[str, float]:
+        if self._prefix + unit not in self._writer.finished_units():
+            raise KeyError(unit)
+        return dict(self._writer.unit_record(self._prefix + unit))
+
+    def __setitem__(self, unit: str, scores: dict[str, float]) -> None:
+        self._writer.save_unit(self._prefix + unit, {}, scores)
+
+    def __delitem__(self, unit: str) -> None:
+        raise TypeError("what is found stays")
+
+    def __iter__(self) -> Iterator[str]:
+        names = self._writer.finished_units()
+        return iter(sorted(name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix)))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _on(call: DenoiserCall, device: torch.device) -> DenoiserCall:
+    """A call on another device."""
+    if device.type == "cpu":
+        return call
+
+    def move(value: Any) -> Any:
+        return value.to(device) if torch.is_tensor(value) else value
+
+    return replace(call, args=tree_map(move, call.args), kwargs=tree_map(move, call.kwargs))

@@ -1,0 +1,46 @@
+"""Fields of `--set` that all methods share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from ..core.config import Config
+
+Score = Literal["out_mse", "bi", "inout_mse", "taylor"]
+
+
+class MethodConfig(Config):
+    """What is looked at to judge units, for methods that do."""
+
+    samples: int = Field(16, ge=1)  # pictures of the calibration set made when none is given; more: surer, longer
+    timesteps: int = Field(8, ge=1)  # and calls of each, spread over the run
+
+
+class ScoredConfig(MethodConfig):
+    """Of methods that choose by scores."""
+
+    score: Score = "out_mse"  # what it costs to miss a unit
+    by: Literal["parameters", "latency"] = "parameters"  # what the ratio is a share of
+    units: Literal["auto", "layer", "depth"] = "auto"  # of U-Nets: layers, or transformer blocks of deep attentions
+    groups: str | None = None  # "N:M": of M blocks in a row at least N stay
+
+    @field_validator("groups")
+    @classmethod
+    def _check_groups(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_groups(value)
+        return value
+
+
+def parse_groups(text: str) -> tuple[int, int]:
+    """N and M of "N:M".
+
+    Raises:
+        ValueError: another form, or not 0 <= N < M.
+    """
+    keep, _, of = text.partition(":")
+    if not (keep.isdecimal() and of.isdecimal() and int(keep) < int(of)):
+        raise ValueError("write N:M with N below M, for example 3:4")
+    return int(keep), int(of)

@@ -1,0 +1,94 @@
+"""The loss that the network was trained with, on samples that it makes itself.
+
+A clean sample is what the network predicts at the lowest noise level that the calibration set holds of it. Fresh noise
+is added at the levels of the set's other calls, and the loss is the squared error of the network against that noise.
+The network's own output would not do as the target: there the loss is 0, and so is its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import UnsupportedError
+from ..core.reporter import Reporter
+from ..core.seeds import named_seed
+from ..runtime.clock import fixed_run
+from ..runtime.trajectory import DenoiserCall
+from .teacher import Teacher, prediction, sample_of
+
+
+def task_gradients(
+    teacher: Teacher, weights: Mapping[str, nn.Parameter], seed: int, reporter: Reporter
+) -> list[tuple[float, dict[str, float]]]:
+    """For every noise level the mean loss, and of each weight the sum of its values times their gradients.
+
+    Raises:
+        UnsupportedError: the calls do not tell their noise levels.
+    """
+    found: dict[int, tuple[list[float], dict[str, float]]] = {}
+    parameters = list(weights.values())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        for call, clean in reporter.progress(_noisy_calls(teacher), "scoring", len(teacher.calls)):
+            assert call.state is not None
+            loss = _loss(teacher, call, clean, seed)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            losses, totals = found.setdefault(call.state.call, ([], dict.fromkeys(weights, 0.0)))
+            losses.append(loss.item())
+            for name, parameter, gradient in zip(weights, parameters, gradients, strict=True):
+                if gradient is not None:
+                    totals[name] += (parameter.detach() * gradient).double().sum().item()
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    return [(sum(losses) / len(losses), totals) for losses, totals in found.values()]
+
+
+def _noisy_calls(teacher: Teacher) -> list[tuple[DenoiserCall, Tensor]]:
+    """Every call with the clean sample of its rows."""
+    last: dict[tuple[int, int], DenoiserCall] = {}
+    for call in teacher.calls:
+        if call.state is None or call.state.sigma is None:
+            raise UnsupportedError(
+                "the calls of the calibration set do not tell their noise levels, which this score needs.",
+                mend="Use --set score=out_mse.",
+            )
+        key = (call.state.run, call.state.evaluation)
+        before = last.get(key)
+        if before is None or _level(call) < _level(before):
+            last[key] = call
+    clean = {
+        key: teacher.noise.clean(sample_of(call), prediction(call, call.replay(teacher.denoiser)), _level(call))
+        for key, call in last.items()
+    }
+    return [(call, clean[call.state.run, call.state.evaluation]) for call in teacher.calls if call.state]
+
+
+def _loss(teacher: Teacher, call: DenoiserCall, clean: Tensor, seed: int) -> Tensor:
+    assert call.state is not None
+    generator = torch.Generator().manual_seed(named_seed(seed, f"{call.state.run}/{call.state.call}"))
+    noise = torch.randn(clean.shape, generator=generator).to(clean)
+    level = _level(call)
+    noisy = with_sample(call, teacher.noise.mixed(clean, noise, level))
+    with torch.enable_grad(), fixed_run(noisy.state):
+        output = teacher.denoiser(*noisy.args, **noisy.kwargs)
+    return (prediction(noisy, output) - teacher.noise.wanted(clean, noise, level)).square().mean()
+
+
+def with_sample(call: DenoiserCall, sample: Tensor) -> DenoiserCall:
+    """The same call with another noisy sample."""
+    for name in ("sample", "hidden_states"):
+        if name in call.kwargs:
+            return replace(call, kwargs={**call.kwargs, name: sample})
+    return replace(call, args=(sample, *call.args[1:]))
+
+
+def _level(call: DenoiserCall) -> float:
+    assert call.state is not None
+    assert call.state.sigma is not None
+    return call.state.sigma

@@ -1,0 +1,125 @@
+"""The whole network with what enters it: how far its outputs move when parts are skipped, call by call.
+
+Nothing is sampled anew: every call has the input that it has in a run of the whole network. Both guidance branches are
+combined as the pipeline does it where the scale is known, since guidance amplifies differences.
+
+Letters: B rows of a batch, C channels, F frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.passthrough import skipping
+from ..runtime.trajectory import DenoiserCall
+from .noise import Noise
+
+FRAME_AXIS = {  # of outputs
+    "UNetSpatioTemporalConditionModel": 1,
+    "CogVideoXTransformer3DModel": 1,
+    "UNet3DConditionModel": 2,
+    "UNetMotionModel": 2,
+    "WanTransformer3DModel": 2,
+    "HunyuanVideoTransformer3DModel": 2,
+}
+PACKED = ("LTXVideoTransformer3DModel",)  # outputs are rows of tokens, frame by frame
+CLASS_FIRST = ("DiTTransformer2DModel",)  # the batch of both guidance branches begins with the guided one
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What the outputs lose, averaged over the calls."""
+
+    relative: float  # squared error over squared output
+    content: float | None = None  # of videos: squared error of the frames of the predicted clean sample
+    motion: float | None = None  # and of the differences of neighbouring frames
+
+
+class Teacher:
+    """A network and the calls that its parts are judged on.
+
+    Args:
+        denoiser: in evaluation mode.
+        calls: from a calibration set, at least one; evaluations of one call of one run follow each other.
+        guidance_scale: with which they were recorded; None or 1: the branches are not combined.
+        noise: how the network's outputs are related to clean samples, for videos.
+    """
+
+    def __init__(
+        self, denoiser: nn.Module, calls: Sequence[DenoiserCall], guidance_scale: float | None, noise: Noise
+    ) -> None:
+        self.denoiser, self.noise = denoiser, noise
+        self.guidance_scale = guidance_scale if guidance_scale != 1 else None
+        self.calls = list(calls)
+        self._groups = [list(group) for _, group in groupby(self.calls, key=_moment)]
+        self._wanted: list[Tensor] | None = None
+        self.is_video = type(denoiser).__name__ in (*FRAME_AXIS, *PACKED)
+
+    def errors(self, removed: Collection[str]) -> Errors:
+        """How far the outputs move without some modules."""
+        if self._wanted is None:
+            self._wanted = [self._predict(group) for group in self._groups]
+        relative, content, motion = [], [], []
+        with skipping(self.denoiser, removed):
+            for group, wanted in zip(self._groups, self._wanted, strict=True):
+                change = (self._predict(group) - wanted).double()
+                relative.append((change.square().sum() / wanted.double().square().sum().clamp(min=1e-30)).item())
+                if self.is_video:
+                    frames = self._frames_of(change, group[0])
+                    weight = self.noise.clean_factor(group[0].state) ** 2
+                    content.append(weight * frames.square().mean().item())
+                    steps = frames.diff(dim=1)
+                    motion.append(weight * steps.square().mean().item() if steps.shape[1] else 0.0)
+        if not content:
+            return Errors(_mean(relative))
+        return Errors(_mean(relative), _mean(content), _mean(motion))
+
+    def _frames_of(self, output: Tensor, call: DenoiserCall) -> Tensor:
+        """(B, F, rest)."""
+        name = type(self.denoiser).__name__
+        if name in PACKED:
+            return output.unflatten(1, (call.kwargs["num_frames"], -1)).flatten(2)
+        return output.movedim(FRAME_AXIS[name], 1).flatten(2)
+
+    def _predict(self, group: list[DenoiserCall]) -> Tensor:
+        """The prediction that the solver gets in one call: branches combined, learned variances left out."""
+        outputs = [prediction(call, call.replay(self.denoiser)) for call in group]
+        branches = [call.state.branch if call.state else None for call in group]
+        if self.guidance_scale is None:
+            return torch.cat(outputs)
+        if len(outputs) == 1 and branches[0] == "both":
+            first, second = outputs[0].chunk(2)
+            given, empty = (first, second) if type(self.denoiser).__name__ in CLASS_FIRST else (second, first)
+        elif len(outputs) == 2 and set(branches) == {"cond", "uncond"}:
+            given, empty = outputs if branches[0] == "cond" else reversed(outputs)
+        else:
+            return torch.cat(outputs)
+        return empty + self.guidance_scale * (given - empty)
+
+
+def sample_of(call: DenoiserCall) -> Tensor:
+    """The noisy sample that enters a call."""
+    named = call.kwargs.get("sample", call.kwargs.get("hidden_states"))
+    found: Tensor = call.args[0] if named is None else named
+    return found
+
+
+def prediction(call: DenoiserCall, output: Any) -> Tensor:
+    """What a network says of the noise, without the variances that some learn beside it."""
+    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    channels = sample_of(call).shape[1]
+    return first[:, :channels] if first.ndim == 4 and first.shape[1] == 2 * channels else first
+
+
+def _moment(call: DenoiserCall) -> tuple[int, int] | int:
+    return (call.state.run, call.state.call) if call.state else id(call)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

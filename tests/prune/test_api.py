@@ -1,0 +1,246 @@
+"""From a pipeline folder to a smaller one: what is written, who can load it, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dacc
+from dacc import (
+    ExportConfig,
+    PruneConfig,
+    QuantizeConfig,
+    SearchCacheConfig,
+    export_pipeline,
+    inspect_pipeline,
+    prune_pipeline,
+    quantize_pipeline,
+    search_cache,
+    verify_bundle,
+)
+from dacc.core.errors import ConfigError, ModelError, UnsupportedError
+from dacc.core.manifest import read_manifest
+from dacc.core.reporter import Reporter
+from dacc.prune.config import METHODS
+from dacc.prune.decide import decide
+from dacc.prune.settings import ScoredConfig
+from dacc.prune.teacher import Errors
+from dacc.runtime.passthrough import Passthrough, skipping
+from dacc.runtime.request import RunRequest
+from dacc.runtime.trajectory import sample
+
+from . import toys
+
+REQUEST = RunRequest(seeds=(3,), num_inference_steps=5)
+PLAIN = """
+import sys
+sys.modules["dacc"] = None
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], use_safetensors=True, local_files_only=True)
+torch.save(sum(value.numel() for value in pipe.components[sys.argv[2]].parameters()), "parameters.pt")
+"""
+
+
+def latents_of(folder: Path) -> torch.Tensor:
+    return sample(dacc.load(folder, device="cpu"), REQUEST).latents
+
+
+def test_a_pruned_transformer_is_what_plain_diffusers_loads(deep_dit, pruned, run_python):
+    bundle = pruned(deep_dit, ratio=0.3)
+    assert verify_bundle(bundle) == []
+    record = read_manifest(bundle).components["transformer"]
+    pruning = record.pruning
+    assert (record.parameters, pruning.identity_modules) == (pruning.parameters_after, ())
+    assert pruning.config["num_layers"].model_dump() == {"before": 6, "after": 4}
+    removed = [name for name, unit in pruning.units.items() if unit.removed]
+    assert len(removed) == 2
+    run_python(PLAIN, bundle, "transformer")
+    assert torch.load("parameters.pt") == pruning.parameters_after
+    pipe = dacc.load(deep_dit, device="cpu")
+    with skipping(pipe.transformer, removed):
+        wanted = sample(pipe, REQUEST).latents
+    found = latents_of(bundle)
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    before, after = (
+        (folder / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size for folder in (deep_dit, bundle)
+    )
+    gone = pruning.parameters_before - pruning.parameters_after
+    assert before - after == pytest.approx(4 * gone, rel=0.03)
+    scores = [unit.score for unit in pruning.units.values()]
+    assert pruning.error == pytest.approx(pruning.additivity * sum(pruning.units[name].score for name in removed))
+    assert all(score > 0 for score in scores)
+
+
+def test_what_a_config_cannot_tell_loads_with_dacc_and_is_refused_without(deep_unet, pruned, run_python):
+    bundle = pruned(deep_unet, method="vdmini")  # another number of layers in each stage
+    pruning = read_manifest(bundle).components["unet"].pruning
+    assert set(pruning.config) == {"mid_block_type"}
+    assert "up_blocks.1.resnets.1" in pruning.identity_modules
+    ran = run_python(PLAIN, bundle, "unet", check=False)
+    assert ran.returncode != 0
+    assert "dacc" in ran.stderr
+    pipe = dacc.load(bundle, device="cpu")
+    assert all(isinstance(pipe.unet.get_submodule(name), Passthrough) for name in pruning.identity_modules)
+    whole = dacc.load(deep_unet, device="cpu")
+    removed = [name for unit in pruning.units.values() if unit.removed for name in unit.modules]
+    with skipping(whole.unet, removed):
+        wanted = sample(whole, REQUEST).latents
+    assert torch.allclose(sample(pipe, REQUEST).latents, wanted, atol=1e-5)
+    pipe.save_pretrained("again")
+    assert torch.allclose(latents_of(Path("again")), latents_of(bundle), rtol=1e-4)
+    with pytest.raises(UnsupportedError, match="pass on what enters them.*--lossy"):
+        export_pipeline(bundle, ExportConfig(format="safetensors-bf16"), output="exported")
+    small = quantize_pipeline(bundle, QuantizeConfig(bits=8, measure="never"), output="small", device="cpu")
+    record = read_manifest(small).components["unet"]
+    assert record.pruning == pruning
+    assert record.parameters == pruning.parameters_after
+    error = (latents_of(small) - wanted).norm() / wanted.norm()
+    assert error < 0.1
+
+
+def test_a_pruned_bundle_is_quantized_searched_and_exported_like_any_other(deep_dit, pruned):
+    bundle = pruned(deep_dit, ratio=0.3)
+    small = quantize_pipeline(bundle, QuantizeConfig(bits=8, measure="never"), output="small", device="cpu")
+    plan = SearchCacheConfig(macs_ratio=0.8, steps=5, samples=1, measure="never", method="deepcache")
+    cached = search_cache(small, plan, output="cached", device="cpu")
+    record = read_manifest(cached).components["transformer"]
+    assert (record.pruning.method, record.quantization.method, record.cache.method) == ("score", "rtn", "deepcache")
+    assert [done.command for done in read_manifest(cached).passes] == ["prune", "quantize", "search-cache"]
+    assert torch.isfinite(latents_of(cached)).all()
+    exported = export_pipeline(bundle, ExportConfig(format="safetensors-bf16"), output="exported")
+    assert json.loads((exported / "transformer" / "config.json").read_text())["num_layers"] == 4
+    told = inspect_pipeline(cached, device="cpu").components["transformer"].pruning
+    assert told.startswith("score: 0.")
+    with pytest.raises(UnsupportedError, match="--from-reference"):
+        prune_pipeline(small, PruneConfig(ratio=0.2), output="no", device="cpu")
+    with pytest.raises(UnsupportedError, match="was pruned before"):
+        prune_pipeline(bundle, PruneConfig(ratio=0.2), output="no", device="cpu")
+
+
+def test_the_float_source_of_a_quantized_bundle_is_pruned_when_asked_for(deep_dit, tmp_path):
+    source = shutil.copytree(deep_dit, tmp_path / "source")
+    small = quantize_pipeline(source, QuantizeConfig(bits=8, measure="never"), output=tmp_path / "small", device="cpu")
+    reporter = Reporter(quiet=True)
+    config = PruneConfig(ratio=0.15, method="bksdm", measure="never")
+    found = prune_pipeline(small, config, output=tmp_path / "out", from_reference=True, device="cpu", reporter=reporter)
+    assert read_manifest(found).source.name == "source"
+    assert "in its place" in reporter.notices[0]
+
+
+def test_a_cache_plan_is_dropped_and_said_so(deep_dit, tmp_path):
+    plan = SearchCacheConfig(macs_ratio=0.8, steps=5, samples=1, measure="never", method="deepcache")
+    cached = search_cache(deep_dit, plan, output=tmp_path / "cached", device="cpu")
+    reporter = Reporter(quiet=True)
+    config = PruneConfig(ratio=0.3, method="bksdm", measure="never")
+    bundle = prune_pipeline(cached, config, output=tmp_path / "out", device="cpu", reporter=reporter)
+    record = read_manifest(bundle)
+    assert record.components["transformer"].cache is None
+    assert any("cache plan of transformer is dropped" in notice for notice in record.passes[-1].notices)
+    assert any("expect visibly worse" in notice for notice in record.passes[-1].notices)
+
+
+def test_equal_requests_give_equal_bytes_and_a_finished_one_is_returned_at_once(
+    deep_dit, inputs_of, pruned, tmp_path, monkeypatch
+):
+    bundle = pruned(deep_dit, ratio=0.3)
+    config, calib = PruneConfig(ratio=0.3, measure="never"), inputs_of(deep_dit)
+    again = prune_pipeline(deep_dit, config, calib=calib, output=tmp_path / "again", device="cpu")
+    for name in read_manifest(bundle).files:
+        assert (again / name).read_bytes() == (bundle / name).read_bytes()
+    assert (again / "dacc_manifest.json").read_bytes() == (bundle / "dacc_manifest.json").read_bytes()
+    monkeypatch.setattr("dacc.prune.run.prune_component", lambda *_: pytest.fail("it was done again"))
+    assert prune_pipeline(deep_dit, config, calib=calib, output=bundle, device="cpu") == bundle
+
+
+def test_scores_of_an_interrupted_run_are_taken_over(deep_dit, inputs_of, tmp_path, monkeypatch):
+    from dacc.prune.teacher import Teacher
+
+    config, calib, original = PruneConfig(ratio=0.3, measure="never"), inputs_of(deep_dit), Teacher.errors
+    seen: list[Any] = []
+
+    def counted(self: Teacher, removed: Any) -> Errors:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(removed)
+        return original(self, removed)
+
+    monkeypatch.setattr(Teacher, "errors", counted)
+    with pytest.raises(KeyboardInterrupt):
+        prune_pipeline(deep_dit, config, calib=calib, output=tmp_path / "out", device="cpu")
+    later: list[Any] = []
+    monkeypatch.setattr(Teacher, "errors", lambda self, removed: later.append(removed) or original(self, removed))
+    prune_pipeline(deep_dit, config, calib=calib, output=tmp_path / "out", device="cpu")
+    assert not {tuple(removed) for removed in seen} & {tuple(removed) for removed in later}
+
+
+def test_without_a_set_one_is_made_on_the_fly(deep_dit, tmp_path):
+    config = PruneConfig(ratio=0.15, measure="never", settings={"samples": 1, "timesteps": 2, "score": "bi"})
+    bundle = prune_pipeline(deep_dit, config, output=tmp_path / "out", device="cpu")
+    record = read_manifest(bundle)
+    assert record.passes[-1].calibration
+    assert record.components["transformer"].pruning.additivity is None
+    assert len(list((tmp_path / "cache" / "calibration").iterdir())) == 1
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_scores_that_do_not_add_up_are_found_anew(better):
+    """Blocks 1 and 3 are cheap alone and dear together; what goes one by one is kept where it is better."""
+
+    class Stub:
+        is_video = False
+        calls = ()
+
+        def __init__(self, denoiser: torch.nn.Module) -> None:
+            self.denoiser = denoiser
+
+        def errors(self, removed: Any) -> Errors:
+            names = {name.rpartition(".")[2] for name in removed}
+            alone = {"1": 0.1, "2": 0.6, "3": 0.15, "4": 0.2}
+            joint = 5.0 if {"1", "3"} <= names else 0.0
+            worse = 9.0 if not better and "1" in names and len(names) > 1 and "3" not in names else 0.0
+            return Errors(sum(alone.get(name, 1.0) for name in names) + joint + worse)
+
+    network, reporter = toys.dit(num_layers=6).build(), Reporter(quiet=True)
+    method, teacher = METHODS.load("score"), Stub(network)
+    import dacc.prune.decide as module
+
+    original, module._macs = module._macs, lambda *_: {}
+    try:
+        config = PruneConfig(ratio=0.3)
+        found = decide(network, config, method, ScoredConfig(), teacher, {}, reporter)  # type: ignore[arg-type]
+    finally:
+        module._macs = original
+    assert found.additivity == pytest.approx(1.0 if better else 5.25 / 0.25)
+    assert "do not add up" in reporter.notices[0]
+    wanted = (
+        {"transformer_blocks.1", "transformer_blocks.4"} if better else {"transformer_blocks.1", "transformer_blocks.3"}
+    )
+    assert found.removal.removed == wanted
+
+
+REFUSED = {
+    "a method": ({"method": "scores"}, ConfigError, "score"),
+    "a field": ({"settings": {"scores": "bi"}}, ConfigError, "score"),
+    "a component": ({"component": ("unet",)}, ConfigError, "no component"),
+    "recovery": ({"recover": 10}, UnsupportedError, "--recover"),
+    "too much": ({"ratio": 0.9, "method": "bksdm"}, UnsupportedError, "--ratio 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_requests_are_refused_and_nothing_is_written(name, deep_dit, tmp_path):
+    fields, kind, told = REFUSED[name]
+    with pytest.raises(kind, match=told):
+        prune_pipeline(deep_dit, PruneConfig(**fields), output=tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_set_of_another_model_is_refused(deep_dit, deep_unet, inputs_of, tmp_path):
+    with pytest.raises(ModelError):
+        prune_pipeline(deep_dit, PruneConfig(), calib=inputs_of(deep_unet), output=tmp_path / "out", device="cpu")

@@ -1,0 +1,97 @@
+"""The choice is the best of all that the rules permit."""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations
+
+import pytest
+
+from dacc.prune.select import Item, Rules, cheapest, greedily, largest, permitted
+
+RULES = {
+    "no neighbours": Rules(),
+    "neighbours": Rules(allow_adjacent=True),
+    "2 of 3": Rules(allow_adjacent=True, groups=(2, 3)),
+    "3 of 4, no neighbours": Rules(groups=(3, 4)),
+}
+
+
+def items_of(seed: int, *, even: bool = False) -> list[Item]:
+    dice = random.Random(seed)
+    counts = (dice.randint(3, 7), dice.randint(1, 5))
+    return [
+        Item(dice.random() ** 3, 10 if even else dice.randint(1, 40), stack, position)
+        for stack, count in zip("ab", counts, strict=True)
+        for position in range(count)
+    ]
+
+
+def is_permitted(items: list[Item], places: tuple[int, ...], rules: Rules) -> bool:
+    """The rules, written down once more."""
+    chosen = [items[place] for place in places]
+    for one, other in combinations(chosen, 2):
+        near = one.stack == other.stack and abs(one.position - other.position) == 1
+        if near and not rules.allow_adjacent:
+            return False
+    if rules.groups:
+        keep, of = rules.groups
+        groups = [(item.stack, item.position // of) for item in chosen]
+        return all(groups.count(group) <= of - keep for group in groups)
+    return True
+
+
+def all_sets(items: list[Item], rules: Rules) -> list[tuple[int, ...]]:
+    every = [places for count in range(len(items) + 1) for places in combinations(range(len(items)), count)]
+    return [places for places in every if is_permitted(items, places, rules)]
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("seed", range(8))
+def test_it_is_what_trying_all_sets_finds(rules, seed):
+    items = items_of(seed, even=seed % 2 == 0)
+    sets = all_sets(items, rules)
+    costs = {places: sum(items[place].cost for place in places) for places in sets}
+    assert largest(items, rules) == max(costs.values())
+    for share in (0.1, 0.25, 0.5, 0.8):
+        needed = max(1, round(share * sum(item.cost for item in items)))
+        scores = [sum(items[place].score for place in places) for places in sets if costs[places] >= needed]
+        found = cheapest(items, needed, rules)
+        if not scores:
+            assert found is None
+            continue
+        assert found in sets
+        assert costs[found] >= needed
+        assert sum(items[place].score for place in found) == pytest.approx(min(scores))
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_permitted_sets_are_told_from_others(rules):
+    items = items_of(3)[:8]
+    for count in range(5):
+        for places in combinations(range(len(items)), count):
+            assert permitted(items, places, rules) == is_permitted(items, places, rules)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_choice_reaches_the_target_within_the_rules_where_a_wrong_step_would_not(seed):
+    items, rules = items_of(seed), Rules()
+    needed = largest(items, rules)
+    found = greedily(items, needed, rules, lambda removed, places: [items[place].score for place in places])
+    assert is_permitted(items, found, rules)
+    assert sum(items[place].cost for place in found) >= needed
+
+
+def test_greedy_choice_follows_scores_that_change():
+    items = [Item(0, 1, "a", 2 * place) for place in range(4)]
+
+    def scores(removed: tuple[int, ...], places: list[int]) -> list[float]:
+        """The first is cheap alone, and dear once another one has gone."""
+        return [{0: 5.0 if removed else 0.1, 1: 1.0, 2: 0.2, 3: 0.3}[place] for place in places]
+
+    assert greedily(items, 2, Rules(), scores) == (0, 2)
+    assert greedily(items, 3, Rules(), lambda removed, places: [float(place in (0, 2)) for place in places]) == (
+        0,
+        1,
+        3,
+    )
