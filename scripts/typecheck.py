@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STRICT = ("core", "runtime", "calibrate", "cli")
-PLAIN = ("quant", "evaluate", "cache", "export")
+PLAIN = ("quant", "evaluate", "cache", "export", "prune")
 UNTYPED_NEIGHBOURS = ("--allow-untyped-calls", "--no-warn-return-any")  # diffusers carries few annotations
 
 

@@ -44,6 +44,7 @@ LIGHT = [
     "cache/api.py",
     "quant/config.py",
     "evaluate/config.py",
+    "prune/recovery/config.py",
     "__init__.py",
 ]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -1,0 +1,1 @@
+"""Take blocks out of a denoiser."""
