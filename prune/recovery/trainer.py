@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 SAVE_SECONDS = 30.0  # between two checkpoints
 SAVE_SHARE = 20  # so many times as long as one takes passes between them
 LEAST_GAIN = 0.005  # of the error; less than this is no gain to the patience
-RATES = {"full": 5e-5, "lora": 1e-4, "difffit": 1e-3}  # for LARGE parameters
+RATES = {"full": 5e-5, "lora": 3e-4, "difffit": 2e-3}  # for LARGE parameters
 LARGE = 1e9
 
 
