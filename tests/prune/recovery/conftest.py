@@ -145,16 +145,16 @@ def motion_unet() -> Callable[..., Any]:
 
 @pytest.fixture
 def clip_calls() -> Callable[..., list[DenoiserCall]]:
-    """Calls of a video UNet: two clips of six frames, conditions once for every frame."""
+    """Calls of a video UNet, with conditions once for every frame."""
 
-    def make(runs=2, calls=3, frames=6):
+    def make(runs=2, calls=3, frames=6, clips=2):
         generator = torch.Generator().manual_seed(1)
         found = []
         for run in range(runs):
             for call in range(calls):
                 state = state_of(run, call, calls, sigma=(4.0, 1.0, 0.3)[call])
-                clip = torch.randn(2, 4, frames, 8, 8, generator=generator)
-                words = torch.randn(2, 3, 8, generator=generator).repeat_interleave(frames, 0)
+                clip = torch.randn(clips, 4, frames, 8, 8, generator=generator)
+                words = torch.randn(clips, 3, 8, generator=generator).repeat_interleave(frames, 0)
                 args = (clip, torch.tensor(int(state.timestep)))
                 found.append(DenoiserCall("unet", state, args, {"encoder_hidden_states": words, "return_dict": False}))
         return found

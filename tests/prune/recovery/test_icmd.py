@@ -1,6 +1,7 @@
 """Content frame by frame, motion by an adversary that is fair, small and looks at the right axis."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from dacc.prune.recovery.frames import Layout, layout_of
 from dacc.prune.recovery.icmd import Adversary, VideoObjective, content_loss, objective_for
 from dacc.prune.recovery.objective import Lesson, Objective
 from dacc.prune.recovery.taps import answer
+from dacc.runtime.trajectory import DenoiserCall
+
+from .conftest import state_of, toy_calls
 
 TAPS = [(name, name) for name in ("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1")]
 LAYOUT = Layout(clips=2, frames=3, axis=2)
@@ -206,8 +210,6 @@ def test_who_gets_which_objective(motion_unet, clip_calls, toy):
     assert "not known what the denoiser predicts" in notices[0]
     assert made(adversarial_weight=0)[0].adversary is None
     assert type(made(icmd=False)[0]) is Objective
-    from .conftest import toy_calls
-
     assert type(objective_for(config, toy()[1], toy_calls(), "epsilon", 0, silent())) is Objective
 
 
@@ -227,10 +229,17 @@ def cut(teacher, make):
 
 
 def test_a_video_student_learns_and_an_interrupted_one_goes_on(motion_unet, clip_calls, train, monkeypatch):
-    teacher, calls = motion_unet(2), clip_calls(1)
+    teacher, calls = motion_unet(2), clip_calls(1, clips=1, frames=5)
     student = cut(teacher, motion_unet)
     other, before = copy.deepcopy(student), copy.deepcopy(teacher.state_dict())
-    fields = {"taps": TAPS, "prediction": "epsilon", "steps": 4, "checks": 1, "adversarial_start": 0.25, "learning_rate": 2e-3}
+    fields = {
+        "taps": TAPS,
+        "prediction": "epsilon",
+        "steps": 4,
+        "checks": 1,
+        "adversarial_start": 0.25,
+        "learning_rate": 2e-3,
+    }
     whole = train(student, teacher, calls, name="whole", **fields)
     assert whole.error_after < whole.error_before
     assert set(whole.losses) == {"output", "feature", "heads", "motion"}
@@ -250,3 +259,63 @@ def test_a_video_student_learns_and_an_interrupted_one_goes_on(motion_unet, clip
             train(copy.deepcopy(other), teacher, calls, name="parts", **fields)
     assert train(other, teacher, calls, name="parts", **fields) == whole
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in student.state_dict().items())
+
+
+def svd_unet():
+    from diffusers import UNetSpatioTemporalConditionModel
+
+    torch.manual_seed(0)
+    return UNetSpatioTemporalConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=8,
+        num_attention_heads=2,
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=12,
+        layers_per_block=1,
+    ).eval()
+
+
+def wan_transformer():
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 16, "num_layers": 4}
+    ends = {"in_channels": 6, "out_channels": 4, "text_dim": 8, "freq_dim": 8, "rope_max_seq_len": 32}
+    return WanTransformer3DModel(patch_size=(1, 2, 2), cross_attn_norm=True, **sizes, **ends).eval()
+
+
+def call_of(model):
+    """Channels behind the first four are conditions."""
+    state, words = state_of(0, 1, 3, sigma=1.0), torch.randn(1, 3, 8)
+    if type(model).__name__ == "WanTransformer3DModel":
+        kwargs = {"hidden_states": torch.randn(1, 6, 5, 8, 8), "timestep": torch.tensor([400])}
+        return DenoiserCall("transformer", state, (), {**kwargs, "encoder_hidden_states": words, "return_dict": False})
+    kwargs = {"encoder_hidden_states": words, "added_time_ids": torch.ones(1, 3), "return_dict": False}
+    return DenoiserCall("unet", state, (torch.randn(1, 5, 8, 8, 8), torch.tensor(0.3)), kwargs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "prediction"), [(svd_unet, "v_prediction"), (wan_transformer, "flow")])
+def test_other_denoisers_of_videos_have_both_losses(make, prediction):
+    teacher, config = make().requires_grad_(False), build_config(RecoveryConfig, steps=10)
+    call, sigma = call_of(teacher), 0.5 if prediction == "flow" else 1.0
+    states = [state_of(0, number, 3, sigma=value) for number, value in enumerate((0.9, 0.5, 0.1))]
+    call = DenoiserCall(call.component, replace(states[1], sigma=sigma), call.args, call.kwargs)
+    levels = NoiseLevels(states, prediction)
+    adversary = Adversary(config, teacher, call, levels, prediction, 0)
+    names = [*first_stages(teacher)]
+    with torch.no_grad():
+        wanted = answer(teacher, call, names)
+    for update in (6, 7):
+        output = (wanted.output + 0.1).requires_grad_()
+        loss, told = adversary.term(output, Lesson(call, wanted, update, 3))
+        loss.backward()
+        assert output.grad.norm() > 0
+        assert set(told) == {"heads", "motion"}
+    layout = layout_of(teacher, call)
+    assert layout.frames == 5
+    assert all(layout.by_frame(feature[0]).shape[1] == 5 for feature in wanted.features)
+    assert float(content_loss(wanted.features, wanted.features, layout)) == 0.0
