@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ...runtime.trajectory import DenoiserCall
 from .frames import Layout, noisy_sample
-from .taps import LastSeen, answer, watched
+from .taps import LastSeen, answer, placed, watched
 
 WIDTH = 64  # channels inside a head
 GRADIENT_PENALTY = 1e-4  # of the heads' gradients at real features
@@ -84,7 +84,7 @@ def stage_features(teacher: nn.Module, names: Sequence[str], call: DenoiserCall,
     """(N, F, C, H, W) of every stage; what comes after the last one is not computed."""
     clip = noisy_sample(call)
     with watched(teacher, names, stop=True) as seen, suppress(LastSeen):
-        answer(teacher, call)
+        answer(teacher, placed(call, teacher))
     streams = [max(seen[name], key=lambda stream: stream.numel()) for name in names]  # not that of the text
     return [layout.maps(stream, clip).float() for stream in streams]
 

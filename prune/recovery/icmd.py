@@ -25,7 +25,7 @@ from .clean import Level, NoiseLevels, Prediction, clean_sample, level_of
 from .config import RecoveryConfig
 from .frames import Layout, cut_frames, layout_of, noisy_sample, timestep, with_sample
 from .objective import Lesson, Objective
-from .taps import Answer, Feature, placed
+from .taps import Answer, Feature
 
 TINY = 1e-6
 WINDOW = 4  # consecutive frames
@@ -108,7 +108,7 @@ class Adversary:
         layout = layout_of(teacher, call)
         assert layout is not None
         with torch.no_grad():
-            channels = [each.shape[2] for each in stage_features(teacher, self.stages, placed(call, teacher), layout)]
+            channels = [each.shape[2] for each in stage_features(teacher, self.stages, call, layout)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(named_seed(seed, "heads"))
             self.heads = Heads(channels).to(next(teacher.parameters()).device)
