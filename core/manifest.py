@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -119,7 +119,17 @@ class PrunedUnit(Config):
 
 
 class RecoveryRecord(Config):
-    """How the rest was trained to make up for what was removed."""
+    """How a pruned component was trained back against the one that it was cut from."""
+
+    steps: int  # updates that were asked for
+    steps_done: int
+    stopped: Literal["finished", "plateau", "diverged"]  # plateau: calls not trained on gained nothing any more
+    trainable: Literal["full", "lora", "difffit"]
+    trained_parameters: int  # numbers that were learned; low-rank updates and factors are folded into the weights
+    learning_rate: float
+    error_before: float  # ||e - e^||^2 / ||e||^2 of the outputs, over calls that were not trained on
+    error_after: float  # of the weights that were kept; error_before when training gained nothing
+    losses: dict[str, float] = Field(default_factory=dict)  # means over the last check of the training, by name
 
 
 class PruningRecord(Config):

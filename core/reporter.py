@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -73,17 +73,27 @@ class Reporter:
         yield
         self.detail(f"{title}: {time.monotonic() - started:.1f} s")
 
-    def progress(self, items: Iterable[Item], title: str, total: int | None = None) -> Iterator[Item]:
-        """Iterate with a bar (terminal) or an occasional line (log)."""
+    def progress(
+        self, items: Iterable[Item], title: str | Callable[[], str], total: int | None = None
+    ) -> Iterator[Item]:
+        """Iterate with a bar (terminal) or an occasional line (log).
+
+        Args:
+            title: of the work; a function is asked again after every item, to tell how it goes.
+        """
         count = total if total is not None else len(items) if isinstance(items, Sequence) else None
+
+        def told() -> str:
+            return title if isinstance(title, str) else title()
+
         if self.quiet:
             yield from items
         elif self.console.is_terminal:
-            yield from self._bar(items, title, count)
+            yield from self._bar(items, told, count)
         else:
-            yield from self._lines(items, title, count)
+            yield from self._lines(items, told, count)
 
-    def _bar(self, items: Iterable[Item], title: str, count: int | None) -> Iterator[Item]:
+    def _bar(self, items: Iterable[Item], title: Callable[[], str], count: int | None) -> Iterator[Item]:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -102,12 +112,12 @@ class Reporter:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(title, total=count)
+            task = bar.add_task(title(), total=count)
             for item in items:
                 yield item
-                bar.advance(task)
+                bar.update(task, advance=1, description=title())
 
-    def _lines(self, items: Iterable[Item], title: str, count: int | None) -> Iterator[Item]:
+    def _lines(self, items: Iterable[Item], title: Callable[[], str], count: int | None) -> Iterator[Item]:
         started = last = time.monotonic()
         for done, item in enumerate(items, start=1):
             yield item
@@ -115,7 +125,7 @@ class Reporter:
             if now - last >= LOG_SECONDS:
                 last = now
                 left = f", {(now - started) / done * (count - done):.0f} s left" if count else ""
-                print(f"{title}: {done}/{count or '?'}{left}", file=sys.stderr, flush=True)
+                print(f"{title()}: {done}/{count or '?'}{left}", file=sys.stderr, flush=True)
 
 
 def silent() -> Reporter:

@@ -17,8 +17,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..calibrate.held_out import split_calls
 from ..core.config import Config
-from ..core.errors import CalibrationError, UnsupportedError
+from ..core.errors import UnsupportedError
 from ..core.reporter import Reporter
 from ..runtime.weight import QuantizedWeight, to_rows
 from .block import Block, Sighting, Treated
@@ -28,7 +29,6 @@ from .ranges import roundings_of
 from .reconstruct import LADDER, relative_error
 from .sequential import in_16_bits
 
-HELD_OUT = 10  # of so many calls one is not trained on, but judges
 CHECKS = 10  # times that the student is judged
 SAVE_SECONDS = 30.0  # between two checkpoints
 OVERHEAD = 1.5  # rounding activations, judging and saving, against the bare updates
@@ -175,7 +175,7 @@ def distill(
         UnsupportedError: nothing can be learned.
     """
     check_trainable(student.weights)
-    learned, judged = split_calls(block.sightings)
+    learned, judged = split_calls(block.sightings, [sighting.call for sighting in block.sightings])
     lesson, judge = replace(block, sightings=learned, merged=()), replace(block, sightings=judged, merged=())
     training = Training(student, starts, updates, block.seed)
     with _frozen(block):
@@ -224,28 +224,6 @@ def _train(
         if time.monotonic() - saved >= SAVE_SECONDS:
             training.save(checkpoint)
             saved = time.monotonic()
-
-
-def split_calls(sightings: Sequence[Sighting]) -> tuple[list[Sighting], list[Sighting]]:
-    """Calls to learn from, and every tenth to judge by: in each round over the grid other places.
-
-    Raises:
-        CalibrationError: fewer than two calls.
-    """
-    if len(sightings) < 2:
-        raise CalibrationError(
-            f"{len(sightings)} denoiser call is too little to train on.",
-            "One part of the calls is learned from, another one judges.",
-            "Calibrate with more --samples or --steps.",
-        )
-    rounds: dict[int, int] = {}
-    learned: list[Sighting] = []
-    judged: list[Sighting] = []
-    for sighting in sightings:
-        rounds[sighting.call] = turn = rounds.get(sighting.call, -1) + 1
-        # 3 and 10 have no common factor: ten rounds judge every place once
-        (judged if (sighting.call + 3 * turn) % HELD_OUT == HELD_OUT // 2 else learned).append(sighting)
-    return (learned, judged) if learned and judged else (list(sightings[1:]), [sightings[0]])
 
 
 def error_of(judge: Block, treated: Mapping[str, Treated]) -> float:

@@ -20,6 +20,7 @@ from dacc.evaluate.config import EvaluateConfig
 from dacc.evaluate.generate import GenerateConfig
 from dacc.prune.config import METHODS as PRUNINGS
 from dacc.prune.config import PruneConfig
+from dacc.prune.recovery.config import RecoveryConfig
 from dacc.quant.api import METHODS
 from dacc.quant.config import QuantizeConfig
 
@@ -98,6 +99,14 @@ def test_the_index_names_every_page():
 def test_every_config_field_is_documented(config: type[Config], page: str):
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     assert not [field for field in config.model_fields if f"`{field}`" not in text]
+
+
+def test_every_field_of_recovery_has_a_row_with_its_default():
+    text = (DOCS / "prune-recovery.md").read_text(encoding="utf-8")
+    for name in RecoveryConfig.model_fields:
+        value = re.search(rf"^\| `{name}=(.*?)` \|", text, re.MULTILINE)
+        assert value, name
+        assert RecoveryConfig(**{name: value[1] or None}) == RecoveryConfig(), name
 
 
 @pytest.mark.parametrize(

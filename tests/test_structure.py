@@ -46,6 +46,7 @@ LIGHT = [
     "prune/api.py",
     "quant/config.py",
     "evaluate/config.py",
+    "prune/recovery/config.py",
     "__init__.py",
 ]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

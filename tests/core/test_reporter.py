@@ -56,6 +56,14 @@ def test_progress_in_a_log_is_a_line_now_and_then_with_the_time_left(capsys, mon
     assert len(lines) == 3
 
 
+def test_a_title_may_tell_how_it_goes(capsys, monkeypatch):
+    monkeypatch.setattr(module, "LOG_SECONDS", 0.0)
+    seen = []
+    for letter in Reporter().progress("ab", lambda: f"seen {''.join(seen)}"):
+        seen.append(letter)
+    assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == ["seen a", "seen ab"]
+
+
 def test_progress_without_a_known_end_counts_only(capsys, monkeypatch):
     monkeypatch.setattr(module, "LOG_SECONDS", 0.0)
     list(Reporter().progress(iter("ab"), "letters"))

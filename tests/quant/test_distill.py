@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from dacc.core.errors import CalibrationError, UnsupportedError
+from dacc.calibrate.held_out import split_calls
+from dacc.core.errors import UnsupportedError
 from dacc.core.reporter import Reporter, silent
 from dacc.core.scheme import Scheme
 from dacc.quant import distill as module
-from dacc.quant.block import Sighting, Treated
-from dacc.quant.distill import DistillConfig, Student, Training, distill, error_of, fitting_updates, split_calls
+from dacc.quant.block import Treated
+from dacc.quant.distill import DistillConfig, Student, Training, distill, error_of, fitting_updates
 from dacc.quant.methods.efficientdm import EfficientDMConfig, student_of
 from dacc.quant.ranges import roundings_of
 from dacc.quant.reconstruct import ReconstructionConfig, reconstruct_weights
@@ -89,7 +90,7 @@ def equal(first, second):
 
 
 def held_out(block):
-    return replace(block, sightings=split_calls(block.sightings)[1])
+    return replace(block, sightings=split_calls(block.sightings, [sighting.call for sighting in block.sightings])[1])
 
 
 # what training does
@@ -247,35 +248,6 @@ def test_training_repeats_by_seed(scene):
     first, second, other = (train(*scene(seed=seed), 40) for seed in (0, 0, 1))
     assert equal(first, second)
     assert not equal(first, other)
-
-
-# calls
-
-
-def sightings(rounds, calls, state):
-    return [Sighting(state(call, calls), None) for _ in range(rounds) for call in range(calls)]
-
-
-@pytest.mark.parametrize("rounds", [2, 4, 10])
-def test_a_tenth_of_the_calls_judges_and_every_step_is_learned_from(rounds, state):
-    everything = sightings(rounds, 50, state)
-    learned, judged = split_calls(everything)
-    assert len(judged) == rounds * 5
-    assert len(learned) + len(judged) == len(everything)
-    assert {sighting.call for sighting in learned} == set(range(50))
-    assert not {id(sighting) for sighting in learned} & {id(sighting) for sighting in judged}
-    if rounds == 10:
-        assert [sighting.call for sighting in sorted(judged, key=lambda each: each.call)] == list(range(50))
-
-
-def test_a_short_run_still_has_a_judge(state):
-    learned, judged = split_calls(sightings(2, 1, state))
-    assert (len(learned), len(judged)) == (1, 1)
-
-
-def test_a_single_call_is_refused(state):
-    with pytest.raises(CalibrationError, match="1 denoiser call is too little.* --samples"):
-        split_calls(sightings(1, 1, state))
 
 
 def test_a_network_without_anything_to_learn_is_refused(scene):

@@ -1,0 +1,1 @@
+"""Train what is left of a pruned denoiser against the whole one."""
