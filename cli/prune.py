@@ -238,6 +238,7 @@ def _record(path: Path) -> dict[str, object]:
                 "identity_modules": list(record.pruning.identity_modules),
                 "error": record.pruning.error,
                 "additivity": record.pruning.additivity,
+                "recovery": record.pruning.recovery.model_dump() if record.pruning.recovery else None,
             }
             for name, record in manifest.components.items()
             if record.pruning

@@ -71,6 +71,7 @@ class OutputWriter:
         self._partial = self.output.with_name(f".{self.output.name}.partial")
         self.folder = self._partial / "bundle"  # the output as it grows
         self._journal = Journal(self._partial / "units", run_key)
+        self._workplaces: list[Path] = []
         self._lock = WriterLock(self.output.with_name(f".{self.output.name}.lock"))
         self._closed = False
 
@@ -155,6 +156,14 @@ class OutputWriter:
         shutil.rmtree(self._partial, ignore_errors=True)
         self._closed = True
 
+    def workplace(self, name: str) -> Path:
+        """A folder in which a part of the run keeps what it needs to go on by itself; gone when the output is complete.
+
+        It is not made here.
+        """
+        self._workplaces.append(self._partial / name)
+        return self._workplaces[-1]
+
     # inside
 
     def _open_partial(self) -> None:
@@ -170,11 +179,11 @@ class OutputWriter:
     def _leave_unfinished(self, *, hopeless: bool) -> None:
         """After an error or Ctrl-C: keep what a second try can use, nothing else."""
         finished = 0 if hopeless else len(self._journal.files())
-        shutil.rmtree(self._partial if not finished else self.folder, ignore_errors=True)
-        if finished:
-            self.reporter.say(
-                f"{finished} finished units are kept in {self._partial}; the same command again goes on from there"
-            )
+        begun = not hopeless and any(place.is_dir() for place in self._workplaces)
+        shutil.rmtree(self.folder if finished or begun else self._partial, ignore_errors=True)
+        if finished or begun:
+            kept = " and ".join([f"{finished} finished units"] * bool(finished) + ["what was begun"] * begun)
+            self.reporter.say(f"{kept} are kept in {self._partial}; the same command again goes on from there")
 
 
 def _raise_if_disk(error: BaseException | None, output: Path) -> None:

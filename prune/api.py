@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calibrate.api import prepare as prepare_calibration
+from ..calibrate.config import CalibrateConfig
 from ..core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
 from ..core.cache_plan import beside_plan
 from ..core.calibration import calibration_id
 from ..core.card import model_card
-from ..core.config import Config, build_config
+from ..core.config import Config
 from ..core.errors import UnsupportedError
 from ..core.machine import describe_machine
 from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
@@ -30,7 +31,8 @@ from ..core.requirements import parse_requirements
 from ..core.safe_read import weight_hash
 from ..core.source import Source, component_entries, resolve_source
 from ..core.treatable import quantized_by, refuse_other_libraries
-from .config import METHODS, PruneConfig, on_the_fly
+from .config import PruneConfig, on_the_fly
+from .recovery.config import RecoveryConfig
 
 if TYPE_CHECKING:
     from .run import Pruned
@@ -46,6 +48,7 @@ class Job:
     source: Source
     config: PruneConfig  # resolved
     settings: Config  # of the method
+    recovery: RecoveryConfig
     components: list[str]
     hashes: dict[str, str]  # component -> weight hash
     classes: dict[str, str]  # component -> class
@@ -56,6 +59,11 @@ class Job:
     def scored(self) -> list[str]:
         """Components whose units are judged on a calibration set."""
         return [name for name in self.components if self.config.scores(self.classes[name])]
+
+    @property
+    def running(self) -> list[str]:
+        """Components that have to run on a calibration set, to be judged or to teach."""
+        return self.components if self.recovery.steps else self.scored
 
 
 def prune_pipeline(
@@ -157,11 +165,7 @@ def prepare(
         DaccError: unknown method or component, no pipeline, or a component that is quantized or pruned already.
     """
     config = config.resolved()
-    settings = build_config(METHODS.load(config.method).CONFIG, **config.settings)
-    if config.recover:
-        raise UnsupportedError(
-            "--recover is not there yet.", "Nothing trains what is left.", "Leave it out, or ask for a smaller --ratio."
-        )
+    settings, recovery = config.of_method(), config.of_recovery()
     found = source if isinstance(source, Source) else resolve_source(_text(source), reporter=reporter)
     components = select_components(found.path, list(config.component))
     refuse_other_libraries(found, components)
@@ -173,21 +177,21 @@ def prepare(
     classes = {name: entries[name][1] for name in components}
     calibration = Path(calib) if calib else found.calibration
     identity: dict[str, Any] = {"source": hashes, "config": config.model_dump(mode="json"), "dacc": REQUIRES["dacc"]}
-    scored = [name for name in components if config.scores(classes[name])]
-    if scored and calibration:
+    job = Job(found, config, settings, recovery, components, hashes, classes, calibration, "")
+    if job.running and calibration:
         identity["calibration"] = calibration_id(calibration)
-    elif scored:
-        made = calibration_config(config, settings, scored)
-        identity["calibration"] = prepare_calibration(found, made, "float32", reporter).request
+    elif job.running:
+        identity["calibration"] = prepare_calibration(found, calibration_config(job), "float32", reporter).request
     elif calibration:
         reporter.notice(f"{config.method} needs no calibration set here: {calibration.name} is not used.")
     run_key = hashlib.sha256(json.dumps({"prune": identity}, sort_keys=True).encode()).hexdigest()
-    return Job(found, config, settings, components, hashes, classes, calibration, run_key)
+    return replace(job, run_key=run_key)
 
 
-def calibration_config(config: PruneConfig, settings: Any, scored: list[str]) -> Any:
+def calibration_config(job: Job) -> CalibrateConfig:
     """What is run when no set is given."""
-    return on_the_fly(config, settings.samples, settings.timesteps, scored)
+    settings: Any = job.settings
+    return on_the_fly(job.config, settings.samples, settings.timesteps, job.running)
 
 
 def default_output(job: Job) -> Path:
@@ -319,6 +323,11 @@ def _summarize(pruned: dict[str, Pruned], effect: Effect, reporter: Reporter) ->
             f"{name}: {record.parameters_before / 1e6:.2f} M parameters -> {record.parameters_after / 1e6:.2f} M "
             f"({share:.1%} fewer), without {', '.join(gone[:6])}{' and more' if len(gone) > 6 else ''}"
         )
+        if record.recovery:
+            reporter.say(
+                f"{name}: trained for {record.recovery.steps_done} steps ({record.recovery.stopped}): relative squared "
+                f"error of the outputs {record.recovery.error_before:.4g} -> {record.recovery.error_after:.4g}"
+            )
         if record.identity_modules:
             reporter.say(f"{name}: its config cannot tell this: load it with dacc.load, or after `import dacc`")
     if effect.not_measured:

@@ -9,8 +9,10 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from ..calibrate.config import CalibrateConfig
-from ..core.config import Config
+from ..core.config import Config, build_config
+from ..core.errors import ConfigError
 from ..core.registry import Registry
+from .recovery.config import RecoveryConfig
 from .stacks import UNETS
 
 METHODS = Registry("pruning method", f"{__package__}.methods", Path(__file__).parent / "methods")
@@ -18,6 +20,7 @@ DEFAULT_RATIO = 0.25
 KEPT_PROMISE = 0.95  # of the ratio that was asked for must be reached: units are coarse
 ALWAYS, OF_TRANSFORMERS = "scores", "scores of transformers"  # what NEEDS of a method may hold
 ON_THE_FLY_GB = 4.0
+RECOVERY_SAMPLES, RECOVERY_TIMESTEPS = 64, 16  # at least, of a set that is trained on and made on the fly
 
 
 class PruneConfig(Config):
@@ -29,7 +32,7 @@ class PruneConfig(Config):
     strict_config: bool = False  # only what plain diffusers loads without dacc
     allow_adjacent: bool = False  # neighbouring blocks may both go
     component: tuple[str, ...] = ()  # empty: all denoisers
-    settings: dict[str, Any] = Field(default_factory=dict)  # the method's own fields
+    settings: dict[str, Any] = Field(default_factory=dict)  # fields of the method, and of recovery
     measure: str = "auto"  # auto or never: compare with the source at the end
     seed: int = Field(0, ge=0)
 
@@ -49,6 +52,32 @@ class PruneConfig(Config):
         needed = METHODS.fact(self.method, "NEEDS_RATIO", False)
         return self.model_copy(update={"ratio": DEFAULT_RATIO if self.ratio is None and needed else self.ratio})
 
+    def of_method(self) -> Config:
+        """The method's own fields.
+
+        Raises:
+            ConfigError: a field that neither it nor recovery has.
+        """
+        own = {name: value for name, value in self.settings.items() if name not in RecoveryConfig.model_fields}
+        settings: Config = build_config(METHODS.load(self.method).CONFIG, **own)
+        return settings
+
+    def of_recovery(self) -> RecoveryConfig:
+        """How what is left is trained; with 0 steps not at all.
+
+        Raises:
+            ConfigError: a value is out of range, or there is a field although nothing is trained.
+        """
+        fields = {name: value for name, value in self.settings.items() if name in RecoveryConfig.model_fields}
+        if "steps" in fields:
+            raise ConfigError("--set steps is what --recover sets.", mend=f"Give --recover {fields['steps']}.")
+        if fields and not self.recover:
+            raise ConfigError(
+                f"--set {next(iter(fields))} is about training, and nothing is trained.",
+                mend="Add --recover STEPS, or leave it out.",
+            )
+        return build_config(RecoveryConfig, steps=self.recover, **fields)
+
     def scores(self, class_name: str) -> bool:
         """Whether the method judges the units of this class of denoisers, for which it needs a calibration set."""
         needs = METHODS.fact(self.method, "NEEDS", ())
@@ -56,11 +85,12 @@ class PruneConfig(Config):
 
 
 def on_the_fly(config: PruneConfig, samples: int, timesteps: int, components: Iterable[str]) -> CalibrateConfig:
-    """The calibration set that is made when one is needed and none is given."""
+    """The calibration set that is made when one is needed and none is given; larger where something is trained."""
+    least = (RECOVERY_SAMPLES, RECOVERY_TIMESTEPS) if config.recover else (1, 1)
     return CalibrateConfig(
         strategy="uniform",
-        samples=samples,
-        timesteps=timesteps,
+        samples=max(samples, least[0]),
+        timesteps=max(timesteps, least[1]),
         component=tuple(components),
         seed=config.seed,
         budget_gb=ON_THE_FLY_GB,

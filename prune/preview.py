@@ -15,7 +15,7 @@ from ..core.source import Source
 from ..runtime.skeleton import build_skeleton
 from .api import prepare
 from .config import PruneConfig
-from .run import calibration_for, choose, smaller
+from .run import calibration_for, choose, smaller, whole_of
 
 NAMED_AT_MOST = 40  # characters of a unit's name in the picture
 
@@ -59,7 +59,7 @@ def preview_pruning(
     calibration = calibration_for(job, device, reporter)
     components = {}
     for name in job.components:
-        decision = choose(job, name, calibration, device, {}, reporter)
+        decision = choose(job, name, whole_of(job, name, calibration, device), {}, reporter)
         skeleton: Any = build_skeleton(job.source.path / name)
         removal = decision.removal
         components[name] = ComponentPreview(

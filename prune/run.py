@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..calibrate.inputs import calibration_of
@@ -28,9 +28,10 @@ from ..runtime.trajectory import DenoiserCall
 from .api import Job, calibration_config
 from .config import METHODS
 from .decide import Decision, decide
-from .noise import noise_of
+from .noise import Noise, noise_of
 from .remap import index_map, sources_of
 from .remove import Removal
+from .retrain import retrained
 from .teacher import Teacher
 
 
@@ -44,11 +45,10 @@ class Pruned:
 
 
 def calibration_for(job: Job, device: str, reporter: Reporter) -> CalibrationSet | None:
-    """What the units are judged on; None where nothing is judged."""
-    if not job.scored:
+    """What the units are judged on, and the rest is trained on; None where nothing is."""
+    if not job.running:
         return None
-    weights = {name: job.hashes[name] for name in job.scored}
-    made = calibration_config(job.config, job.settings, job.scored)
+    weights, made = {name: job.hashes[name] for name in job.running}, calibration_config(job)
     return calibration_of(job.source, weights, made, job.calibration, device=device, reporter=reporter)
 
 
@@ -61,13 +61,27 @@ def prune_component(
     reporter: Reporter,
 ) -> Pruned:
     """Write one component without some of its blocks."""
-    folder = job.source.path / name
-    decision = choose(job, name, calibration, device, JournalledScores(writer, name), reporter)
+    folder, whole = job.source.path / name, whole_of(job, name, calibration, device)
+    decision = choose(job, name, whole, JournalledScores(writer, name), reporter)
     skeleton = build_skeleton(folder)
     stored = stored_tensors(folder)
     skeleton._fix_state_dict_keys_on_load(stored)  # type: ignore[operator]  # names of old attention blocks
     small = smaller(skeleton, decision.removal)
-    tensors = remapped(stored, small, decision.removal, f"{name} of {job.source.name}")
+    cut = remapped(stored, small, decision.removal, f"{name} of {job.source.name}")
+    tensors: Mapping[str, StoredTensor | Tensor] = cut
+    recovery = None
+    if job.recovery.steps:
+        tensors, recovery = retrained(
+            whole.denoiser,
+            cut,
+            decision.removal,
+            whole.calls,
+            job.recovery,
+            noise=whole.noise,
+            seed=job.config.seed,
+            checkpoint=writer.workplace(f"recovery-{name}"),
+            reporter=reporter,
+        )
     config, changes = _written_config(read_json(folder / "config.json"), dict(skeleton.config), decision.removal)
     writer.write_component(name, config, tensors, info=f"pruned by {job.config.method}")
     names = [path for path, _ in skeleton.named_modules()]
@@ -82,29 +96,40 @@ def prune_component(
         parameters_after=sum(parameter.numel() for parameter in small.parameters()),
         error=decision.error,
         additivity=decision.additivity,
+        recovery=recovery,
     )
     size = sum(file.stat().st_size for file in resolve_shards(folder).values())
     return Pruned(record, size, decision.latency_ms)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A denoiser before anything is removed."""
+
+    denoiser: nn.Module  # float32; without weights where it need not run
+    calls: Sequence[DenoiserCall]  # what enters it, on its device
+    guidance_scale: float | None  # of these calls
+    noise: Noise
+
+
+def whole_of(job: Job, name: str, calibration: CalibrationSet | None, device: str) -> Whole:
+    """One component, loaded where it has to run."""
+    folder, noise = job.source.path / name, noise_of(job.source.path)
+    if calibration is None or name not in job.running:
+        return Whole(build_skeleton(folder), [], None, noise)
+    calls = [_on(call, pick_device(device)) for call in calibration if call.component == name]
+    guidance_scale = calibration.record.recipe.get("guidance_scale")
+    return Whole(load_denoiser(build_skeleton(folder), folder, device), calls, guidance_scale, noise)
+
+
 def choose(
-    job: Job,
-    name: str,
-    calibration: CalibrationSet | None,
-    device: str,
-    known: MutableMapping[str, dict[str, float]],
-    reporter: Reporter,
+    job: Job, name: str, whole: Whole, known: MutableMapping[str, dict[str, float]], reporter: Reporter
 ) -> Decision:
     """What goes from one component."""
-    folder, method = job.source.path / name, METHODS.load(job.config.method)
-    denoiser, teacher = build_skeleton(folder), None
-    if calibration is not None and name in job.scored:
-        denoiser = load_denoiser(denoiser, folder, device)
-        calls = [call for call in calibration if call.component == name]
-        moved = [_on(call, pick_device(device)) for call in calls]
-        guidance = calibration.record.recipe.get("guidance_scale")
-        teacher = Teacher(denoiser, moved, guidance, noise_of(job.source.path))
-    return decide(denoiser, job.config, method, job.settings, teacher, known, reporter)
+    teacher = None
+    if name in job.scored:
+        teacher = Teacher(whole.denoiser, whole.calls, whole.guidance_scale, whole.noise)
+    return decide(whole.denoiser, job.config, METHODS.load(job.config.method), job.settings, teacher, known, reporter)
 
 
 def load_denoiser(skeleton: nn.Module, folder: Any, device: str) -> nn.Module:

@@ -12,7 +12,7 @@ Score = Literal["out_mse", "bi", "inout_mse", "taylor"]
 
 
 class MethodConfig(Config):
-    """What is looked at to judge units, for methods that do."""
+    """What is looked at to judge units, for methods that do; and to train what is left, then at least 64 and 16."""
 
     samples: int = Field(16, ge=1)  # pictures of the calibration set made when none is given; more: surer, longer
     timesteps: int = Field(8, ge=1)  # and calls of each, spread over the run

@@ -228,7 +228,6 @@ REFUSED = {
     "a method": ({"method": "scores"}, ConfigError, "score"),
     "a field": ({"settings": {"scores": "bi"}}, ConfigError, "score"),
     "a component": ({"component": ("unet",)}, ConfigError, "no component"),
-    "recovery": ({"recover": 10}, UnsupportedError, "--recover"),
     "too much": ({"ratio": 0.9, "method": "bksdm"}, UnsupportedError, "--ratio 0"),
 }
 
