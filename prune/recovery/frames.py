@@ -54,8 +54,9 @@ class Layout:
 
 def layout_of(model: nn.Module, call: DenoiserCall) -> Layout | None:
     """The frames of a call; None for images, and for clips that enter as a plain list of tokens."""
-    clip = noisy_sample(call)
-    if clip.ndim != CLIP:
+    known = bool(call.args) or any(name in call.kwargs for name in SAMPLES)
+    clip = noisy_sample(call) if known else None
+    if not isinstance(clip, Tensor) or clip.ndim != CLIP:
         return None
     axis = 1 if type(model).__name__ in FRAMES_FIRST else 2
     return Layout(clip.shape[0], clip.shape[axis], axis, _patch(getattr(model, "config", {})))

@@ -71,7 +71,7 @@ def check_taps(student: Answer, teacher: Answer, taps: Sequence[tuple[str, str]]
     Raises:
         UnsupportedError: a shape differs.
     """
-    pairs = [("the output", (student.output,), (teacher.output,))]
+    pairs: list[tuple[str, Feature, Feature]] = [("the output", (student.output,), (teacher.output,))]
     pairs += [
         (f"{ours} and {theirs}", one, other)
         for (ours, theirs), one, other in zip(taps, student.features, teacher.features, strict=True)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ...core.journal import Journal
 from ...core.manifest import RecoveryRecord
@@ -73,6 +74,7 @@ def recover(
     """
     learned, judged = split_lessons(calls)
     student.eval()
+    _part_(student, teacher)
     generator = torch.Generator().manual_seed(named_seed(seed, "start"))
     device = next(student.parameters()).device
     with _frozen(teacher), accelerated(device, config.precision) as accelerator:
@@ -142,7 +144,7 @@ def _train(run: _Run, training: Training, judge: Judge, journal: Journal, report
 
     for _ in reporter.progress(range(training.done, steps if not training.stopped else training.done), title):
         if training.done % every == 0:
-            training.sums, training.seen = {}, 0
+            training.sums, training.counts = {}, {}
         run.update(training)
         if not all(value < float("inf") for value in training.sums.values()):
             training.stopped = "diverged"
@@ -208,8 +210,19 @@ def _check(student: nn.Module, teacher: nn.Module, call: DenoiserCall, taps: Seq
 def _run_key(student: nn.Module, learned: Sequence[DenoiserCall], config: RecoveryConfig, others: list[object]) -> str:
     """Identity of a training: another one does not go on from its checkpoint."""
     weights = content_hash({name: value.detach().cpu() for name, value in student.state_dict().items()})
-    facts = [weights, len(learned), config.model_dump(mode="json"), others]
+    ends = [leaf for call in (learned[0], learned[-1]) for leaf in tree_leaves((call.args, call.kwargs))]
+    shown = content_hash({str(number): leaf for number, leaf in enumerate(ends) if isinstance(leaf, Tensor)})
+    facts = [weights, len(learned), shown, config.model_dump(mode="json"), others]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _part_(student: nn.Module, teacher: nn.Module) -> None:
+    """Give the student memory of its own: one that was made of the teacher's weights may share them."""
+    theirs = {parameter.untyped_storage().data_ptr() for parameter in teacher.parameters()}
+    assert not {id(one) for one in student.parameters()} & {id(one) for one in teacher.parameters()}
+    for parameter in student.parameters():
+        if parameter.untyped_storage().data_ptr() in theirs:
+            parameter.data = parameter.data.clone()
 
 
 @contextmanager

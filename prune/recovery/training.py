@@ -39,8 +39,8 @@ class Training:
         self.least = self.error_before = error
         self.average = {name: one.detach().clone() for name, one in parameters.items()}
         self.best = {name: one.clone() for name, one in self.average.items()}
-        self.sums: dict[str, float] = {}  # losses since the last check
-        self.seen = 0  # calls that they are the sums of
+        self.sums: dict[str, float] = {}  # losses since the last check, by name
+        self.counts: dict[str, int] = {}  # how many of each
 
     def step(self) -> None:
         """Change the weights by their gradients."""
@@ -55,13 +55,14 @@ class Training:
                 self.average[name].lerp_(parameter, 1 - decay)
 
     def note(self, losses: Mapping[str, float]) -> None:
-        """Remember the losses of one call."""
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in losses.items()}
-        self.seen += 1
+        """Remember the losses of one call; not every call has all of them."""
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def losses(self) -> dict[str, float]:
         """Means since the last check."""
-        return {name: total / self.seen for name, total in self.sums.items()}
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -116,7 +117,7 @@ class Training:
         return {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
 
 
-_PLAIN = ("done", "stale", "stopped", "least", "error_before", "sums", "seen")
+_PLAIN = ("done", "stale", "stopped", "least", "error_before", "sums", "counts")
 
 
 def share_of_rate(done: int, steps: int, schedule: Schedule) -> float:

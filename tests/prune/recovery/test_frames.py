@@ -27,6 +27,11 @@ def test_layouts(model, shape, layout):
     assert layout_of(model, DenoiserCall("unet", None, (), {"sample": torch.zeros(shape)})) == layout
 
 
+def test_unknown_arguments_are_no_clip():
+    assert layout_of(named("ZImage"), DenoiserCall("transformer", None, ([torch.zeros(4, 1, 8, 8)],), {})) is None
+    assert layout_of(named("Other"), DenoiserCall("transformer", None, (), {"x": torch.zeros(1, 4, 3, 8, 8)})) is None
+
+
 def test_features_by_frame():
     layout = Layout(clips=2, frames=6, axis=2)
     maps = torch.arange(12.0).view(12, 1, 1, 1).expand(12, 3, 4, 4)  # frame by frame, clip after clip

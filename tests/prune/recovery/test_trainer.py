@@ -1,6 +1,7 @@
 """Recovery as a whole: what it gains, that it repeats, can be interrupted, and leaves the teacher alone."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from accelerate.state import PartialState
 from dacc.core.errors import CalibrationError, UnsupportedError
 from dacc.core.reporter import silent
 from dacc.prune.recovery import trainer as module
+from dacc.prune.recovery.config import RecoveryConfig
 from dacc.prune.recovery.lessons import Judge, split_lessons
-from dacc.prune.recovery.training import share_of_rate
+from dacc.prune.recovery.training import Training, share_of_rate
 from dacc.runtime.trajectory import DenoiserCall
 
 from .conftest import state_of, toy_calls
@@ -149,6 +151,35 @@ def test_the_average_is_judged_and_kept(toy, train):
 def test_taps_of_other_shapes_are_refused(toy, train):
     with pytest.raises(UnsupportedError, match="blocks.0 and proj_out cannot be compared.*8.*4"):
         train(*toy(), taps=[("blocks.0", "proj_out")])
+
+
+def test_a_student_made_of_the_teachers_own_tensors_leaves_it_alone(toy, train):
+    student, teacher = toy()
+    student.load_state_dict({name: teacher.state_dict()[name] for name in student.state_dict()}, assign=True)
+    assert student.proj_in.weight.data_ptr() == teacher.proj_in.weight.data_ptr()
+    before = weights(teacher)
+    train(student, teacher, steps=10)
+    assert equal(weights(teacher), before)
+    assert not torch.equal(student.proj_in.weight, teacher.proj_in.weight)
+
+
+def test_losses_that_some_calls_lack_are_means_of_the_others(toy):
+    training = Training(dict(toy()[0].named_parameters()), RecoveryConfig(), 1e-3, 1.0)
+    for told in ({"output": 1.0, "motion": 4.0}, {"output": 2.0}, {"output": 3.0, "motion": 6.0}):
+        training.note(told)
+    assert training.losses() == {"output": 2.0, "motion": 5.0}
+
+
+def test_another_set_of_calls_is_another_run(toy, train):
+    student, teacher = toy()
+    train(student, teacher, steps=4)
+    calls = [replace(call, args=(call.args[0] + 1, call.args[1])) for call in toy_calls()]
+    other, _ = toy()
+    train(other, teacher, calls, steps=4)
+    fresh, _ = toy()
+    train(fresh, teacher, calls, steps=4, name="other")
+    assert equal(weights(other), weights(fresh))
+    assert not equal(weights(other), weights(student))
 
 
 def test_one_call_is_too_little(toy, train):
