@@ -1,5 +1,5 @@
-"""What every export format holds of a bundle: bytes, and the output of the denoiser as the format's own library reads it
-back, for the table in docs/export.md.
+"""What every export format holds of a bundle: bytes, and the output of the denoiser as the format's own library reads
+it back, for the table in docs/export.md.
 
     pip install -c constraints.txt --no-deps --target .work/peers optimum-quanto bitsandbytes torchao ninja
     PYTHONPATH=.work/peers python benchmarks/export_table.py
@@ -56,8 +56,7 @@ def plain(folder: Path, tensors: dict[str, Tensor]) -> nn.Module:
 
 
 def by_diffusers(folder: Path, example: Example) -> Tensor:
-    name = diffusers.ModelMixin.load_config(folder)["_class_name"]
-    return call(getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32), example)
+    return call(diffusers.AutoModel.from_pretrained(str(folder), torch_dtype=torch.float32), example)
 
 
 def by_gguf(folder: Path, example: Example) -> Tensor:
@@ -136,10 +135,9 @@ def measure(source_name: str, row: str, work: Path) -> list[str]:
         files = [file for file in (folder / name).iterdir() if file.name != "config.json"]
         share = sum(file.stat().st_size for file in files) / float_bytes
         found = read(folder / name, example)
-        lines.append(
-            f"| {source_name.removeprefix('zoo:')} {row} | `{format_name}` | {share:.3f} | {relative(found, ours):.4f} | "
-            f"{relative(found, exact):.4f} | {relative(ours, exact):.4f} |"
-        )
+        distances = (relative(found, ours), relative(found, exact), relative(ours, exact))
+        told = " | ".join(f"{value:.4f}" for value in distances)
+        lines.append(f"| {source_name.removeprefix('zoo:')} {row} | `{format_name}` | {share:.3f} | {told} |")
         print(lines[-1], flush=True)
     return lines
 

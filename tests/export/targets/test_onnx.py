@@ -95,6 +95,7 @@ def test_a_float_pipeline_is_float32_throughout(unet_folder, unet_pipeline):
     assert not weights_in(file)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_convolutions_keep_their_codes_too(bundle, unet_folder):
     small = bundle(unet_folder, bits=8)
