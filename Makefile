@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test quick lint check clean
+.PHONY: demo test readers quick lint check clean
 
 demo: $(VENV)/.installed  ## quantize a trained pipeline to 4 bits, sample from it, compare it with the original
 	PATH="$(abspath $(BIN)):$$PATH" sh scripts/demo
 
 test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest
+
+readers: $(VENV)/.readers  ## exports read by other libraries, which the other tests do without: diffusers imports some at once
+	PYTHONPATH=$(VENV)/readers $(BIN)/python -m pytest tests/export/targets tests/export/test_fixtures.py -k "quanto or torchao or bitsandbytes"
 
 lint: $(VENV)/.installed-dev  ## format, lint, types
 	PATH="$(abspath $(BIN)):$$PATH" sh scripts/lint
@@ -30,6 +33,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -qq -c constraints.txt -e ".[dev,train]"
+	touch $@
+
+$(VENV)/.readers: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps --target $(VENV)/readers optimum-quanto bitsandbytes torchao ninja
 	touch $@
 
 clean:

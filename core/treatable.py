@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ from .source import Source, component_entries
 OURS = "dacc"  # the quant_method of our bundles
 
 
-def refuse_other_libraries(source: Source, components: list[str]) -> None:
+def refuse_other_libraries(source: Source, components: list[str], libraries: Collection[str] = ("diffusers",)) -> None:
     """Schedulers, tokenizers and text encoders have no layers that a diffusers loader would unpack.
+
+    Args:
+        libraries: whose models may be treated.
 
     Raises:
         UnsupportedError: a component is no diffusers model.
@@ -24,7 +27,7 @@ def refuse_other_libraries(source: Source, components: list[str]) -> None:
     classes = component_entries(source.path)
     for name in components:
         library, class_name = classes[name]
-        if library != "diffusers" or not (source.path / name / "config.json").is_file():
+        if library not in libraries or not (source.path / name / "config.json").is_file():
             raise UnsupportedError(
                 f"{name} of {source.name} is a {class_name} of {library}, not a diffusers model.",
                 mend=f"Choose from {', '.join(denoiser_names(source.path))} with --component.",

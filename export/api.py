@@ -107,7 +107,7 @@ def prepare(source: SourceLike | None, config: ExportConfig, reporter: Reporter)
     found = source if isinstance(source, Source) else resolve_source(text, reporter=reporter)
     manifest = check_bundle(found.path)
     components = select_components(found.path, list(config.component))
-    refuse_other_libraries(found, components)
+    refuse_other_libraries(found, components, getattr(target, "LIBRARIES", ("diffusers",)))
     for name in components:
         if (method := quantized_by(found.path / name)) not in (None, "dacc"):
             raise UnsupportedError(

@@ -1,4 +1,5 @@
-"""GGUF, with the tensor names of diffusers: what `Model.from_single_file(FILE, config=OUTPUT)` of diffusers reads.
+"""GGUF: what `Model.from_single_file(FILE, config=OUTPUT)` of diffusers reads, with the tensor names of diffusers, or
+with those of the published checkpoint, which ComfyUI and stable-diffusion.cpp look for.
 
 Weights of linears are cut into blocks of 32 input features, each with a scale (and a least value) of its own, as the
 gguf package rounds them to nearest; or into super-blocks of 256, see `export/k_quants.py`. Convolutions, and linears
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...core.config import Config
 from ...core.errors import UnsupportedError
@@ -23,12 +25,17 @@ from ...core.reporter import Reporter
 from ...runtime.skeleton import build_skeleton
 from ..contents import Contents, layers_to_round
 from ..k_quants import quantize_k
+from ..original_names import FAMILIES, Source, original_sources
 
 ROUNDS = True
 KEEPS = ()
 LONGEST_NAME = 127  # bytes; readers refuse longer ones
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 SUPER_BLOCKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # and what stands in where they do not divide a width
+FILE_TYPES = {  # the type of most tensors, under the names of the gguf package
+    "F16": "MOSTLY_F16", "Q4_0": "MOSTLY_Q4_0", "Q4_1": "MOSTLY_Q4_1", "Q5_0": "MOSTLY_Q5_0", "Q5_1": "MOSTLY_Q5_1",
+    "Q8_0": "MOSTLY_Q8_0", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S", "Q6_K": "MOSTLY_Q6_K",
+}  # fmt: skip
 BY_BITS = ((4, "Q4_1"), (5, "Q5_1"))  # at most so many bits -> the type that `auto` takes, else Q8_0
 
 
@@ -37,6 +44,8 @@ class GGUFConfig(Config):
 
     # auto: of each layer by its bits in the bundle
     type: Literal["auto", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"] = "auto"
+    # original: of the published checkpoint, where several layers of diffusers are one; Flux and Stable Diffusion 3
+    names: Literal["diffusers", "original"] = "diffusers"
 
 
 CONFIG = GGUFConfig
@@ -46,21 +55,25 @@ def write(contents: Contents, folder: Path, config: GGUFConfig, reporter: Report
     """Write one file, and the config that tells a reader what the tensors belong to.
 
     Raises:
-        UnsupportedError: the gguf package is missing, or a name is too long for the format.
+        UnsupportedError: the gguf package is missing, a name is too long for the format, or the published names are
+            not known.
     """
     gguf = _library()
-    types = _types(contents, config, gguf)
+    sources = _sources(contents, config)
+    types = _joined_types(_types(contents, config, gguf), sources, gguf)
     usual = Counter(kind.name for kind in types.values() if kind.name in BLOCKS).most_common(1)
     file = folder / f"{contents.name}-{usual[0][0] if usual else 'F16'}.gguf"
-    writer = gguf.GGUFWriter(file, arch=contents.class_name)
+    original = config.names == "original"
+    writer = gguf.GGUFWriter(file, arch=FAMILIES[contents.class_name].architecture if original else contents.class_name)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for name, shape in contents.shapes().items():
-        _add(writer, name, shape, types[name], gguf)
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[usual[0][0] if usual else "F16"]])
+    for name, source in sources.items():
+        _add(writer, name, _joined_shape(contents, source), types[name], gguf)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, kind in reporter.progress(types.items(), f"export {contents.name}", len(types)):
-        values = contents.load(name).float()
+        values = _joined(contents, sources[name])
         if kind.name in SUPER_BLOCKS:
             writer.write_tensor_data(quantize_k(values, kind.name).numpy())
         else:
@@ -92,6 +105,35 @@ def type_of(bits: int, config: GGUFConfig) -> str:
     if config.type != "auto":
         return config.type.upper()
     return next((name for most, name in BY_BITS if bits <= most), "Q8_0")
+
+
+def _sources(contents: Contents, config: GGUFConfig) -> dict[str, Source]:
+    """Name of every tensor of the file -> what it is made of."""
+    names = contents.shapes()
+    if config.names == "original":
+        return dict(sorted(original_sources(contents.class_name, names.keys()).items()))
+    return {name: Source((name,)) for name in names}
+
+
+def _joined(contents: Contents, source: Source) -> Tensor:
+    parts = [contents.load(part).float() for part in source.parts]
+    values = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return torch.cat(values.chunk(2)[::-1]) if source.swapped else values
+
+
+def _joined_shape(contents: Contents, source: Source) -> tuple[int, ...]:
+    shapes = [contents.shapes()[part] for part in source.parts]
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _joined_types(types: Mapping[str, Any], sources: Mapping[str, Source], gguf: Any) -> dict[str, Any]:
+    """Name of every tensor of the file -> the widest type of its parts."""
+
+    def bits(kind: Any) -> float:
+        values, width = gguf.GGML_QUANT_SIZES[kind]
+        return float(width / values)
+
+    return {name: max((types[part] for part in source.parts), key=bits) for name, source in sources.items()}
 
 
 def _types(contents: Contents, config: GGUFConfig, gguf: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ..contents import Contents
 from ..floats import write_floats
 
 ROUNDS = False  # the weights of the source are the ones that are exported
+LIBRARIES = ("diffusers", "transformers")  # whose models it takes; text encoders are of transformers
 KEEPS = ()  # what of a bundle beside weights it holds, see ../losses.py
 
 LOAD_LINES = """import torch

@@ -66,3 +66,19 @@ def flux_inputs() -> Callable[[torch.dtype], dict[str, torch.Tensor]]:
         }
 
     return make
+
+
+@pytest.fixture
+def published_width(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let diffusers' conversion of Flux checkpoints, which knows the published width alone, take another one."""
+    split = torch.split
+
+    def set_width(width: int) -> None:
+        def scaled(tensor: torch.Tensor, sizes: Any, dim: int = 0) -> Any:
+            if isinstance(sizes, list | tuple) and sizes[0] == 3072:
+                sizes = [size * width // 3072 for size in sizes]
+            return split(tensor, sizes, dim)
+
+        monkeypatch.setattr(torch, "split", scaled)
+
+    return set_width

@@ -62,7 +62,9 @@ def test_unknown_formats_and_fields_are_refused(dit_folder):
 
 def test_other_libraries_are_refused(sd_folder):
     with pytest.raises(UnsupportedError, match="CLIPTextModel of transformers"):
-        export_pipeline(sd_folder, ExportConfig(format="safetensors-bf16", component=("text_encoder",)))
+        export_pipeline(sd_folder, ExportConfig(format="safetensors-fp8", component=("text_encoder",)))
+    with pytest.raises(UnsupportedError, match="DDIMScheduler of diffusers"):
+        export_pipeline(sd_folder, ExportConfig(format="safetensors-bf16", component=("scheduler",)))
 
 
 def test_weights_that_others_quantized_are_refused(dit_folder, tmp_path):
@@ -79,3 +81,16 @@ def test_a_vae_can_be_exported(sd_folder, weights_of):
     assert next(iter(weights_of(folder, "vae").values())).dtype == torch.bfloat16
     assert next(iter(weights_of(folder, "unet").values())).dtype == torch.float32
     DiffusionPipeline.from_pretrained(folder)
+
+
+def test_a_text_encoder_can_be_plain_bfloat16(sd_folder):
+    folder = export_pipeline(
+        sd_folder, ExportConfig(format="safetensors-bf16", component=("text_encoder",)), output="x"
+    )
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    exact = DiffusionPipeline.from_pretrained(sd_folder).text_encoder.state_dict()
+    found = pipe.text_encoder.state_dict()
+    assert found.keys() == exact.keys()
+    assert all(torch.equal(found[name], exact[name].to(found[name].dtype)) for name in exact)
+    file = folder / "text_encoder" / "model.safetensors"
+    assert file.stat().st_size < 0.6 * (sd_folder / "text_encoder" / "model.safetensors").stat().st_size

@@ -148,3 +148,28 @@ def test_convolutions_stay_float16(unet_folder):
 def test_the_same_source_gives_the_same_bytes(flux_folder):
     first, second = (exported(flux_folder, output=name, type="q5_1")[1].read_bytes() for name in ("a", "b"))
     assert first == second
+
+
+def test_published_names_are_read_by_diffusers_as_those_of_a_published_checkpoint(flux_folder, published_width):
+    published_width(32)
+    folder, file = exported(flux_folder, type="q8_0", names="original")
+    tensors = tensors_of(file)
+    fused = tensors["double_blocks.0.img_attn.qkv.weight"]
+    assert (fused.tensor_type.name, fused.shape.tolist()) == ("Q8_0", [32, 96])
+    fields = gguf.GGUFReader(file).fields
+    assert fields["general.architecture"].contents() == "flux"
+    assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
+    wanted = GGUFQuantizationConfig(compute_dtype=torch.float32)
+    model = FluxTransformer2DModel.from_single_file(
+        str(file), config=str(folder), subfolder="transformer", quantization_config=wanted, dtype=torch.float32
+    )
+    decoded = torch.from_numpy(gguf.quants.dequantize(fused.data, fused.tensor_type).copy())
+    before = load_file(flux_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    x = torch.randn(5, 32)
+    attention = model.transformer_blocks[0].attn
+    for place, layer in enumerate((attention.to_q, attention.to_k, attention.to_v)):
+        with torch.no_grad():
+            found = layer(x) - layer.bias
+        expected = x @ decoded[32 * place : 32 * place + 32].T
+        assert (found - expected).norm() < 2e-3 * expected.norm()
+    assert (decoded[:32] - before[TO_Q]).norm() < 0.01 * before[TO_Q].norm()
