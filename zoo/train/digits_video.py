@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from trainer import TrainConfig, parse_arguments, shared_fields, train
 
 NAME = "digits-video"
-FRAME_STEPS, FRAME_BATCH = 2200, 64
+FRAME_STEPS, FRAME_BATCH = 1400, 64
 HEADS = 2
 SHAPE: dict[str, Any] = {
     "sample_size": FRAME_SIZE // 4,
     "in_channels": LATENT_CHANNELS,
     "out_channels": LATENT_CHANNELS,
-    "block_out_channels": (48, 64, 64),
+    "block_out_channels": (32, 48, 64),
     "layers_per_block": (2, 2, 2),
     "norm_num_groups": 16,
     "cross_attention_dim": TEXT_WIDTH,
@@ -121,7 +121,7 @@ def train_clips(
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__ or "", name=NAME, steps=1700, batch_size=8)
+    arguments = parse_arguments(__doc__ or "", name=NAME, steps=1600, batch_size=8)
     shared = shared_fields(arguments)
     digits = load_digits()
     vae = train_autoencoder(digits, shared)
