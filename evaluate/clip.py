@@ -34,8 +34,8 @@ def clip_features(pooled: Tensor) -> Tensor:
 
 
 def clip_answers(logits: Tensor, heads: Sequence[Head]) -> Tensor:
-    """Answers (N, F + 1) from the logits of all pairs (N, F, sum of labels): the content of every frame, then the motion
-    that is likeliest by all pairs of two frames together."""
+    """Answers (N, F + 1) from the logits of all pairs (N, F, sum of labels): the content of every frame, then the
+    motion that is likeliest by all pairs of two frames together."""
     split = logits.split([len(head.labels) for head in heads], dim=-1)
     parts = {head.name: part for head, part in zip(heads, split, strict=True)}
     motion = parts[MOTION][:, :-1].log_softmax(dim=-1).sum(dim=1).argmax(dim=-1)

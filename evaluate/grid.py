@@ -22,7 +22,8 @@ def write_grid(rows: list[tuple[str, str, Tensor]], file: Path) -> None:
     """Write the picture as PNG.
 
     Args:
-        rows: label, second line of the label, and images (N, C, H, W) or clips (N, F, C, H, W) in [0, 1], for every source.
+        rows: label, second line of the label, and images (N, C, H, W) or clips (N, F, C, H, W) in [0, 1], for every
+            source.
         file: where to write.
     """
     draw_grid(rows).save(file)

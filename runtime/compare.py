@@ -48,7 +48,7 @@ def relative_l2(reference: Tensor, other: Tensor) -> Tensor:
 
 
 def psnr(reference: Tensor, other: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of every image (N, C, H, W) or clip (N, F, C, H, W) in [0, 1]: (N,); at most 100."""
+    """Peak signal-to-noise ratio in dB of every image (N, C, H, W) or clip (N, F, C, H, W) in [0, 1]; at most 100."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     within = tuple(range(1, reference.ndim))

@@ -32,9 +32,13 @@ def compute(case: Case) -> dict[str, Metric]:
     if not seeds:
         return {}
     strangers = len(case.seeds) - len(seeds)
-    note = f"{strangers} of {len(case.seeds)} clips left out, whose prompts the judge cannot read" if strangers else None
+    note = (
+        f"{strangers} of {len(case.seeds)} clips left out, whose prompts the judge cannot read" if strangers else None
+    )
     return {
         "digit_accuracy": summarize(digits, seeds, better="higher").model_copy(update={"note": note}),
         "motion_accuracy": share(motions, note=note),
-        "caption_accuracy": share([digit == 1 and motion for digit, motion in zip(digits, motions, strict=True)], note=note),
+        "caption_accuracy": share(
+            [digit == 1 and motion for digit, motion in zip(digits, motions, strict=True)], note=note
+        ),
     }

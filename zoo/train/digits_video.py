@@ -4,7 +4,8 @@
 
 Method: AnimateDiff (2023, arXiv 2307.04725): an image UNet learns single frames first; motion modules that begin as
 the identity are then put behind its layers. Here all of it goes on learning on clips. With v-prediction (2022, arXiv
-2202.00512) and classifier-free guidance (2022, arXiv 2207.12598). Four stages: autoencoder, text encoder, frames, clips.
+2202.00512) and classifier-free guidance (2022, arXiv 2207.12598). Four stages: autoencoder, text encoder, frames and
+clips.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from autoencoder import Latents
 from clips import FRAME_SIZE, all_captions, make_prompts
 from data import load_digits
 from diffusers import AnimateDiffPipeline, UNet2DConditionModel, UNetMotionModel
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from digits_unet import draw_timesteps
 from digits_video_stages import LATENT_CHANNELS, TEXT_WIDTH, encode_clips, train_autoencoder, train_clip
 from shapes_sd import make_scheduler
@@ -50,8 +52,8 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def add_motion(unet: nn.Module | None) -> UNetMotionModel:
-    """The same network with a motion module behind every layer; those add nothing yet. None: without the weights."""
+def add_motion(unet: nn.Module) -> UNetMotionModel:
+    """The same network with a motion module behind every layer; those add nothing yet."""
     model = UNetMotionModel(
         down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion", "CrossAttnDownBlockMotion"),
         up_block_types=("CrossAttnUpBlockMotion", "CrossAttnUpBlockMotion", "UpBlockMotion"),
@@ -60,14 +62,13 @@ def add_motion(unet: nn.Module | None) -> UNetMotionModel:
         motion_max_seq_length=32,
         **SHAPE,
     )
-    modules = {name: module for name, module in model.named_modules() if name.rpartition(".motion_modules.")[2].isdigit()}
-    for module in modules.values():
-        nn.init.zeros_(module.proj_out.weight)
-        nn.init.zeros_(module.proj_out.bias)
-    if unet is not None:
-        missing, unexpected = model.load_state_dict(unet.state_dict(), strict=False)
-        assert not unexpected
-        assert all(".motion_modules." in name for name in missing)
+    for module in model.modules():
+        if isinstance(module, AnimateDiffTransformer3D):
+            nn.init.zeros_(module.proj_out.weight)
+            nn.init.zeros_(module.proj_out.bias)
+    missing, unexpected = model.load_state_dict(unet.state_dict(), strict=False)
+    assert not unexpected
+    assert all(".motion_modules." in name for name in missing)
     return model
 
 
@@ -90,8 +91,12 @@ def make_loss(draw: Callable[[torch.Generator], Batch], config: TrainConfig) -> 
 def train_frames(latents: Latents, rows: Tensor, captions: CaptionTable, shared: dict[str, Any]) -> nn.Module:
     """The image UNet on single frames, each with the caption of its clip."""
     config = TrainConfig(
-        name="digits-video-frames", steps=FRAME_STEPS, batch_size=FRAME_BATCH, learning_rate=1e-3,
-        decay_fraction=0.2, **shared,
+        name="digits-video-frames",
+        steps=FRAME_STEPS,
+        batch_size=FRAME_BATCH,
+        learning_rate=1e-3,
+        decay_fraction=0.2,
+        **shared,
     )
     frames = latents.means.shape[1]
     flat = Latents(latents.means.flatten(0, 1), latents.deviations.flatten(0, 1))
@@ -105,7 +110,11 @@ def train_frames(latents: Latents, rows: Tensor, captions: CaptionTable, shared:
 
 
 def train_clips(
-    unet: nn.Module, latents: Latents, rows: Tensor, captions: CaptionTable, config: TrainConfig,
+    unet: nn.Module,
+    latents: Latents,
+    rows: Tensor,
+    captions: CaptionTable,
+    config: TrainConfig,
     export: Callable[[nn.Module], None],
 ) -> nn.Module:
     """The whole network on clips."""
@@ -141,8 +150,12 @@ def main() -> None:
         )
 
     config = TrainConfig(
-        name=NAME, steps=arguments.steps, batch_size=arguments.batch_size, learning_rate=7e-4,
-        checkpoint_every=100, **shared,
+        name=NAME,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learning_rate=7e-4,
+        checkpoint_every=100,
+        **shared,
     )
     unet = train_frames(latents, rows, captions, shared)
     average = train_clips(

@@ -1,4 +1,4 @@
-"""Train zoo/digits-video-judge: a small ResNet that reads pairs of frames, and the statistics of real clips in its eyes.
+"""Train zoo/digits-video-judge: a small ResNet that reads pairs of frames, and the statistics of real clips.
 
     python zoo/train/digits_video_judge.py --threads 2
 
@@ -68,7 +68,9 @@ def look(judge: ResNetForImageClassification, frames: Tensor) -> Looked:
     """What it says of clips (N, F, 1, S, S) in [-1, 1]. The direction is the likeliest by all pairs of two frames."""
     pairs = pairs_of(frames)
     pooled = torch.cat([judge.resnet(part).pooler_output.flatten(1) for part in pairs.flatten(0, 1).split(256)])
-    digit, direction = judge.classifier(pooled).unflatten(0, pairs.shape[:2]).split(list(map(len, ANSWERS.values())), -1)
+    digit, direction = (
+        judge.classifier(pooled).unflatten(0, pairs.shape[:2]).split(list(map(len, ANSWERS.values())), -1)
+    )
     moving = pooled.unflatten(0, pairs.shape[:2])[:, :-1]  # (N, F - 1, D)
     features = torch.cat([moving.mean(dim=1), moving.std(dim=1, correction=0)], dim=-1)
     likely = direction[:, :-1].log_softmax(dim=-1).sum(dim=1)
@@ -87,7 +89,9 @@ def save_judge(judge: nn.Module, folder: Path) -> None:
     """Write the model, and the statistics of clips of all real digits."""
     judge = judge.float().cpu().eval()
     digits = load_digits()
-    features = look(judge, draw_clips(digits, REFERENCE_CLIPS, torch.Generator().manual_seed(REFERENCE_SEED)).frames).features
+    features = look(
+        judge, draw_clips(digits, REFERENCE_CLIPS, torch.Generator().manual_seed(REFERENCE_SEED)).frames
+    ).features
     gaussian = fit_gaussian(features)
     facts: dict[str, Any] = {
         "count": len(features),

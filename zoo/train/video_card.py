@@ -24,14 +24,14 @@ SHOWN, ZOOM = 10, 3  # clips in the picture, and how much they are enlarged
 TEXT = """\
 ## Text
 
-Captions have the form "{first}", the ten digits by their names and four directions; the calibration prompts say the same
-as "{second}". Before the denoiser, the CLIP text encoder learned to say which digit and direction a caption names; the
+Captions have the form "{first}", the ten digits by their names and four directions; the calibration prompts say it as
+"{second}". Before the denoiser, the CLIP text encoder learned to say which digit and direction a caption names; the
 denoiser then saw fixed states. All 40 captions were seen in training: there is nothing to hold out in so few."""
 
 DISTANCE = """\
-The Frechet video distance is FID's formula on the judge's features of clips (mean and deviation over time of what it sees
-in pairs of frames), against 2,000 clips of real digits: it compares with other figures of this judge only, and falls with
-the number of samples. The halves are of 1,000 clips."""
+The Frechet video distance is FID's formula on the judge's features of clips (mean and deviation over time of what it
+sees in pairs of frames), against 2,000 clips of real digits: it compares with other figures of this judge only, and
+falls with the number of samples. The halves are of 1,000 clips."""
 
 
 def measure_clips(
@@ -89,7 +89,10 @@ def write_video_card(
         f"On {today}: {how}, read by [{entry['judge']}](../{entry['judge']}/README.md).",
         "\n".join(["| | |", "|---|---|", *(f"| {what} | {much} |" for what, much in _figures(measured))]),
         DISTANCE,
-        TEXT.format(first=FORMS[0].format(digit="seven", direction="left"), second=FORMS[1].format(digit="seven", direction="left")),
+        TEXT.format(
+            first=FORMS[0].format(digit="seven", direction="left"),
+            second=FORMS[1].format(digit="seven", direction="left"),
+        ),
         DIGITS_DATA + f"\nRetrain with `python zoo/train/{name.replace('-', '_')}.py`.",
     ]
     (folder / "README.md").write_text("\n\n".join(sections) + "\n")
@@ -97,7 +100,9 @@ def write_video_card(
 
 def _figures(measured: dict[str, Any]) -> list[tuple[str, str]]:
     training = measured["training"]
-    minutes = f"{training['cpu_seconds'] / 60:.0f} min + {training['cpu_seconds_before'] / 60:.0f} min for the stages before"
+    minutes = (
+        f"{training['cpu_seconds'] / 60:.0f} min + {training['cpu_seconds_before'] / 60:.0f} min for the stages before"
+    )
     return [
         ("Parameters of the denoiser", f"{measured['parameters']:,}"),
         ("Multiply-accumulates per denoiser call", f"{measured['macs_per_call']:,}"),
