@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from card import DIGITS_DATA, HEADER, MACHINE
+from card import DIGITS_DATA, HEADER
 from clips import DIGIT_NAMES, DIRECTIONS, FORMS
 from digits_video_judge import look
 from frechet import Gaussian, fit_gaussian, frechet_distance
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import ResNetForImageClassification
 
+MACHINE = "one core of a 2-core CPU with AVX2 that other programs used too"
 SHOWN, ZOOM = 10, 3  # clips in the picture, and how much they are enlarged
 
 TEXT = """\
