@@ -195,6 +195,7 @@ def _request(config: CalibrateConfig) -> RunRequest:
         negative_prompts=None if isinstance(negative, str) else negative,
         height=config.height,
         width=config.width,
+        num_frames=config.num_frames,
         batch_size=config.batch_size,
     )
 

@@ -31,6 +31,7 @@ class CalibrateConfig(Config):
     negative_prompt: str | tuple[str, ...] | None = None  # what guidance leads away from; several are dealt in turn
     height: int | None = Field(None, ge=1)  # pixels; None: the zoo's own, else the pipeline's default
     width: int | None = Field(None, ge=1)
+    num_frames: int | None = Field(None, ge=1)  # of a clip; None: the zoo's own, else the pipeline's default
     batch_size: int = Field(8, ge=1)  # samples of one pipeline call and of one record; larger: faster, more memory
     store_dtype: Literal["as-is", "bfloat16", "float16"] = "as-is"  # of large float tensors; 16 bits: half the size
     budget_gb: float = Field(4.0, gt=0)  # the set may take; fewer samples are run where it would take more
@@ -57,7 +58,7 @@ class CalibrateConfig(Config):
             found["guidance_scale"] = self.guidance_scale if self.guidance_scale is not None else entry.guidance_scale
             found["class_labels"] = self.class_labels or entry.class_labels or None
             found["prompts"] = self.prompts or entry.calibration_prompts or None
-            found |= {"height": self.height or entry.height, "width": self.width or entry.width}
+            found |= {name: getattr(self, name) or getattr(entry, name) for name in ("height", "width", "num_frames")}
         found["steps"] = self.steps or (entry.num_inference_steps if entry else DEFAULT_STEPS)
         return self.model_copy(update=found)
 

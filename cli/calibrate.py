@@ -70,6 +70,7 @@ def calibrate(
     guidance_scale: options.GuidanceOption = None,
     height: options.HeightOption = None,
     width: options.WidthOption = None,
+    num_frames: options.FramesOption = None,
     batch_size: options.BatchSizeOption = 8,
     budget_gb: Annotated[
         float, typer.Option("--budget-gb", help="What the set may take; else fewer samples are run.")
@@ -131,6 +132,7 @@ def calibrate(
         guidance_scale=guidance_scale,
         height=height,
         width=width,
+        num_frames=num_frames,
         batch_size=batch_size,
         store_dtype=store_dtype,
         budget_gb=budget_gb,

@@ -57,6 +57,7 @@ def evaluate(
     label: options.LabelOption = None,
     height: options.HeightOption = None,
     width: options.WidthOption = None,
+    num_frames: options.FramesOption = None,
     metrics: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,6 +118,7 @@ def evaluate(
         negative_prompt=negative_prompt,
         height=height,
         width=width,
+        num_frames=num_frames,
         seed=seed,
         batch_size=batch_size,
         metrics=tuple(metrics or ()),

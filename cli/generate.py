@@ -38,6 +38,7 @@ def generate(
     guidance_scale: options.GuidanceOption = None,
     height: options.HeightOption = None,
     width: options.WidthOption = None,
+    num_frames: options.FramesOption = None,
     batch_size: options.BatchSizeOption = 16,
     output: options.OutputOption = None,
     overwrite: options.OverwriteOption = False,
@@ -71,6 +72,7 @@ def generate(
         negative_prompt=negative_prompt,
         height=height,
         width=width,
+        num_frames=num_frames,
         batch_size=batch_size,
     )
     folder = generate_images(

@@ -145,6 +145,10 @@ WidthOption = Annotated[
     int | None,
     typer.Option("--width", min=1, help="Pixels.", show_default="the zoo's own, else the pipeline's"),
 ]
+FramesOption = Annotated[
+    int | None,
+    typer.Option("--num-frames", min=1, help="Frames of a clip.", show_default="the zoo's own, else the pipeline's"),
+]
 BatchSizeOption = Annotated[
     int, typer.Option("--batch-size", min=1, help="Images per pipeline call; larger: faster, more memory.")
 ]

@@ -53,6 +53,7 @@ class ZooEntry(Config):
     classes: int | list[Any] | dict[str, Any] | None = None
     height: int | None = Field(default=None, ge=1)  # pixels; None: the pipeline's own default is right
     width: int | None = Field(default=None, ge=1)
+    num_frames: int | None = Field(default=None, ge=1)  # of a clip; None: the pipeline's own, or it makes images
     judge: str | None = None  # a folder beside the pipeline's
 
     @field_validator("judge")

@@ -80,6 +80,7 @@ def evaluate_pipelines(
         negative_prompt=config.negative_prompt,
         height=config.height,
         width=config.width,
+        num_frames=config.num_frames,
         batch_size=config.batch_size,
     ).with_zoo_defaults(entry)
     absent: list[str] = []
@@ -220,6 +221,7 @@ def _settings(pipe: Any, request: RunRequest, config: EvaluateConfig) -> Setting
         negative_prompt=request.negative_prompt,
         height=request.height,
         width=request.width,
+        num_frames=request.num_frames,
         seed=config.seed,
         batch_size=request.batch_size,
         scheduler=type(pipe.scheduler).__name__,

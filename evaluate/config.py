@@ -21,6 +21,7 @@ class EvaluateConfig(Config):
     negative_prompt: str | None = None  # what guidance leads away from
     height: int | None = Field(default=None, ge=1)  # pixels; None: the zoo's own, else the pipeline's default
     width: int | None = Field(default=None, ge=1)
+    num_frames: int | None = Field(default=None, ge=1)  # of a clip; None: the zoo's own, else the pipeline's default
     seed: int = Field(default=0, ge=0)  # another seed: other noise
     batch_size: int = Field(default=16, ge=1)  # images per pipeline call; larger: faster, more memory
     metrics: tuple[str, ...] = ()  # names of metric files; empty: all that apply

@@ -1,4 +1,4 @@
-"""Sample images from a source into a folder of PNG files."""
+"""Sample images or clips from a source into a folder of PNG files."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ..runtime.request import RunRequest
 from ..runtime.trajectory import sample
 
 DEFAULT_STEPS = 50
+FRAME_MS = 125  # how long a frame of a clip is shown
 
 
 class GenerateConfig(Config):
@@ -36,6 +37,7 @@ class GenerateConfig(Config):
     negative_prompt: str | None = None  # what guidance leads away from
     height: int | None = Field(None, ge=1)  # pixels; None: the zoo's own, else the pipeline's default
     width: int | None = Field(None, ge=1)
+    num_frames: int | None = Field(None, ge=1)  # of a clip; None: the zoo's own, else the pipeline's default
     batch_size: int = Field(16, ge=1)  # images per pipeline call; larger: faster, more memory
 
 
@@ -51,6 +53,8 @@ def generate_images(
     reporter: Reporter | None = None,
 ) -> Path:
     """Sample and write `0000.png`, `0001.png`, ... into a folder, which appears only when all are there.
+
+    Clips are animated PNG files: lossless, and what shows no animation shows the first frame.
 
     Args:
         output: the folder; default `./<source>-images`.
@@ -77,6 +81,7 @@ def generate_images(
         negative_prompt=config.negative_prompt,
         height=config.height,
         width=config.width,
+        num_frames=config.num_frames,
         batch_size=config.batch_size,
     ).with_zoo_defaults(entry)
     images = sample(pipe, request, reporter=reporter).images
@@ -112,7 +117,9 @@ def _write(images: Tensor, target: Path) -> None:
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         for number, image in enumerate(images):
-            to_pil(image).save(aside / f"{number:04d}.png")
+            first, *others = [to_pil(frame) for frame in image.reshape(-1, *image.shape[-3:])]
+            animated = {"save_all": True, "append_images": others, "duration": FRAME_MS} if others else {}
+            first.save(aside / f"{number:04d}.png", **animated)
         aside.chmod(0o755)
         if target.exists():
             shutil.rmtree(target)

@@ -1,14 +1,19 @@
-"""One picture that shows what the numbers mean: a row per source, a column per noise, the reference on top."""
+"""One picture that shows what the numbers mean: a row per source, a column per noise, the reference on top.
+
+A clip is a strip of frames, the first on top.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 SMALLEST_CELL, LARGEST_CELL = 96, 256  # pixels: small images are enlarged so that a person sees them
+SMALLEST_FRAME, LARGEST_FRAME, MOST_FRAMES = 64, 128, 8  # of a clip; longer ones show frames at even distances
 GAP, MARGIN, FONT_SIZE = 6, 12, 15
 PAPER, INK, MUTED = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 
@@ -17,7 +22,8 @@ def write_grid(rows: list[tuple[str, str, Tensor]], file: Path) -> None:
     """Write the picture as PNG.
 
     Args:
-        rows: label, second line of the label, and images (N, C, H, W) in [0, 1], for every source.
+        rows: label, second line of the label, and images (N, C, H, W) or clips (N, F, C, H, W) in [0, 1], for every
+            source.
         file: where to write.
     """
     draw_grid(rows).save(file)
@@ -43,14 +49,27 @@ def draw_grid(rows: list[tuple[str, str, Tensor]]) -> Image.Image:
     return picture
 
 
-def _cell(image: Tensor) -> Image.Image:
+def _cell(sample: Tensor) -> Image.Image:
+    """One image (C, H, W), or some frames of a clip (F, C, H, W) from top to bottom."""
+    if sample.ndim == 3:
+        return _frame(sample, SMALLEST_CELL, LARGEST_CELL)
+    chosen = torch.linspace(0, len(sample) - 1, min(len(sample), MOST_FRAMES)).round().long()
+    frames = [_frame(sample[index], SMALLEST_FRAME, LARGEST_FRAME) for index in chosen]
+    width, height = frames[0].size
+    strip = Image.new("RGB", (width, len(frames) * (height + 1) - 1), PAPER)
+    for number, frame in enumerate(frames):
+        strip.paste(frame, (0, number * (height + 1)))
+    return strip
+
+
+def _frame(image: Tensor, smallest: int, largest: int) -> Image.Image:
     """One image (C, H, W), enlarged without smoothing or shrunk with it."""
     channels = image if image.shape[0] in (1, 3) else image[:1]
     pixels = (channels.expand(3, -1, -1).movedim(0, -1).numpy() * 255).round().astype(numpy.uint8)
     cell = Image.fromarray(pixels)
     longest = max(cell.size)
-    if longest < SMALLEST_CELL:
-        factor = -(-SMALLEST_CELL // longest)
+    if longest < smallest:
+        factor = -(-smallest // longest)
         return cell.resize((cell.width * factor, cell.height * factor), Image.Resampling.NEAREST)
-    cell.thumbnail((LARGEST_CELL, LARGEST_CELL), Image.Resampling.LANCZOS)
+    cell.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     return cell

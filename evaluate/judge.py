@@ -1,7 +1,8 @@
 """The judge of a zoo pipeline: a small classifier, and the statistics of its features on real images.
 
-It answers one question (which digit?) or several, each by a head: a stretch of its logits, one for each label.
-Letters: N images, D feature width, Q questions (heads).
+It answers one question (which digit?) or several, each by a head: a stretch of its logits, one for each label. A judge
+of clips reads pairs of their frames, see `clip.py`.
+Letters: N images or clips, F frames, D feature width, Q questions (heads).
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from ..core.errors import ModelError
 from ..core.safe_read import read_json
 from ..core.zoo import ZooEntry
 from .caption import CaptionReader, Grammar, Head, Scene
+from .clip import ClipReader, clip_answers, clip_features, pairs_of
 
 BATCH = 256
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What the judge says of images."""
+    """What the judge says of images or clips."""
 
     features: Tensor  # (N, D) float32
-    answers: Tensor  # (N, Q) int64, the likeliest label of every head
+    answers: Tensor  # (N, Q) int64, the likeliest label of every head; clips: (N, F + 1), see `clip_answers`
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,15 @@ class Judge:
     covariance: Tensor  # (D, D) float64
     heads: tuple[Head, ...] = ()  # none: all logits are one head
     reader: CaptionReader | None = None  # of the captions that it can check
+    clip_reader: ClipReader | None = None  # the same for a judge of clips
 
     def fits(self, images: Tensor) -> bool:
-        """Whether images (N, C, H, W) have the size that the judge was trained on."""
+        """Whether images (N, C, H, W) or clips (N, F, C, H, W) have the size that the judge was trained on."""
         return list(images.shape[1:]) == self.facts["input_size"]
 
     @torch.inference_mode()
     def look(self, images: Tensor) -> Judged:
-        """Judge images (N, C, H, W) in [0, 1].
+        """Judge images (N, C, H, W) or clips (N, F, C, H, W) in [0, 1].
 
         Raises:
             ModelError: they do not have the size that the judge was trained on.
@@ -61,14 +64,20 @@ class Judge:
                 mend="Evaluate without the metrics that need a judge.",
             )
         low, high = self.facts["value_range"]
-        features, answers = [], []
-        for batch in (images * (high - low) + low).split(BATCH):
-            pooled = self.model.base_model(batch).pooler_output
-            features.append(pooled.flatten(1))
-            logits = self.model.classifier(pooled)
-            widths = [len(head.labels) for head in self.heads] or [logits.shape[-1]]
-            answers.append(torch.stack([head.argmax(dim=-1) for head in logits.split(widths, dim=-1)], dim=-1))
-        return Judged(torch.cat(features), torch.cat(answers))
+        scaled = images * (high - low) + low
+        if self.clip_reader is not None:
+            pairs = pairs_of(scaled)
+            features, logits = (part.unflatten(0, pairs.shape[:2]) for part in self._read(pairs.flatten(0, 1)))
+            return Judged(clip_features(features), clip_answers(logits, self.heads))
+        features, logits = self._read(scaled)
+        widths = [len(head.labels) for head in self.heads] or [logits.shape[-1]]
+        answers = torch.stack([head.argmax(dim=-1) for head in logits.split(widths, dim=-1)], dim=-1)
+        return Judged(features, answers)
+
+    def _read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, D) and logits of images on the judge's scale."""
+        pooled = torch.cat([self.model.base_model(batch).pooler_output for batch in images.split(BATCH)])
+        return pooled.flatten(1), self.model.classifier(pooled)
 
     def scenes(self, judged: Judged) -> list[Scene]:
         """What it saw in every image, in words."""
@@ -94,7 +103,7 @@ def load_judge(entry: ZooEntry) -> Judge | None:
     statistics = load_file(folder / "reference.safetensors")
     facts = read_json(folder / "reference.json")
     model = _quiet(AutoModelForImageClassification.from_pretrained, folder).eval()
-    heads, reader = _questions(folder, facts, model.config.num_labels)
+    heads, reader, clip_reader = _questions(folder, facts, model.config.num_labels)
     return Judge(
         name=entry.judge,
         model=model,
@@ -103,19 +112,23 @@ def load_judge(entry: ZooEntry) -> Judge | None:
         covariance=statistics["covariance"].double(),
         heads=heads,
         reader=reader,
+        clip_reader=clip_reader,
     )
 
 
 _AGAIN = "Install its zoo again: dacc, or what was added by dacc zoo add."
 
 
-def _questions(folder: Path, facts: dict[str, Any], num_labels: int) -> tuple[tuple[Head, ...], CaptionReader | None]:
-    """The heads of a judge, and the reader of the captions that they can check."""
+def _questions(
+    folder: Path, facts: dict[str, Any], num_labels: int
+) -> tuple[tuple[Head, ...], CaptionReader | None, ClipReader | None]:
+    """The heads of a judge, and the reader of the captions that they can check: of images or of clips."""
     try:
         heads = tuple(Head.model_validate(head) for head in facts.get("heads", ()))
         if heads and sum(len(head.labels) for head in heads) != num_labels:
             raise ValueError(f"heads do not share out the {num_labels} logits")
-        return heads, CaptionReader(Grammar.model_validate(facts["caption"]), heads) if "caption" in facts else None
+        reader = CaptionReader(Grammar.model_validate(facts["caption"]), heads) if "caption" in facts else None
+        return heads, reader, ClipReader(facts["captions"], heads) if "captions" in facts else None
     except ValidationError as error:
         problem = error.errors()[0]["msg"]
     except ValueError as error:

@@ -18,6 +18,7 @@ TITLES = {  # metric -> what a person reads, in this order
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
     "fid": "FID (judge)",
+    "frechet_video": "Frechet video distance (judge)",
     "class_accuracy": "class accuracy",
     "class_agreement": "class agreement",
     "caption_accuracy": "whole caption right",
@@ -25,6 +26,8 @@ TITLES = {  # metric -> what a person reads, in this order
     "shape_accuracy": "  both shapes right",
     "colour_accuracy": "  both colours right",
     "size_accuracy": "  both sizes right",
+    "digit_accuracy": "  frames with the right digit",
+    "motion_accuracy": "  moving the right way",
 }
 SHARES = ("_accuracy", "_agreement")  # endings of metrics that are shares of images
 MISSING = "-"
@@ -64,7 +67,9 @@ def remarks(evaluation: Evaluation) -> list[str]:
     lines = ["In brackets: 95 % intervals over images; for times the fastest and slowest repeat."]
     if evaluation.judge_fid_between_halves is not None:
         halves = evaluation.judge_fid_between_halves
-        lines.append(f"FID uses {evaluation.judge}: real images against real images give {halves:.3g}.")
+        video = any("frechet_video" in report.metrics for report in evaluation.sources)
+        what, of = ("The Frechet video distance", "clips") if video else ("FID", "images")
+        lines.append(f"{what} uses {evaluation.judge}: real {of} against real {of} give {halves:.3g}.")
     noted: dict[str, dict[str, None]] = {}  # note -> the titles that it belongs to, each once and in order
     for name, metric in ((name, metric) for report in evaluation.sources for name, metric in report.metrics.items()):
         if metric.note:

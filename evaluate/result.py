@@ -76,6 +76,7 @@ class Settings(Config):
     negative_prompt: str | None = None
     height: int | None = None  # pixels; None: the pipeline's default
     width: int | None = None
+    num_frames: int | None = None  # of a clip; None: the pipeline's default, or it makes images
     seed: int
     batch_size: int
     scheduler: str

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .block import Block
+from .entry import watch_entry
 from .grams import some_rows
 from .layerwise import ROWS, check_finite
 
@@ -40,7 +40,7 @@ def entering_of(block: Block, names: Sequence[str]) -> dict[str, Entering]:
     """
     calls = max(1, len(block.sightings))
     watched = {name: _Watched(-(-ROWS // calls), -(-KEPT // calls)) for name in names}
-    hooks = [block.layers[name].register_forward_pre_hook(watch) for name, watch in watched.items()]
+    hooks = [watch_entry(block.layers[name], watch) for name, watch in watched.items()]
     try:
         for sighting in block.sightings:
             block.run(sighting)
@@ -65,8 +65,8 @@ class _Watched:
         self._count = 0
         self.kept: list[Tensor] = []
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach().flatten(0, -2)
+    def __call__(self, layer: nn.Module, x: Tensor) -> None:
+        x = x.detach().flatten(0, -2)
         self._absmax = torch.maximum(self._absmax, x.abs().amax(0).float())
         self._lowest = torch.minimum(self._lowest.to(x.device), x.amin().float())
         rows = some_rows(layer, x, self._counted, seed=self._count).float()

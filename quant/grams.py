@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .entry import watch_entry
+
 
 class Grams:
     """Gathers the gram matrices of some layers; a context manager.
@@ -26,7 +28,7 @@ class Grams:
         self._rows_per_call = rows_per_call
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._hooks = [layer.register_forward_pre_hook(self._gather(name)) for name, layer in layers.items()]
+        self._hooks = [watch_entry(layer, self._gather(name)) for name, layer in layers.items()]
 
     def __enter__(self) -> Grams:
         return self
@@ -42,9 +44,9 @@ class Grams:
         return self._sums[name] / self._counts[name] if name in self._counts else None
 
     def _gather(self, name: str) -> Any:
-        def gather(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        def gather(layer: nn.Module, x: Tensor) -> None:
             count = self._counts.get(name, 0)
-            rows = some_rows(layer, args[0], self._rows_per_call, seed=count).float()
+            rows = some_rows(layer, x, self._rows_per_call, seed=count).float()
             if name not in self._sums:
                 self._sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
             self._sums[name].addmm_(rows.T, rows)

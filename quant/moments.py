@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from ..runtime.activation import ActivationScale
 from ..runtime.clock import fixed_run
 from ..runtime.weight import to_rows
 from .block import Block, Sighting
+from .entry import watch_entry
 from .grams import has_grams, some_rows
 from .layerwise import check_finite
 from .ranges import Finder, Record, Search, observed, scale_of
@@ -183,11 +183,11 @@ def _caught(layer: nn.Module) -> Iterator[list[Tensor]]:
     """Stops a run in front of a layer and keeps what was to enter it."""
     found: list[Tensor] = []
 
-    def catch(_: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0].detach())
+    def catch(_: nn.Module, x: Tensor) -> None:
+        found.append(x.detach())
         raise _Seen
 
-    hook = layer.register_forward_pre_hook(catch)
+    hook = watch_entry(layer, catch)
     try:
         yield found
     finally:

@@ -23,6 +23,7 @@ from ..core.scheme import Scheme
 from ..runtime.activation import ActivationScale
 from ..runtime.clock import current_run
 from .block import Block, Treated
+from .entry import watch_entry
 from .simulate import Rounding, channel_axis, put_bias_, put_weight_, rounding_of
 
 Search = Literal["minmax", "mse"]
@@ -69,8 +70,7 @@ def observe(block: Block, names: list[str]) -> dict[str, list[list[Record]]]:
     """Run the unit on its calls; for each layer and part, what entered with the number of the call."""
     found: dict[str, list[list[Record]]] = {name: [[] for _ in range(block.scheme(name).parts)] for name in names}
     hooks = [
-        block.layers[name].register_forward_pre_hook(_watch(name, block.scheme(name), found[name], block.seed))
-        for name in names
+        watch_entry(block.layers[name], _watch(name, block.scheme(name), found[name], block.seed)) for name in names
     ]
     try:
         # A layer is watched before it is rounded itself, behind layers that are rounded already
@@ -84,9 +84,9 @@ def observe(block: Block, names: list[str]) -> dict[str, list[list[Record]]]:
 
 
 def _watch(name: str, scheme: Scheme, found: list[list[Record]], seed: int) -> Any:
-    def watch(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def watch(layer: nn.Module, x: Tensor) -> None:
         state = current_run()
-        parts = observed(name, scheme, layer, args[0], seed + len(found[0]))
+        parts = observed(name, scheme, layer, x, seed + len(found[0]))
         for records, seen in zip(found, parts, strict=True):
             records.append((state.call if state else 0, seen))
 

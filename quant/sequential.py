@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..core.scheme import Scheme
 from ..runtime.weight import to_rows
 from .block import Block, Treated
+from .entry import watch_entry
 from .grid import Grid, find_grid
 from .layerwise import BASELINE
 from .methods import gptq, rtn
@@ -134,8 +135,8 @@ def levels(block: Block) -> list[list[str]]:
     names = {id(layer): name for name, layer in block.layers.items()}
     kept: list[Tensor] = []  # so that no address is used twice
 
-    def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        x, name = args[0], names[id(layer)]
+    def note(layer: nn.Module, x: Tensor) -> None:
+        name = names[id(layer)]
         kept.append(x)
         scheme = block.scheme(name)
         geometry = [
@@ -146,7 +147,7 @@ def levels(block: Block) -> list[list[str]]:
         if not any(name in level for level in found.values()):
             found.setdefault(key, []).append(name)
 
-    hooks = [layer.register_forward_pre_hook(note) for layer in block.layers.values()]
+    hooks = [watch_entry(layer, note) for layer in block.layers.values()]
     try:
         for sighting in block.sightings[:1]:
             block.run(sighting)

@@ -16,6 +16,7 @@ from ..runtime.clock import current_run
 from ..runtime.kernels_round import quantize_rows
 from ..runtime.low_rank import add_low_rank, shifted, smoothed
 from ..runtime.weight import QuantizedWeight
+from .entry import watch_entry
 
 Rounding = Callable[[Tensor], Tensor]
 Branch = Callable[[Tensor], Tensor]  # what a low-rank branch gives for inputs (..., K): (..., O)
@@ -31,7 +32,7 @@ class RoundedInputs:
         for name, scheme in schemes.items():
             if scheme.act_bits < 16:  # hooked now: a call that stands still in front of a layer sees no later hook
                 layer = model.get_submodule(name)
-                layer.register_forward_pre_hook(self._round(name, layer))
+                watch_entry(layer, self._round(name, layer))
                 layer.register_forward_hook(self._give_back(name, layer))
 
     def put(self, name: str, rounding: Rounding | None, branch: Branch | None = None) -> None:
@@ -57,14 +58,14 @@ class RoundedInputs:
             self._ways, self._branches = before
 
     def _round(self, name: str, own: nn.Module) -> Any:
-        def round_input(layer: nn.Module, args: tuple[Any, ...]) -> Any:
+        def round_input(layer: nn.Module, x: Tensor) -> Tensor | None:
             rounding = self._ways.get(name) if layer is own else None  # a copy of the model has the same hooks
             if rounding is None:
                 return None
-            rounded = rounding(args[0])
+            rounded = rounding(x)
             if name in self._branches:
-                self._taken[name] = args[0] - rounded
-            return (rounded, *args[1:])
+                self._taken[name] = x - rounded
+            return rounded
 
         return round_input
 

@@ -14,9 +14,12 @@ from torch import nn
 from ..core.cache_plan import BlockRange, ModuleUnit, UnetCut, UnetEncoder, Unit
 from ..core.errors import ModelError, UnsupportedError
 
-# whose forward is the plain one: residual layers and attentions in turn, then the sampler
+# whose forward is the plain one: residual layers, attentions and motion modules in turn, then the sampler
 DOWN_BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"}
+DOWN_BLOCKS |= {"DownBlockMotion", "CrossAttnDownBlockMotion"}
 UP_BLOCKS = {"UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D"}
+UP_BLOCKS |= {"UpBlockMotion", "CrossAttnUpBlockMotion"}
+BEHIND = ("attentions", "motion_modules")  # what runs behind every residual layer, where a block has it
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,13 @@ def _cut(denoiser: nn.Module, unit: UnetCut) -> Layout:
 
 
 def _layers_of(block: nn.Module, name: str, first: int, end: int | None) -> list[str]:
-    """Residual layers first ... end - 1 of a block with their attentions; up to the sampler with end None."""
+    """Residual layers first ... end - 1 of a block with what runs behind them; up to the sampler with end None."""
     residuals: nn.ModuleList = block.resnets  # type: ignore[assignment]
-    attentions = getattr(block, "attentions", None)
+    behind = [kind for kind in BEHIND if getattr(block, kind, None) is not None]
     found = []
     for number in range(first, len(residuals) if end is None else end):
         found.append(f"{name}.resnets.{number}")
-        if attentions is not None:
-            found.append(f"{name}.attentions.{number}")
+        found += [f"{name}.{kind}.{number}" for kind in behind]
     if end is None:
         found += [f"{name}.downsamplers.{number}" for number in range(len(getattr(block, "downsamplers", None) or ()))]
     return found

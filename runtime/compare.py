@@ -1,6 +1,6 @@
 """How far two runs from the same noise are apart.
 
-Letters: N samples, C channels, H height, W width.
+Letters: N samples, F frames of a clip, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Samples:
     """Results of one request, on the CPU."""
 
     latents: Tensor  # (N, ...) float32, the last sample that the scheduler made; (N, C, H, W) for images
-    images: Tensor  # (N, C, H, W) float32 in [0, 1]
+    images: Tensor  # (N, C, H, W) float32 in [0, 1]; clips: (N, F, C, H, W)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -48,20 +48,22 @@ def relative_l2(reference: Tensor, other: Tensor) -> Tensor:
 
 
 def psnr(reference: Tensor, other: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of every image in [0, 1]: (N,) from two (N, C, H, W); at most 100."""
+    """Peak signal-to-noise ratio in dB of every image (N, C, H, W) or clip (N, F, C, H, W) in [0, 1]; at most 100."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    values: Tensor = peak_signal_noise_ratio(other, reference, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    within = tuple(range(1, reference.ndim))
+    values: Tensor = peak_signal_noise_ratio(other, reference, data_range=1.0, reduction="none", dim=within)
     return values.clamp(max=MAX_PSNR)
 
 
 def ssim(reference: Tensor, other: Tensor) -> Tensor:
-    """Structural similarity of every image in [0, 1]: (N,) from two (N, C, H, W).
+    """Structural similarity of every image (N, C, H, W) in [0, 1], or the mean over the frames of every clip: (N,).
 
     The usual 11 x 11 Gaussian window (sigma 1.5) for images of at least 16 pixels, a smaller one below.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     sigma = min(1.5, min(reference.shape[-2:]) / 11)
-    values = structural_similarity_index_measure(other, reference, sigma=sigma, data_range=1.0, reduction="none")
-    return torch.as_tensor(values).reshape(-1)
+    first, second = reference.flatten(0, -4), other.flatten(0, -4)
+    values = structural_similarity_index_measure(second, first, sigma=sigma, data_range=1.0, reduction="none")
+    return torch.as_tensor(values).reshape(len(reference), -1).mean(dim=1)

@@ -58,13 +58,14 @@ class _IntegerLayer(QuantizedLayer):
 class QuantizedLinear(_IntegerLayer, nn.Linear):  # type: ignore[override]
     """`y = x W^T + b` with W held as integers, and what they leave out beside them."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    # the argument has torch's name: some models give it by name
+    def forward(self, input: Tensor) -> Tensor:
         if self.scheme.act_bits == 16 and self.prefer == "speed":
-            return functional.linear(hidden_states, self.float_weight(hidden_states), self.bias)
-        entering = smoothed(hidden_states, self.smoothing)
+            return functional.linear(input, self.float_weight(input), self.bias)
+        entering = smoothed(input, self.smoothing)
         rounded = entering
         if self.act_shift is not None:
-            rounded = smoothed(shifted(hidden_states, self.act_shift), self.smoothing)
+            rounded = smoothed(shifted(input, self.act_shift), self.smoothing)
         if self.scheme.act_group_size is not None:
             y = self._run_groups(rounded, self.scheme.act_group_size)
         elif self.scheme.act_bits < 16:
@@ -96,9 +97,9 @@ class QuantizedLinear(_IntegerLayer, nn.Linear):  # type: ignore[override]
 
 
 class _QuantizedConv(QuantizedLayer):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        weight = self.float_weight(hidden_states)
-        return self._conv_forward(hidden_states, weight, self.bias)  # type: ignore[operator]
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.float_weight(input)
+        return self._conv_forward(input, weight, self.bias)  # type: ignore[operator]
 
 
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):  # type: ignore[override]
@@ -108,13 +109,13 @@ class QuantizedConv1d(_QuantizedConv, nn.Conv1d):  # type: ignore[override]
 class QuantizedConv2d(_QuantizedConv, _IntegerLayer, nn.Conv2d):  # type: ignore[override]
     """2-D convolution with integer weights and, by scheme, integer activations."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.scheme.act_bits == 16:
-            return super().forward(hidden_states)
+            return super().forward(input)
         if self._pads_before():
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            hidden_states = functional.pad(hidden_states, self._reversed_padding_repeated_twice, mode=mode)
-        return self.run_integers(hidden_states, 1)
+            input = functional.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+        return self.run_integers(input, 1)
 
     def _pads_before(self) -> bool:
         """Whether the floats are padded; else the integers are, which is faster."""

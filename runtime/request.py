@@ -37,6 +37,7 @@ class RunRequest(Config):
     negative_prompts: tuple[str, ...] | None = None  # in its place: several, dealt in turn too
     height: int | None = Field(default=None, ge=1)  # pixels; None: the pipeline's default
     width: int | None = Field(default=None, ge=1)
+    num_frames: int | None = Field(default=None, ge=1)  # of a clip; None: the pipeline's default
     batch_size: int = Field(default=16, ge=1)  # samples per pipeline call; larger: faster, more memory
 
     @model_validator(mode="after")
@@ -46,7 +47,7 @@ class RunRequest(Config):
         return self
 
     def with_zoo_defaults(self, entry: ZooEntry | None) -> RunRequest:
-        """Guidance, classes, prompts and size of a zoo pipeline where the request leaves them open.
+        """Guidance, classes, prompts, size and frames of a zoo pipeline where the request leaves them open.
 
         Raises:
             ModelError: the zoo pipeline's list of prompts is missing or damaged.
@@ -59,6 +60,7 @@ class RunRequest(Config):
             "prompts": self.prompts or entry.evaluation_prompts or None,
             "height": self.height or entry.height,
             "width": self.width or entry.width,
+            "num_frames": self.num_frames or entry.num_frames,
         }
         return self.model_copy(update=defaults)
 
@@ -95,7 +97,7 @@ def call_arguments(pipe: Any, request: RunRequest, positions: Sequence[int]) -> 
     else:
         arguments["batch_size"] = len(positions)
     arguments |= _guidance(pipe, parameters, request, positions)
-    for name in ("height", "width"):
+    for name in ("height", "width", "num_frames"):
         if (value := getattr(request, name)) is not None:
             arguments[name] = value
     _check_arguments(type(pipe).__name__, parameters, arguments, request)

@@ -1,7 +1,7 @@
 """Run a pipeline from fixed noise, capture what enters its denoiser, and measure what a treatment changed.
 
 Every sample draws its noise from a generator of its own, so it does not depend on the batch that it is in.
-Letters: N samples, C channels, H height, W width.
+Letters: N samples, F frames of a clip, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def sample(pipe: Any, request: RunRequest, *, reporter: Reporter | None = None) 
 
 
 def run_batch(pipe: Any, request: RunRequest, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """One pipeline call for some samples of a request: their latents (N, ...) and images (N, C, H, W)."""
+    """One pipeline call for some samples of a request: their latents (N, ...) and images or clips."""
     last: list[Tensor] = []
 
     def keep(prev_sample: Tensor) -> None:
@@ -208,7 +208,8 @@ def _tell_other_size(images: Tensor, request: RunRequest, reporter: Reporter) ->
 
 
 def _as_images(output: Any) -> Tensor:
-    """Images of a pipeline output as (N, C, H, W) float32 in [0, 1]: tensors, arrays (N, H, W, C) or PIL images."""
+    """Images of a pipeline output as (N, C, H, W) float32 in [0, 1], clips as (N, F, C, H, W): tensors, arrays with the
+    channels last, or PIL images."""
     images = output.images if hasattr(output, "images") else output.frames if hasattr(output, "frames") else output[0]
     if isinstance(images, list):
         images = numpy.stack([numpy.asarray(image) for image in images])
@@ -217,7 +218,7 @@ def _as_images(output: Any) -> Tensor:
         scale = 255.0 if images.dtype == numpy.uint8 else 1.0
         images = torch.from_numpy(images).movedim(-1, -3) / scale
     tensor: Tensor = images
-    return tensor.detach().float().cpu().flatten(0, -4).clamp(0, 1)  # videos: frames are images
+    return tensor.detach().float().cpu().clamp(0, 1)
 
 
 @contextmanager

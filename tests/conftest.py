@@ -174,6 +174,28 @@ def _flux_pipeline() -> Any:
     return pipe
 
 
+@functools.cache
+def _video_pipeline() -> Any:
+    import torch
+    from diffusers import AnimateDiffPipeline, DDIMScheduler, UNetMotionModel
+
+    torch.manual_seed(0)
+    unet = UNetMotionModel(
+        sample_size=16,
+        layers_per_block=(1, 1),
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+        cross_attention_dim=32,
+        down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion"),
+        up_block_types=("CrossAttnUpBlockMotion", "UpBlockMotion"),
+    ).eval()
+    pipe = AnimateDiffPipeline(_rgb_vae(), _clip(), _tokenizer(), unet, None, DDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture
 def unet_pipeline() -> Callable[[], Any]:
     """Makes fresh unconditional DDIM pipelines of 16 x 16 x 1 images; all hold the same weights."""
@@ -196,6 +218,12 @@ def sd_pipeline() -> Callable[[], Any]:
 def flux_pipeline() -> Callable[[], Any]:
     """Makes fresh Flux pipelines without distilled guidance; they make 32 x 32 x 3 images only when asked to."""
     return lambda: copy.deepcopy(_flux_pipeline())
+
+
+@pytest.fixture
+def video_pipeline() -> Callable[[], Any]:
+    """Makes fresh AnimateDiff pipelines; their clips are of 32 x 32 x 3 pixels. All hold the same weights."""
+    return lambda: copy.deepcopy(_video_pipeline())
 
 
 @pytest.fixture(scope="session")
@@ -227,6 +255,14 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Flux pipeline as a folder; not to be changed."""
     folder = tmp_path_factory.mktemp("pipelines") / "tiny-flux"
     copy.deepcopy(_flux_pipeline()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The AnimateDiff pipeline as a folder; not to be changed."""
+    folder = tmp_path_factory.mktemp("pipelines") / "tiny-video"
+    copy.deepcopy(_video_pipeline()).save_pretrained(folder)
     return folder
 
 

@@ -1,4 +1,5 @@
-"""Frechet distance (Heusel et al., 2017, arXiv 1706.08500) of the judge's features to those of real images:
+"""Frechet distance (Heusel et al., 2017, arXiv 1706.08500) of the judge's features to those of real images, `fid`, or
+of real clips, `frechet_video` (as the FVD of Unterthiner et al., 2018, arXiv 1812.01717):
 
     d = |m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2))
 
@@ -27,8 +28,9 @@ def compute(case: Case) -> dict[str, Metric]:
     if count < 2:
         return {}
     distance = frechet_distance(*gaussian(features), case.judge.mean, case.judge.covariance)
-    note = None if count >= ENOUGH_IMAGES else f"from {count} images only; biased upwards below {ENOUGH_IMAGES}"
-    return {"fid": Metric(value=distance, count=count, better="lower", note=note)}
+    note = None if count >= ENOUGH_IMAGES else f"from {count} samples only; biased upwards below {ENOUGH_IMAGES}"
+    name = "fid" if case.judge.clip_reader is None else "frechet_video"
+    return {name: Metric(value=distance, count=count, better="lower", note=note)}
 
 
 def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:

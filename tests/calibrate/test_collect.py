@@ -50,6 +50,7 @@ def check_against_the_pipeline(watch: Watch, calls: list[Any]) -> None:
         ("zoo:digits-dit", {}, {"both": 6}),
         ("sd_folder", GUIDED, {"both": 6}),
         ("flux_folder", GUIDED, {"cond": 6, "uncond": 6}),
+        ("video_folder", {"guidance_scale": 2.0, "num_frames": 2}, {"both": 6}),
     ],
 )
 def test_each_branch_is_kept_evenly_and_replays_bit_for_bit(

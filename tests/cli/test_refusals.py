@@ -95,6 +95,7 @@ def test_quantize_refuses_a_wrong_option(dacc, pipeline, unchanged, options, adv
         (["generate", "--class", "3"], "Leave"),
         (["generate", "--height", "0"], "dacc generate --help"),
         (["generate", "--height", "16"], "does not take height"),
+        (["generate", "--num-frames", "8"], "does not take num_frames"),
         (["generate", "--negative-prompt", "blurry"], "does not take negative_prompt"),
         (["generate", "--prompts", "nowhere.txt"], "Give a text file"),
         (["generate", "--prompts", "pipe"], "Give a text file"),

@@ -33,6 +33,11 @@ UNITS = {
     "conditional cut": ("sd_pipeline", CUT),
     "conditional cut at cross attention": ("sd_pipeline", UnetCut(id="deep", block=1, layer=0)),
     "conditional encoder": ("sd_pipeline", ENCODER),
+    "cut of clips": ("video_pipeline", CUT),
+    "cut of clips at cross attention": ("video_pipeline", UnetCut(id="deep", block=1, layer=0)),
+    "cut of clips at the last layer": ("video_pipeline", UnetCut(id="deep", block=0, layer=1)),
+    "encoder of clips": ("video_pipeline", ENCODER),
+    "motion module": ("video_pipeline", module("up_blocks.1.motion_modules.0")),
     "residual of a block": ("dit_pipeline", blocks(1, 2)),
     "output of blocks": ("dit_pipeline", blocks(0, 2, store="output")),
     "attention": ("dit_pipeline", module("transformer_blocks.1.attn1")),
@@ -46,6 +51,8 @@ EVERY_UNIT = pytest.mark.parametrize(("kind", "unit"), UNITS.values(), ids=UNITS
 
 def request_of(pipe: Any, **fields: Any) -> RunRequest:
     sized = {"height": 32, "width": 32} if isinstance(pipe, diffusers.FluxPipeline) else {}
+    if isinstance(pipe, diffusers.AnimateDiffPipeline):
+        sized = {"num_frames": 3}
     return RunRequest(**{"seeds": (1, 2), "num_inference_steps": 4, **sized, **fields})
 
 

@@ -232,3 +232,11 @@ def test_packed_weights_count_as_the_parameters_that_they_stand_for():
     before = sum(parameter.numel() for parameter in model.parameters())
     swap_layers_(model, {"0": Scheme(bits=3), "1": Scheme(bits=8)})
     assert count_parameters(model) == before
+
+
+def test_the_argument_has_torchs_name() -> None:
+    """diffusers' motion modules give it by name."""
+    _, linear, x = make("linear", WEIGHT_ONLY[0])
+    assert torch.equal(linear(input=x), linear(x))
+    _, conv, image = make("conv2d", ACTIVATIONS[0])
+    assert torch.equal(conv(input=image), conv(image))

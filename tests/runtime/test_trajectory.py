@@ -42,6 +42,27 @@ def test_samples_do_not_depend_on_the_batch_they_are_in(kind: str, request: pyte
     assert not torch.equal(first.images[0], first.images[1])
 
 
+def test_clips_keep_their_frames_and_do_not_depend_on_the_batch(video_pipeline: Callable[[], Any]) -> None:
+    pipe = video_pipeline()
+    together = RunRequest(seeds=(3, 4, 5), num_inference_steps=2, num_frames=3, guidance_scale=2.0)
+    first, second = sample(pipe, together), sample(pipe, together.model_copy(update={"batch_size": 2}))
+    assert len(first) == 3
+    assert first.images.shape == (3, 3, 3, 32, 32)
+    assert first.latents.shape == (3, 4, 3, 16, 16)
+    torch.testing.assert_close(first.latents, second.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_likeness_of_clips_is_one_number_for_each() -> None:
+    first = torch.rand(2, 3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    second = (first + torch.tensor([0.0, 0.1])[:, None, None, None, None]).clamp(0, 1)
+    assert psnr(first, second).shape == (2,)
+    assert psnr(first, second)[0] == MAX_PSNR
+    error = (first[1] - second[1]).square().mean()
+    assert psnr(first, second)[1].item() == pytest.approx(-10 * math.log10(error.item()), abs=1e-3)
+    frames = ssim(first.flatten(0, 1), second.flatten(0, 1)).reshape(2, 3)
+    torch.testing.assert_close(ssim(first, second), frames.mean(dim=1))
+
+
 def test_latents_are_the_last_sample_of_the_scheduler(unet_pipeline: Callable[[], Any]) -> None:
     result = sample(unet_pipeline(), RunRequest(seeds=(1, 2), num_inference_steps=2))
     torch.testing.assert_close((result.latents / 2 + 0.5).clamp(0, 1), result.images)

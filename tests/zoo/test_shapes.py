@@ -100,10 +100,11 @@ def test_the_two_readers_of_captions_and_their_scores_agree(scripts: dict[str, M
 
 def test_every_word_of_the_captions_is_one_token(scripts: dict[str, ModuleType]) -> None:
     stages = scripts["shapes_stages"]
-    clip, t5 = stages.make_clip_tokenizer(), stages.make_t5_tokenizer()
-    for word in stages.caption_words():
+    words = stages.caption_words()
+    clip, t5 = stages.make_clip_tokenizer(words, 16), stages.make_t5_tokenizer()
+    for word in words:
         assert len(clip.tokenize(word)) == len(t5.tokenize(word)) == 1
-    assert clip.get_vocab() == stages.make_clip_tokenizer().get_vocab()
+    assert clip.get_vocab() == stages.make_clip_tokenizer(words, 16).get_vocab()
     longest = "a small orange triangle to the right of a large purple square"
     assert (stages.tokenize(clip, [longest])[0, -2:] == clip.pad_token_id).all()
 

@@ -1,4 +1,4 @@
-"""Measure a finished zoo pipeline with its judge, and write its card and sample grid.
+"""Measure a finished zoo pipeline with its judge, and write its card and sample grid or strips.
 
     python zoo/train/judge.py digits-dit --samples 1000 --threads 2
 
@@ -23,10 +23,12 @@ from sampling import Asked, count_macs, denoiser_of, draw_samples
 from shapes import read_answers, scene_of, score
 from torch import Tensor
 from transformers import ResNetForImageClassification
+from video_card import measure_clips, write_strips, write_video_card
 
 ZOO = Path(__file__).resolve().parents[1]
 STAGES = {  # what was trained before the denoiser
     "digits-dit": ("digits-dit-vae",),
+    "digits-video": ("digits-video-vae", "digits-video-clip", "digits-video-frames"),
     "shapes-sd": ("shapes-vae", "shapes-clip"),
     "shapes-mmdit": ("shapes-vae", "shapes-clip", "shapes-t5"),
 }
@@ -64,6 +66,9 @@ def what_to_ask(folder: Path, entry: dict[str, Any], count: int) -> Asked:
 
 def measure(judge: Judge, images: Tensor, asked: Asked) -> dict[str, Any]:
     """What the judge says of the samples; `asked` says what each should show."""
+    if images.ndim == 5:
+        assert asked is not None
+        return measure_clips(judge.model, judge.real, judge.facts, images, [str(caption) for caption in asked])
     features, logits = judge.look(images)
     measured: dict[str, Any] = {
         "samples": len(images),
@@ -134,9 +139,10 @@ def main() -> None:
     print(json.dumps(measured, indent=2))
     if arguments.folder is None and not changed:
         training = training_facts(arguments.name, arguments.work)
-        write_card(ZOO / arguments.name, arguments.name, entry, {**measured, "training": training}, images, asked)
+        write = write_video_card if images.ndim == 5 else write_card
+        write(ZOO / arguments.name, arguments.name, entry, {**measured, "training": training}, images, asked)
     if arguments.grid is not None:
-        write_grid(images, arguments.grid)
+        (write_strips if images.ndim == 5 else write_grid)(images, arguments.grid)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Sample a zoo pipeline as its entry in zoo/index.json says, and count what one call of its denoiser costs.
 
-Letters: N samples, C channels, S pixels a side.
+Letters: N samples, F frames of a clip, C channels, S pixels a side.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Asked = list[int] | list[str] | None  # class labels, prompts, or nothing: one p
 
 
 def draw_samples(pipeline: DiffusionPipeline, entry: dict[str, Any], asked: Asked, count: int, seed: int) -> Tensor:
-    """Images (N, C, S, S) in [-1, 1]."""
+    """Images (N, C, S, S) or clips (N, F, C, S, S) in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     images = []
     for start in range(0, count, BATCH_SIZE):
@@ -29,7 +29,8 @@ def draw_samples(pipeline: DiffusionPipeline, entry: dict[str, Any], asked: Aske
             generator=generator,
             output_type="np",
         )
-        images.append(torch.from_numpy(output.images).permute(0, 3, 1, 2) * 2 - 1)
+        made = output.frames if "num_frames" in entry else output.images  # the channels last
+        images.append(torch.from_numpy(made).movedim(-1, -3) * 2 - 1)
     return torch.cat(images)
 
 
@@ -50,7 +51,8 @@ def call_arguments(
             "height": entry["height"],
             "width": entry["width"],
         }
-    return {"prompt": asked, "guidance_scale": guidance}
+    clip = {"num_frames": entry["num_frames"]} if "num_frames" in entry else {}
+    return {"prompt": asked, "guidance_scale": guidance, **clip}
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:

@@ -24,7 +24,9 @@ from shapes_stages import (
     encode_drawings,
     look_clip,
     look_t5,
+    make_prompts,
     save_pipeline,
+    seen_captions,
     tabulate,
     train_autoencoder,
     train_clip,
@@ -115,6 +117,7 @@ def main() -> None:
             FluxPipeline,
             folder,
             {"transformer": transformer, "vae": vae, "text_encoder": clip, "text_encoder_2": t5},
+            make_prompts(),
             tokenizer=tokenizer,
             tokenizer_2=tokenizer_2,
             scheduler=make_scheduler(),
@@ -123,7 +126,7 @@ def main() -> None:
     config = TrainConfig(
         name=NAME, steps=arguments.steps, batch_size=arguments.batch_size, learning_rate=1e-3, bf16=True, **shared
     )
-    captions = tabulate(look)
+    captions = tabulate(look, seen_captions())
     torch.manual_seed(arguments.seed)  # the same start whether the other stages were trained now or found finished
     average = train(
         make_transformer(),

@@ -22,7 +22,9 @@ from shapes_stages import (
     CaptionTable,
     encode_drawings,
     look_clip,
+    make_prompts,
     save_pipeline,
+    seen_captions,
     tabulate,
     train_autoencoder,
     train_clip,
@@ -93,6 +95,7 @@ def main() -> None:
             StableDiffusionPipeline,
             folder,
             {"unet": unet, "vae": vae, "text_encoder": clip},
+            make_prompts(),
             tokenizer=tokenizer,
             scheduler=make_scheduler(),
             safety_checker=None,
@@ -100,7 +103,7 @@ def main() -> None:
             requires_safety_checker=False,
         )
 
-    captions = tabulate(lambda texts: look_clip(clip, tokenizer, texts))
+    captions = tabulate(lambda texts: look_clip(clip, tokenizer, texts), seen_captions())
     config = TrainConfig(
         name=NAME, steps=arguments.steps, batch_size=arguments.batch_size, learning_rate=7e-4, **shared
     )

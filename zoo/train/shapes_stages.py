@@ -12,7 +12,7 @@ import copy
 import json
 import string
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from transformers import (
 TEXT_LENGTH = 16  # the longest caption has 14 tokens with both ends
 TEXT_WIDTH = 128
 LATENT_CHANNELS = 4
+ANSWERS = sum(map(len, HEADS.values()))
 CALIBRATION_PROMPTS = 128
 COPIES = 32  # drawings of every scene that are encoded once, before a denoiser is trained
 CAPTION_DROP = 0.1  # share of the captions that are left empty, for guidance
@@ -94,18 +95,18 @@ def encode_drawings(autoencoder: AutoencoderKL, seed: int) -> tuple[Latents, Ten
     return latents, torch.arange(len(seen)).repeat(COPIES)
 
 
-def make_clip_tokenizer() -> CLIPTokenizer:
+def make_clip_tokenizer(words: Collection[str], length: int) -> CLIPTokenizer:
     """Byte pairs that grow every word of the captions, letter by letter, into one token; other words fall apart."""
     ends = ("<|startoftext|>", "<|endoftext|>")
     letters = string.ascii_lowercase + string.digits + string.punctuation
     merges = []
-    for word in sorted(caption_words(), key=lambda word: (-len(word), word)):  # "ri" of right must not split triangle
+    for word in sorted(words, key=lambda word: (-len(word), word)):  # "ri" of right must not split triangle
         pieces = [*word[:-1], f"{word[-1]}</w>"]
         merges += [("".join(pieces[:count]), pieces[count]) for count in range(1, len(pieces))]
     merges = list(dict.fromkeys(merges))
     tokens = dict.fromkeys([*ends, *letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)])
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT_LENGTH)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
 def make_t5_tokenizer() -> T5TokenizerFast:
@@ -123,23 +124,21 @@ def make_t5_tokenizer() -> T5TokenizerFast:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> Tensor:
     """(N, T) token numbers, padded as the pipelines do it."""
-    found = tokenizer(
-        list(captions), padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
-    )
+    found = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
     ids: Tensor = found.input_ids
     return ids
 
 
-def make_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def make_clip(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=TEXT_LENGTH,
+            max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -165,17 +164,17 @@ def make_t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
 
 
 class Understanding(nn.Module):
-    """A text encoder with one linear layer on top that says what the drawing shows: the answers of `HEADS`.
+    """A text encoder with one linear layer on top that says what the picture shows, head by head.
 
     The layer reads the state that the encoder's pipeline uses to sum a caption up: for CLIP the last token's, for T5
     the mean of the words.
     """
 
-    def __init__(self, encoder: nn.Module, pad: int | None):
+    def __init__(self, encoder: CLIPTextModel | T5EncoderModel, answers: int, pad: int | None):
         super().__init__()
         self.encoder = encoder
         self.pad = pad  # None: the encoder pools itself
-        self.answers = nn.Linear(TEXT_WIDTH, sum(map(len, HEADS.values())))
+        self.answers = nn.Linear(encoder.config.hidden_size, answers)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(N, T) tokens -> (N, sum of answers) logits, the heads one after the other."""
@@ -190,9 +189,9 @@ class Understanding(nn.Module):
 
 
 def train_clip(shared: dict[str, Any]) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    tokenizer = make_clip_tokenizer()
+    tokenizer = make_clip_tokenizer(caption_words(), TEXT_LENGTH)
     torch.manual_seed(shared["seed"])
-    understanding = Understanding(make_clip(tokenizer), pad=None)
+    understanding = Understanding(make_clip(tokenizer, TEXT_WIDTH), ANSWERS, pad=None)
     config = TrainConfig(name="shapes-clip", steps=1500, batch_size=64, learning_rate=1e-3, **shared)
     return _teach(understanding, tokenizer, config), tokenizer
 
@@ -200,7 +199,7 @@ def train_clip(shared: dict[str, Any]) -> tuple[CLIPTextModel, CLIPTokenizer]:
 def train_t5(shared: dict[str, Any]) -> tuple[T5EncoderModel, T5TokenizerFast]:
     tokenizer = make_t5_tokenizer()
     torch.manual_seed(shared["seed"])
-    understanding = Understanding(make_t5(tokenizer), pad=tokenizer.pad_token_id)
+    understanding = Understanding(make_t5(tokenizer), ANSWERS, pad=tokenizer.pad_token_id)
     config = TrainConfig(name="shapes-t5", steps=4000, batch_size=64, learning_rate=1e-3, **shared)
     return _teach(understanding, tokenizer, config), tokenizer
 
@@ -237,7 +236,7 @@ def look_t5(encoder: T5EncoderModel, tokenizer: T5TokenizerFast, captions: Seque
 
 @dataclass(frozen=True)
 class CaptionTable:
-    """What the text encoders make of the two captions of every seen scene, and of the empty caption."""
+    """What the text encoders make of the two captions of every scene, and of the empty caption."""
 
     states: Tensor  # (M, 2, T, D)
     pooled: Tensor  # (M, 2, D)
@@ -253,16 +252,22 @@ class CaptionTable:
 
 
 @torch.no_grad()
-def tabulate(look: Look) -> CaptionTable:
-    seen = split_scenes().seen
-    states, pooled = look([caption for scene in seen for caption in captions_of(scene)])
+def tabulate(look: Look, captions: Sequence[Sequence[str]]) -> CaptionTable:
+    """The table of the two captions of each of M scenes."""
+    states, pooled = look([caption for both in captions for caption in both])
     empty_states, empty_pooled = look([""])
-    return CaptionTable(
-        states.unflatten(0, (len(seen), 2)), pooled.unflatten(0, (len(seen), 2)), empty_states[0], empty_pooled[0]
-    )
+    shape = (len(captions), 2)
+    return CaptionTable(states.unflatten(0, shape), pooled.unflatten(0, shape), empty_states[0], empty_pooled[0])
 
 
-def save_pipeline(pipeline_class: type, folder: Path, models: dict[str, nn.Module], **others: Any) -> None:
+def seen_captions() -> list[Sequence[str]]:
+    """The two captions of every scene that the trainings see."""
+    return [captions_of(scene) for scene in split_scenes().seen]
+
+
+def save_pipeline(
+    pipeline_class: type, folder: Path, models: dict[str, nn.Module], prompts: dict[str, list[str]], **others: Any
+) -> None:
     """Write float16 copies of the models with the other components and the prompts, as plain diffusers reads it.
 
     Text encoders stay float32: transformers loads a model in the type of its file, diffusers in float32, and a pipeline
@@ -275,7 +280,7 @@ def save_pipeline(pipeline_class: type, folder: Path, models: dict[str, nn.Modul
 
     def write(fresh: Path) -> None:
         pipeline.save_pretrained(fresh)
-        (fresh / "prompts.json").write_text(json.dumps(make_prompts(), indent=2) + "\n")
+        (fresh / "prompts.json").write_text(json.dumps(prompts, indent=2) + "\n")
 
     replace_folder(folder, write)
 
