@@ -75,7 +75,7 @@ def _searched(bench: Bench, source: str, options: dict[str, Any], folder: Path) 
     facts = {
         "macs_ratio": record.macs_ratio,
         "codes": record.plan.codes if len(record.plan.codes) == 1 else {},
-        "speedup": _speedup(full, lambda: loop_seconds(pipe, one)),
+        "speedup": speedup(full, lambda: loop_seconds(pipe, one)),
         **json.loads(notes.read_text()),
     }
     return facts, bench.see(lambda: pipe, folder / IMAGES, bench.request)
@@ -93,15 +93,15 @@ def _fewer(bench: Bench, source: str, options: dict[str, Any], folder: Path) -> 
         return loop_seconds(pipe, one.model_copy(update={"num_inference_steps": count}))
 
     full = bench.request.num_inference_steps
-    speedup = _speedup(lambda: run(own, full), lambda: run(solver, steps))
+    ratio = speedup(lambda: run(own, full), lambda: run(solver, steps))
     pipe.scheduler = solver
     attach_clock(pipe)
     request = bench.request.model_copy(update={"num_inference_steps": steps})
     seen = bench.see(lambda: pipe, folder / IMAGES, request)
-    return {"macs_ratio": steps / full, "speedup": speedup}, seen
+    return {"macs_ratio": steps / full, "speedup": ratio}, seen
 
 
-def _speedup(full: Any, short: Any) -> float:
+def speedup(full: Any, short: Any) -> float:
     """Seconds of one over those of the other, medians in turns."""
     found: dict[str, list[float]] = {"full": [], "short": []}
     actions = [lambda: found["full"].append(full()), lambda: found["short"].append(short())]

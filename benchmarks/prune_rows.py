@@ -1,0 +1,93 @@
+"""What the study of pruning compares: pipelines, cuts and rows of `dacc prune`, and its results. Edit here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dacc.benchmarks.ptq_rows import PIPELINES as IMAGES
+from dacc.core.config import Config, Document
+from dacc.evaluate.result import Metric
+
+PIPELINES = IMAGES
+RECOVERY = 400  # training steps
+CUTS: dict[str, dict[str, Any]] = {  # options of `dacc prune`
+    "15 %": {"ratio": 0.15},
+    "30 %": {"ratio": 0.3},
+    "30 %, trained": {"ratio": 0.3, "recover": RECOVERY},
+}
+WHOLE = "whole"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a method of `dacc prune` and its fields."""
+
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    pipelines: tuple[str, ...] = PIPELINES
+
+
+ROWS: dict[str, Row] = {
+    "score": Row("score"),
+    "block influence": Row("score", {"score": "bi"}),
+    "bksdm": Row("bksdm"),
+    "random": Row("random"),
+}
+
+
+class PruneCell(Config):
+    """One row at one cut of one pipeline."""
+
+    pipeline: str
+    cut: str  # "-" for the whole pipeline
+    row: str
+    status: str = "measured"  # or "failed: why"
+    fingerprint: str  # of options and request: an equal one is not measured again
+    options: dict[str, Any] = Field(default_factory=dict)  # of dacc prune
+    metrics: dict[str, Metric] = Field(default_factory=dict)  # against the whole pipeline
+    removed: tuple[str, ...] = ()  # units
+    parameter_share: float | None = None  # parameters over those of the source
+    macs_share: float | None = None  # multiply-accumulates of a run, likewise
+    speedup: float | None = None  # of the denoiser loop, medians of interleaved runs
+    error_before: float | None = None  # of the outputs, on calls that were not trained on
+    error_after: float | None = None
+    seconds: float | None = None  # of the processor, to prune and train
+    steps: int = 0  # of the solver
+    seeds: int = 0
+    fid_samples: int = 0  # 0: FID was not measured
+    machine: dict[str, str] = Field(default_factory=dict)
+    date: str = ""
+    commit: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Its place in the study."""
+        return self.pipeline, self.cut, self.row
+
+    @property
+    def measured(self) -> bool:
+        """Whether it has figures."""
+        return self.status == "measured"
+
+
+class PruneStudy(Document):
+    """The whole document."""
+
+    kind: Literal["prune-study"] = "prune-study"
+    cells: tuple[PruneCell, ...] = ()
+
+    def find(self, *key: str) -> PruneCell | None:
+        """The cell at this place."""
+        return next((cell for cell in self.cells if cell.key == key), None)
+
+    def of(self, pipeline: str) -> list[PruneCell]:
+        """All cells of a pipeline."""
+        return [cell for cell in self.cells if cell.pipeline == pipeline]
+
+    def with_cell(self, cell: PruneCell) -> PruneStudy:
+        """The same with this cell in its place; in the order of names, so that a diff shows what changed."""
+        others = [one for one in self.cells if one.key != cell.key]
+        return PruneStudy(cells=tuple(sorted([*others, cell], key=lambda one: one.key)))
