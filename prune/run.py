@@ -97,7 +97,8 @@ def choose(
 ) -> Decision:
     """What goes from one component."""
     folder, method = job.source.path / name, METHODS.load(job.config.method)
-    denoiser, teacher = build_skeleton(folder), None
+    denoiser = build_skeleton(folder)
+    teacher: Teacher | None = None
     if calibration is not None and name in job.scored:
         denoiser = load_denoiser(denoiser, folder, device)
         calls = [call for call in calibration if call.component == name]
