@@ -66,7 +66,7 @@ def decide(
     Raises:
         UnsupportedError: nothing can be removed, or not as much as is asked for.
     """
-    kind = getattr(settings, "units", "auto")
+    kind = settings.units if isinstance(settings, ScoredConfig) else "auto"
     units = find_units(denoiser, strict=config.strict_config, kind=kind)
     total = sum(parameter.numel() for parameter in denoiser.parameters())
     scores: dict[str, UnitScore] = {}

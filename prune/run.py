@@ -68,7 +68,8 @@ def prune_component(
     skeleton._fix_state_dict_keys_on_load(stored)  # type: ignore[operator]  # names of old attention blocks
     small = smaller(skeleton, decision.removal)
     tensors = remapped(stored, small, decision.removal, f"{name} of {job.source.name}")
-    config, changes = _written_config(read_json(folder / "config.json"), dict(skeleton.config), decision.removal)
+    before: Any = skeleton.config
+    config, changes = _written_config(read_json(folder / "config.json"), dict(before), decision.removal)
     writer.write_component(name, config, tensors, info=f"pruned by {job.config.method}")
     names = [path for path, _ in skeleton.named_modules()]
     record = PruningRecord(
