@@ -23,7 +23,7 @@ Row = tuple[str, ...]
 
 def mount(app: typer.Typer) -> None:
     epilog = options.examples(
-        "dacc prune",
+        "dacc prune --ratio 0.15",
         "dacc prune zoo:digits-dit --ratio 0.25 -o smaller",
         "dacc prune zoo:digits-dit --ratio 0.25 --dry-run",
         "dacc prune zoo:digits-dit --ratio 0.25 | dacc quantize --bits 4 | dacc evaluate --reference zoo:digits-dit",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from types import ModuleType
 from typing import Any
@@ -65,11 +66,11 @@ def decide(
     Raises:
         UnsupportedError: nothing can be removed, or not as much as is asked for.
     """
-    kind = getattr(settings, "units", "auto")
+    kind = settings.units if isinstance(settings, ScoredConfig) else "auto"
     units = find_units(denoiser, strict=config.strict_config, kind=kind)
     total = sum(parameter.numel() for parameter in denoiser.parameters())
     scores: dict[str, UnitScore] = {}
-    latency = None
+    latency: dict[str, float] | None = None
     costs, whole = {unit.name: unit.parameters for unit in units}, total
     if teacher is not None:
         assert isinstance(settings, ScoredConfig)
@@ -93,7 +94,8 @@ def decide(
         scores,
     )
     removed: tuple[str, ...] = method.select(request, settings)
-    error = additivity = None
+    error: float | None = None
+    additivity: float | None = None
     if teacher is not None and isinstance(settings, ScoredConfig):
         removed, error, additivity = _checked(teacher, request, removed, known, method, settings, reporter)
     removal = plan_removal(request.class_name, request.config, sizes, removed)
@@ -195,7 +197,7 @@ def _latencies(
         with skipping(teacher.denoiser, modules):
             call.replay(teacher.denoiser)
 
-    actions = [lambda: without(()), *((lambda unit=unit: without(unit.modules)) for unit in units)]
+    actions = [partial(without, modules) for modules in ((), *(unit.modules for unit in units))]
     whole, *others = (median(seconds) for seconds in measure_in_turns(actions, TIMED_RUNS, reporter))
     saved = {unit.name: max(0.0, whole - seconds) for unit, seconds in zip(units, others, strict=True)}
     told = {"whole": 1000 * whole, **{name: 1000 * seconds for name, seconds in saved.items()}}

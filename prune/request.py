@@ -71,11 +71,10 @@ class Request:
 
     def out_of_reach(self, largest: int, what: str = "parameters") -> UnsupportedError:
         """The refusal of a ratio, with the nearest one that can be met."""
-        freer = [
-            text
-            for text, helps in (("--allow-adjacent", not self.allow_adjacent), ("no --strict-config", self.strict))
-            if helps
-        ]
+        places = {(unit.stack, unit.position) for unit in self.units}
+        neighbours = any((stack, place + 1) in places for stack, place in places)
+        freer = ["--allow-adjacent"] if neighbours and not self.allow_adjacent else []
+        freer += ["no --strict-config"] if self.strict else []
         return UnsupportedError(
             f"a ratio of {self.ratio:g} of the {what} of this {self.class_name} cannot be removed.",
             f"What may go makes up {largest / self.total:.4f} of them.",

@@ -82,7 +82,8 @@ def prune_component(
             checkpoint=writer.workplace(f"recovery-{name}"),
             reporter=reporter,
         )
-    config, changes = _written_config(read_json(folder / "config.json"), dict(skeleton.config), decision.removal)
+    before: Any = skeleton.config
+    config, changes = _written_config(read_json(folder / "config.json"), dict(before), decision.removal)
     writer.write_component(name, config, tensors, info=f"pruned by {job.config.method}")
     names = [path for path, _ in skeleton.named_modules()]
     record = PruningRecord(
@@ -126,7 +127,7 @@ def choose(
     job: Job, name: str, whole: Whole, known: MutableMapping[str, dict[str, float]], reporter: Reporter
 ) -> Decision:
     """What goes from one component."""
-    teacher = None
+    teacher: Teacher | None = None
     if name in job.scored:
         teacher = Teacher(whole.denoiser, whole.calls, whole.guidance_scale, whole.noise)
     return decide(whole.denoiser, job.config, METHODS.load(job.config.method), job.settings, teacher, known, reporter)

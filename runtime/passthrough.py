@@ -30,7 +30,7 @@ class Passthrough(nn.Module):
     def like(cls, module: nn.Module) -> Passthrough:
         """One that can stand in the place of `module`."""
         names = tuple(inspect.signature(type(module).forward).parameters)[1:]
-        channels = None
+        channels: int | None = None
         if isinstance(module, ResnetBlock2D | ResnetBlockCondNorm2D):
             channels = module.out_channels
         elif isinstance(module, SpatioTemporalResBlock):

@@ -57,7 +57,8 @@ def _of_unet(request: Request, config: VdMiniConfig) -> tuple[str, ...]:
             f"every stage of this {request.class_name} has one layer alone: there is no shallow pair to remove.",
             mend="Use --method score.",
         )
-    found, names = [], middle
+    found: list[tuple[str, ...]] = []
+    names = middle
     for stage in stages:
         names += tuple(name for unit in request.units if unit.stack == stage for name in unit.modules)
         found.append(names)
