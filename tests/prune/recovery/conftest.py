@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -117,30 +118,31 @@ def train(tmp_path) -> Callable[..., Any]:
     return run
 
 
+@functools.cache
+def _motion_unet(layers: int) -> Any:
+    from diffusers import UNetMotionModel
+
+    torch.manual_seed(0)
+    return UNetMotionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        block_out_channels=(8, 16),
+        layers_per_block=layers,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+        motion_max_seq_length=8,
+    ).eval()
+
+
 @pytest.fixture
 def motion_unet() -> Callable[..., Any]:
     """Makes tiny video UNets: `motion_unet(layers)`."""
-
-    def make(layers=1):
-        from diffusers import UNetMotionModel
-
-        torch.manual_seed(0)
-        return UNetMotionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
-            up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
-            block_out_channels=(8, 16),
-            layers_per_block=layers,
-            norm_num_groups=4,
-            cross_attention_dim=8,
-            num_attention_heads=2,
-            motion_num_attention_heads=2,
-            motion_max_seq_length=8,
-        ).eval()
-
-    return make
+    return lambda layers=1: copy.deepcopy(_motion_unet(layers))
 
 
 @pytest.fixture

@@ -228,6 +228,7 @@ def cut(teacher, make):
     return student
 
 
+@pytest.mark.slow
 def test_a_video_student_learns_and_an_interrupted_one_goes_on(motion_unet, clip_calls, train, monkeypatch):
     teacher, calls = motion_unet(2), clip_calls(1, clips=1, frames=5)
     student = cut(teacher, motion_unet)
