@@ -142,19 +142,12 @@ def measure(source_name: str, row: str, work: Path) -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Measure all and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="folder for the exports; default: a temporary one")
-    options = parser.parse_args()
-    lines = [
+def write_table(lines: list[str]) -> None:
+    """Put what was measured so far into the page."""
+    heading = [
         "| bundle | format | bytes / float32 | from the bundle's | from the float one's | the bundle's from it |",
         "|---|---|---|---|---|---|",
     ]
-    with tempfile.TemporaryDirectory(dir=options.work) as folder:
-        for source in SOURCES:
-            for row in BUNDLES:
-                lines += measure(source, row, Path(folder))
     machine = describe_machine()
     note = (
         "Relative L2 distance of one denoiser call in float32, read back by the library of the format "
@@ -162,8 +155,22 @@ def main() -> None:
         f"{machine['torch']}, {datetime.date.today().isoformat()}."
     )
     head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    table = "\n".join(lines)
+    table = "\n".join(heading + lines)
     PAGE.write_text(f"{head}{BEGIN}\n{note}\n\n{table}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def main() -> None:
+    """Measure all; the table is written anew after each bundle."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder for the exports; default: a temporary one")
+    parser.add_argument("--source", action="append", help=f"repeatable; default: {', '.join(SOURCES)}")
+    options = parser.parse_args()
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        for source in options.source or SOURCES:
+            for row in BUNDLES:
+                lines += measure(source, row, Path(folder))
+                write_table(lines)
 
 
 if __name__ == "__main__":
