@@ -4,13 +4,14 @@
 
 Method: AnimateDiff (2023, arXiv 2307.04725): an image UNet learns single frames first; motion modules that begin as
 the identity are then put behind its layers. Here all of it goes on learning on clips. With v-prediction (2022, arXiv
-2202.00512) and classifier-free guidance (2022, arXiv 2207.12598). Four stages: autoencoder, text encoder, frames and
-clips.
+2202.00512) and classifier-free guidance (2022, arXiv 2207.12598). Five stages: autoencoder, text encoder, frames,
+clips, and clips again after the motion modules were shown the order of frames, which they had not found by themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from trainer import TrainConfig, parse_arguments, shared_fields, train
 NAME = "digits-video"
 FRAME_STEPS, FRAME_BATCH = 1400, 64
 HEADS = 2
+POSITION_FEATURES, GAIN = 8, 3.0  # the fastest sines and cosines of a position; larger: attention nearer to one frame
 SHAPE: dict[str, Any] = {
     "sample_size": FRAME_SIZE // 4,
     "in_channels": LATENT_CHANNELS,
@@ -72,14 +74,22 @@ def add_motion(unet: nn.Module) -> UNetMotionModel:
     return model
 
 
-def make_loss(draw: Callable[[torch.Generator], Batch], config: TrainConfig) -> Callable[..., Tensor]:
-    """Squared error of the velocity: the noisy steps, which settle place and motion, weigh as much as the others."""
+def make_loss(
+    draw: Callable[[torch.Generator], Batch], config: TrainConfig, *, noisier: bool = False
+) -> Callable[..., Tensor]:
+    """Squared error of the velocity: the noisy steps, which settle place and motion, weigh as much as the others.
+
+    Args:
+        noisier: draw timestep t in proportion to t, for more of these steps.
+    """
     scheduler = make_scheduler()
 
     def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
         clean, states = draw(generator)
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = draw_timesteps(len(clean), generator)
+        if noisier:
+            timesteps = (timesteps / 1000).sqrt().mul(1000).long()
         noisy = scheduler.add_noise(clean, noise, timesteps).to(config.device)
         wanted = scheduler.get_velocity(clean, noise, timesteps).to(config.device)
         predicted = model(noisy, timesteps.to(config.device), encoder_hidden_states=states.to(config.device)).sample
@@ -110,6 +120,43 @@ def train_frames(latents: Latents, rows: Tensor, captions: CaptionTable, shared:
 
 
 def train_clips(
+    unet: nn.Module, latents: Latents, rows: Tensor, captions: CaptionTable, shared: dict[str, Any]
+) -> nn.Module:
+    """The whole network on clips: their frames come to show one digit on one line."""
+    config = TrainConfig(
+        name="digits-video-clips",
+        steps=1850,
+        stop_step=1300,
+        batch_size=8,
+        learning_rate=7e-4,
+        checkpoint_every=100,
+        **shared,
+    )
+    draw = partial(_draw_clips, latents, rows, captions, config.batch_size)
+    torch.manual_seed(config.seed)
+    return train(add_motion(unet), make_loss(draw, config), config, lambda model: None)
+
+
+@torch.no_grad()
+def show_order_(model: nn.Module) -> None:
+    """Let the first attention of every motion module look at its own frame, by the position embeddings alone.
+
+    Attention that is about even over the frames gives all of them the same mixture of positions: nothing says which
+    frame is the first, and gradients hardly lead out of there. A frame that sees itself sees its own position.
+    """
+    for module in model.modules():
+        if not isinstance(module, AnimateDiffTransformer3D):
+            continue
+        for block in module.transformer_blocks:
+            attention = block.attn1
+            width = attention.to_q.weight.shape[0] // attention.heads
+            look = torch.zeros_like(attention.to_q.weight).unflatten(0, (attention.heads, width))  # (heads, width, D)
+            look[:, :POSITION_FEATURES, :POSITION_FEATURES] = GAIN * torch.eye(POSITION_FEATURES)
+            attention.to_q.weight.copy_(look.flatten(0, 1))
+            attention.to_k.weight.copy_(look.flatten(0, 1))
+
+
+def train_order(
     unet: nn.Module,
     latents: Latents,
     rows: Tensor,
@@ -117,20 +164,24 @@ def train_clips(
     config: TrainConfig,
     export: Callable[[nn.Module], None],
 ) -> nn.Module:
-    """The whole network on clips."""
-    frames = latents.means.shape[1]
-
-    def draw(generator: torch.Generator) -> Batch:
-        index = torch.randint(len(rows), (config.batch_size,), generator=generator)
-        states, _ = captions.draw(rows[index], generator)
-        return latents.draw(index, generator).transpose(1, 2), states.repeat_interleave(frames, dim=0)
-
+    """Clips again, after `show_order_`: the frames learn to follow each other as the caption says."""
+    show_order_(unet)
+    draw = partial(_draw_clips, latents, rows, captions, config.batch_size)
     torch.manual_seed(config.seed)
-    return train(add_motion(unet), make_loss(draw, config), config, export)
+    return train(unet.requires_grad_(True), make_loss(draw, config, noisier=True), config, export)
+
+
+def _draw_clips(
+    latents: Latents, rows: Tensor, captions: CaptionTable, count: int, generator: torch.Generator
+) -> Batch:
+    index = torch.randint(len(rows), (count,), generator=generator)
+    states, _ = captions.draw(rows[index], generator)
+    clean = latents.draw(index, generator).transpose(1, 2)  # (B, L, F, h, w)
+    return clean, states.repeat_interleave(clean.shape[2], dim=0)
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__ or "", name=NAME, steps=1600, batch_size=8)
+    arguments = parse_arguments(__doc__ or "", name=NAME, steps=420, batch_size=8)
     shared = shared_fields(arguments)
     digits = load_digits()
     vae = train_autoencoder(digits, shared)
@@ -153,15 +204,16 @@ def main() -> None:
         name=NAME,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
-        learning_rate=7e-4,
-        checkpoint_every=100,
+        learning_rate=1e-3,
+        warmup_steps=30,
+        ema_decay=0.99,
+        checkpoint_every=50,
         **shared,
     )
-    unet = train_frames(latents, rows, captions, shared)
-    average = train_clips(
-        unet, latents, rows, captions, config, lambda model: write(model, arguments.work / "export" / NAME)
-    )
-    write(average, arguments.output)
+    frames = train_frames(latents, rows, captions, shared)
+    clips = train_clips(frames, latents, rows, captions, shared)
+    export = partial(write, folder=arguments.work / "export" / NAME)
+    write(train_order(clips, latents, rows, captions, config, export), arguments.output)
 
 
 if __name__ == "__main__":

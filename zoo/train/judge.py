@@ -28,7 +28,7 @@ from video_card import measure_clips, write_strips, write_video_card
 ZOO = Path(__file__).resolve().parents[1]
 STAGES = {  # what was trained before the denoiser
     "digits-dit": ("digits-dit-vae",),
-    "digits-video": ("digits-video-vae", "digits-video-clip", "digits-video-frames"),
+    "digits-video": ("digits-video-vae", "digits-video-clip", "digits-video-frames", "digits-video-clips"),
     "shapes-sd": ("shapes-vae", "shapes-clip"),
     "shapes-mmdit": ("shapes-vae", "shapes-clip", "shapes-t5"),
 }

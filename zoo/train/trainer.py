@@ -34,6 +34,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     warmup_steps: int = 200
     decay_fraction: float = 0.4  # share of the run, at its end, over which the rate falls to zero
+    stop_step: int | None = None  # end here, before the schedule of `steps` does
     checkpoint_every: int = 250  # steps; more often: less lost when stopped, more time spent on writing
     bf16: bool = False  # autocast; pays for convolutions where the CPU has AVX512-BF16
     seed: int = 0
@@ -90,11 +91,12 @@ def train(
     generator = torch.Generator().manual_seed(config.seed)
     progress = _resume(model, average, optimizer, generator, config)
     started, started_cpu = time.perf_counter(), time.process_time()
+    end = config.stop_step or config.steps
     bar = tqdm(
-        range(progress["step"], config.steps),
+        range(progress["step"], end),
         desc=config.name,
         initial=progress["step"],
-        total=config.steps,
+        total=end,
         mininterval=1 if sys.stderr.isatty() else 30,
     )
     for step in bar:
@@ -109,7 +111,7 @@ def train(
         _update_average_(average, model, min(config.ema_decay, (1 + step) / (10 + step)))
         progress["loss"] += 0.02 * (loss.item() - progress["loss"]) if step else loss.item()
         bar.set_postfix(loss=f"{progress['loss']:.4f}", refresh=False)
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == end:
             now, now_cpu = time.perf_counter(), time.process_time()
             progress["step"] = step + 1
             progress["seconds"] += now - started

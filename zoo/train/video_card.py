@@ -102,7 +102,7 @@ def write_video_card(
 def _figures(measured: dict[str, Any]) -> list[tuple[str, str]]:
     training = measured["training"]
     minutes = (
-        f"{training['cpu_seconds'] / 60:.0f} min + {training['cpu_seconds_before'] / 60:.0f} min for the stages before"
+        f"{training['cpu_seconds'] / 60:.0f} min + {training['cpu_seconds_before'] / 60:.0f} min for the four before"
     )
     return [
         ("Parameters of the denoiser", f"{measured['parameters']:,}"),
@@ -112,7 +112,7 @@ def _figures(measured: dict[str, Any]) -> list[tuple[str, str]]:
         ("Clips that are right in every frame", f"{measured['caption_accuracy']:.1%}"),
         ("Frechet video distance to real clips", f"{measured['frechet_video']:.2f}"),
         ("The same between random halves of the real clips", f"{measured['frechet_between_halves']:.2f}"),
-        ("Training on clips", f"{training['step']:,} steps of {training['batch_size']}, seed {training['seed']}"),
+        ("Last stage of training", f"{training['step']:,} steps of {training['batch_size']}, seed {training['seed']}"),
         ("Processor time of training", f"{minutes} it, on {MACHINE}"),
     ]
 
