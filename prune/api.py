@@ -11,20 +11,20 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..calibrate.api import prepare as prepare_calibration
 from ..calibrate.config import CalibrateConfig
-from ..core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
+from ..core.bundle import BundleWriter, existing_bundle
 from ..core.cache_plan import beside_plan
 from ..core.calibration import calibration_id
 from ..core.card import model_card
 from ..core.config import Config
 from ..core.errors import UnsupportedError
 from ..core.machine import describe_machine
-from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
+from ..core.manifest import read_manifest
 from ..core.output import check_output
-from ..core.pipeline import pipeline_class, select_components
+from ..core.pipeline import select_components
 from ..core.reference import find_reference
 from ..core.reporter import Reporter, silent
 from ..core.requirements import parse_requirements
@@ -32,13 +32,8 @@ from ..core.safe_read import weight_hash
 from ..core.source import Source, component_entries, resolve_source
 from ..core.treatable import quantized_by, refuse_other_libraries
 from .config import PruneConfig, on_the_fly
+from .outcome import REQUIRES, manifest_of, summarize, tell_of_size
 from .recovery.config import RecoveryConfig
-
-if TYPE_CHECKING:
-    from .run import Pruned
-
-REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}
-NO_PRODUCT = 0.25  # share of the parameters from which on nobody should do without recovery
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ def prune_pipeline(
     ) as writer:
         pruned = {name: prune_component(job, name, writer, calibration, device, reporter) for name in job.components}
         _drop_plans(job, writer, reporter)
-        _tell_of_size(job, pruned, reporter)
+        tell_of_size(job, pruned, reporter)
         writer.carry_unchanged()
         effect = measure_bundle(
             job.source,
@@ -136,7 +131,7 @@ def prune_pipeline(
         )
         requirements.check(effect, writer, keep=keep_failed)
         writer.commit(
-            lambda files: _manifest(
+            lambda files: manifest_of(
                 job, pruned, effect, files, reporter.notices[earlier:], calibration.record.id if calibration else None
             ),
             {
@@ -147,7 +142,7 @@ def prune_pipeline(
             },
             lambda manifest: model_card(manifest, job.source.path),
         )
-    _summarize(pruned, effect, reporter)
+    summarize(pruned, effect, reporter)
     return target
 
 
@@ -255,85 +250,3 @@ def _drop_plans(job: Job, writer: BundleWriter, reporter: Reporter) -> None:
         record = manifest.components.get(name) if manifest else None
         if record and record.cache:
             reporter.notice(f"the cache plan of {name} is dropped: run dacc search-cache on the result")
-
-
-def _tell_of_size(job: Job, pruned: dict[str, Pruned], reporter: Reporter) -> None:
-    for name, own in pruned.items():
-        share = 1 - own.record.parameters_after / own.record.parameters_before
-        if share >= NO_PRODUCT * 0.95 and not job.config.recover:
-            reporter.notice(
-                f"{name} lost {share:.0%} of its parameters and nothing was trained to make up for them: "
-                "expect visibly worse results"
-            )
-
-
-def _manifest(
-    job: Job,
-    pruned: dict[str, Pruned],
-    effect: Effect,
-    files: dict[str, FileRecord],
-    notices: list[str],
-    calibration: str | None,
-) -> Manifest:
-    """The new manifest: this pass after those of the source, untreated components as they were."""
-    import torch
-
-    before = read_manifest(job.source.path)
-    written = {
-        name: ComponentRecord(
-            class_name=job.classes[name],
-            weight_hash=component_weight_hash(files, name),
-            reference_hash=component_weight_hash(files, name),
-            parameters=own.record.parameters_after,
-            bytes_fp32=4 * own.record.parameters_after,
-            bytes_before=own.bytes_before,
-            bytes_after=component_weight_bytes(files, name),
-            pruning=own.record,
-        )
-        for name, own in pruned.items()
-    }
-    this = PassRecord(
-        command="prune",
-        config=job.config.model_dump(mode="json"),
-        seed=job.config.seed,
-        threads=torch.get_num_threads(),
-        calibration=calibration,
-        notices=list(notices),
-        effect={"pipeline": effect},
-    )
-    source = SourceRecord(name=job.source.identity, revision=job.source.revision, weights=job.hashes)
-    return Manifest(
-        requires=REQUIRES,
-        source=before.source if before else source,
-        pipeline=pipeline_class(job.source.path),
-        passes=[*(before.passes if before else []), this],
-        history=[*(before.history if before else []), *([before.sha256()] if before else [])],
-        components={**(before.components if before else {}), **written},
-        files=files,
-    )
-
-
-def _summarize(pruned: dict[str, Pruned], effect: Effect, reporter: Reporter) -> None:
-    """The closing lines on stderr."""
-    for name, own in pruned.items():
-        record = own.record
-        gone = [unit for unit, found in record.units.items() if found.removed]
-        share = 1 - record.parameters_after / record.parameters_before
-        reporter.say(
-            f"{name}: {record.parameters_before / 1e6:.2f} M parameters -> {record.parameters_after / 1e6:.2f} M "
-            f"({share:.1%} fewer), without {', '.join(gone[:6])}{' and more' if len(gone) > 6 else ''}"
-        )
-        if record.recovery:
-            reporter.say(
-                f"{name}: trained for {record.recovery.steps_done} steps ({record.recovery.stopped}): relative squared "
-                f"error of the outputs {record.recovery.error_before:.4g} -> {record.recovery.error_after:.4g}"
-            )
-        if record.identity_modules:
-            reporter.say(f"{name}: its config cannot tell this: load it with dacc.load, or after `import dacc`")
-    if effect.not_measured:
-        reporter.say(f"difference to the source: not measured ({effect.not_measured})")
-    else:
-        reporter.say(
-            f"difference to the source: relative L2 {effect.relative_l2:.4f}, PSNR {effect.psnr:.1f} dB, "
-            f"SSIM {effect.ssim:.4f} ({effect.seeds} seeds, {effect.steps} steps)"
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class Noise:
     """What a network predicts."""
 
     target: Target = "epsilon"
+    is_plain: bool = True  # inputs and outputs are as above; EDM schedulers scale them in another way
 
     def clean_factor(self, state: RunState | None) -> float:
         """By how much an error of the output moves the clean sample that it stands for; 1 where that is not known."""
@@ -60,7 +61,7 @@ def noise_of(pipeline: Path) -> Noise:
     """Of a pipeline folder; without a readable scheduler: noise itself."""
     file = pipeline / "scheduler" / "scheduler_config.json"
     config: Any = read_json(file) if file.is_file() else {}
-    if "FlowMatch" in str(config.get("_class_name")) or config.get("use_flow_sigmas"):
+    name, target = str(config.get("_class_name")), config.get("prediction_type", "epsilon")
+    if "FlowMatch" in name or config.get("use_flow_sigmas") or target == "flow_prediction":
         return Noise("flow")
-    target = config.get("prediction_type", "epsilon")
-    return Noise(target if target in ("epsilon", "v_prediction", "sample") else "epsilon")
+    return Noise(target if target in get_args(Target) else "epsilon", is_plain=not name.startswith("EDM"))

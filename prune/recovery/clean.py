@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,21 +36,6 @@ class Level:
     def ratio(self) -> float:
         """s / a."""
         return self.noise / max(self.signal, 1e-6)
-
-
-def prediction_of(scheduler: Any) -> Prediction | None:
-    """What the denoiser of a pipeline with this scheduler predicts; None where that is not one of the four."""
-    name, config = type(scheduler).__name__, scheduler.config
-    if name.startswith("EDM"):
-        return None  # scales inputs and outputs in a way of its own
-    if (
-        name.startswith("FlowMatch")
-        or config.get("use_flow_sigmas")
-        or config.get("prediction_type") == "flow_prediction"
-    ):
-        return "flow"
-    found = config.get("prediction_type")
-    return found if found in ("epsilon", "v_prediction", "sample") else None
 
 
 def level_of(sigma: float, prediction: Prediction) -> Level:

@@ -65,7 +65,7 @@ def recover(
         calls: what entered the teacher in its runs, from a calibration set.
         taps: modules of student and teacher whose outputs should agree; they must have equal shapes.
         checkpoint: a folder for this training alone; a run that was interrupted goes on from there.
-        prediction: what the teacher predicts, see `clean.prediction_of`; without it videos have no loss of motion.
+        prediction: what the teacher predicts, without it videos have no loss of motion.
 
     Raises:
         CalibrationError: too few calls.

@@ -6,14 +6,11 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    EDMEulerScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
 )
 
 from dacc.core.schedule_id import read_grid
-from dacc.prune.recovery.clean import NoiseLevels, clean_sample, level_of, prediction_of
+from dacc.prune.recovery.clean import NoiseLevels, clean_sample, level_of
 from dacc.runtime.clock import RunState
 
 
@@ -46,20 +43,6 @@ def test_flow_predicts_noise_minus_sample():
     level = level_of(0.3, "flow")
     x = level.signal * clean + level.noise * noise
     assert torch.allclose(clean_sample(x, noise - clean, level, "flow"), clean, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "prediction"),
-    [
-        (DDIMScheduler(), "epsilon"),
-        (EulerDiscreteScheduler(prediction_type="v_prediction"), "v_prediction"),
-        (FlowMatchEulerDiscreteScheduler(), "flow"),
-        (UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "flow"),
-        (EDMEulerScheduler(), None),
-    ],
-)
-def test_predictions_of_schedulers(scheduler, prediction):
-    assert prediction_of(scheduler) == prediction
 
 
 def states(flow):
