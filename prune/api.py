@@ -24,19 +24,19 @@ from ..core.machine import describe_machine
 from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
 from ..core.output import check_output
 from ..core.pipeline import pipeline_class, select_components
-from ..core.reference import find_reference
 from ..core.reporter import Reporter, silent
 from ..core.requirements import parse_requirements
 from ..core.safe_read import weight_hash
 from ..core.source import Source, component_entries, resolve_source
-from ..core.treatable import quantized_by, refuse_other_libraries
+from ..core.treatable import refuse_other_libraries
 from .config import METHODS, PruneConfig, on_the_fly
+from .outcome import summarize, tell_of_size
+from .sources import float_source, refuse_treated
 
 if TYPE_CHECKING:
     from .run import Pruned
 
 REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}
-NO_PRODUCT = 0.25  # share of the parameters from which on nobody should do without recovery
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def prune_pipeline(
     ) as writer:
         pruned = {name: prune_component(job, name, writer, calibration, device, reporter) for name in job.components}
         _drop_plans(job, writer, reporter)
-        _tell_of_size(job, pruned, reporter)
+        tell_of_size(pruned, reporter)
         writer.carry_unchanged()
         effect = measure_bundle(
             job.source,
@@ -139,7 +139,7 @@ def prune_pipeline(
             },
             lambda manifest: model_card(manifest, job.source.path),
         )
-    _summarize(pruned, effect, reporter)
+    summarize(pruned, effect, reporter)
     return target
 
 
@@ -166,8 +166,8 @@ def prepare(
     components = select_components(found.path, list(config.component))
     refuse_other_libraries(found, components)
     if from_reference:
-        found = _float_source(found, components, reporter)
-    _refuse_treated(found, components)
+        found = float_source(found, components, reporter)
+    refuse_treated(found, components)
     hashes = {name: weight_hash(found.path / name) for name in components}
     entries = component_entries(found.path)
     classes = {name: entries[name][1] for name in components}
@@ -196,48 +196,6 @@ def default_output(job: Job) -> Path:
     return Path(f"{job.source.name}-pruned{share}-{job.config.method}")
 
 
-def _float_source(source: Source, components: list[str], reporter: Reporter) -> Source:
-    """The float pipeline that a bundle was made from; the source itself where nothing in it is quantized.
-
-    Raises:
-        UnsupportedError: it is not on this machine any more.
-    """
-    if not any(quantized_by(source.path / name) for name in components):
-        return source
-    found = find_reference(source, reporter)
-    if found is None:
-        raise UnsupportedError(
-            f"the float pipeline that {source.name} was made from is not on this machine with the same weights.",
-            mend="Give it as SOURCE.",
-        )
-    reporter.notice(f"{source.name} is quantized: {found.identity}, which it was made from, is pruned in its place")
-    return found
-
-
-def _refuse_treated(source: Source, components: list[str]) -> None:
-    """Integers are not cut, and names of a component that lost blocks lead to another one than its own source.
-
-    Raises:
-        UnsupportedError: a component is quantized, or was pruned.
-    """
-    manifest = read_manifest(source.path)
-    origin = f" ({manifest.source.name})" if manifest else ""
-    for name in components:
-        if method := quantized_by(source.path / name):
-            raise UnsupportedError(
-                f"{name} of {source.name} is quantized by {method}.",
-                "Blocks are removed from the float network, and the rest is quantized then.",
-                f"Run dacc prune on the float source{origin}, or give --from-reference.",
-            )
-        record = manifest.components.get(name) if manifest else None
-        if record and record.pruning:
-            raise UnsupportedError(
-                f"{name} of {source.name} was pruned before, by {record.pruning.method}.",
-                "Its blocks are no longer numbered as those of its source.",
-                f"Prune the source{origin} with a larger --ratio.",
-            )
-
-
 def _text(source: str | Path | None) -> str | None:
     return None if source is None else str(source)
 
@@ -251,16 +209,6 @@ def _drop_plans(job: Job, writer: BundleWriter, reporter: Reporter) -> None:
         record = manifest.components.get(name) if manifest else None
         if record and record.cache:
             reporter.notice(f"the cache plan of {name} is dropped: run dacc search-cache on the result")
-
-
-def _tell_of_size(job: Job, pruned: dict[str, Pruned], reporter: Reporter) -> None:
-    for name, own in pruned.items():
-        share = 1 - own.record.parameters_after / own.record.parameters_before
-        if share >= NO_PRODUCT * 0.95 and not job.config.recover:
-            reporter.notice(
-                f"{name} lost {share:.0%} of its parameters and nothing was trained to make up for them: "
-                "expect visibly worse results"
-            )
 
 
 def _manifest(
@@ -307,24 +255,3 @@ def _manifest(
         components={**(before.components if before else {}), **written},
         files=files,
     )
-
-
-def _summarize(pruned: dict[str, Pruned], effect: Effect, reporter: Reporter) -> None:
-    """The closing lines on stderr."""
-    for name, own in pruned.items():
-        record = own.record
-        gone = [unit for unit, found in record.units.items() if found.removed]
-        share = 1 - record.parameters_after / record.parameters_before
-        reporter.say(
-            f"{name}: {record.parameters_before / 1e6:.2f} M parameters -> {record.parameters_after / 1e6:.2f} M "
-            f"({share:.1%} fewer), without {', '.join(gone[:6])}{' and more' if len(gone) > 6 else ''}"
-        )
-        if record.identity_modules:
-            reporter.say(f"{name}: its config cannot tell this: load it with dacc.load, or after `import dacc`")
-    if effect.not_measured:
-        reporter.say(f"difference to the source: not measured ({effect.not_measured})")
-    else:
-        reporter.say(
-            f"difference to the source: relative L2 {effect.relative_l2:.4f}, PSNR {effect.psnr:.1f} dB, "
-            f"SSIM {effect.ssim:.4f} ({effect.seeds} seeds, {effect.steps} steps)"
-        )
