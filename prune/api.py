@@ -20,20 +20,19 @@ from ..core.cache_plan import beside_plan
 from ..core.calibration import calibration_id
 from ..core.card import model_card
 from ..core.config import Config
-from ..core.errors import UnsupportedError
 from ..core.machine import describe_machine
 from ..core.manifest import read_manifest
 from ..core.output import check_output
 from ..core.pipeline import select_components
-from ..core.reference import find_reference
 from ..core.reporter import Reporter, silent
 from ..core.requirements import parse_requirements
 from ..core.safe_read import weight_hash
 from ..core.source import Source, component_entries, resolve_source
-from ..core.treatable import quantized_by, refuse_other_libraries
+from ..core.treatable import refuse_other_libraries
 from .config import PruneConfig, on_the_fly
 from .outcome import REQUIRES, manifest_of, summarize, tell_of_size
 from .recovery.config import RecoveryConfig
+from .sources import float_source, refuse_treated
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def prune_pipeline(
     ) as writer:
         pruned = {name: prune_component(job, name, writer, calibration, device, reporter) for name in job.components}
         _drop_plans(job, writer, reporter)
-        tell_of_size(job, pruned, reporter)
+        tell_of_size(pruned, reporter)
         writer.carry_unchanged()
         effect = measure_bundle(
             job.source,
@@ -165,8 +164,8 @@ def prepare(
     components = select_components(found.path, list(config.component))
     refuse_other_libraries(found, components)
     if from_reference:
-        found = _float_source(found, components, reporter)
-    _refuse_treated(found, components)
+        found = float_source(found, components, reporter)
+    refuse_treated(found, components)
     hashes = {name: weight_hash(found.path / name) for name in components}
     entries = component_entries(found.path)
     classes = {name: entries[name][1] for name in components}
@@ -193,48 +192,6 @@ def default_output(job: Job) -> Path:
     """`./digits-dit-pruned-0.25-score`, `./digits-unet-pruned-bksdm`."""
     share = f"-{job.config.ratio:g}" if job.config.ratio is not None else ""
     return Path(f"{job.source.name}-pruned{share}-{job.config.method}")
-
-
-def _float_source(source: Source, components: list[str], reporter: Reporter) -> Source:
-    """The float pipeline that a bundle was made from; the source itself where nothing in it is quantized.
-
-    Raises:
-        UnsupportedError: it is not on this machine any more.
-    """
-    if not any(quantized_by(source.path / name) for name in components):
-        return source
-    found = find_reference(source, reporter)
-    if found is None:
-        raise UnsupportedError(
-            f"the float pipeline that {source.name} was made from is not on this machine with the same weights.",
-            mend="Give it as SOURCE.",
-        )
-    reporter.notice(f"{source.name} is quantized: {found.identity}, which it was made from, is pruned in its place")
-    return found
-
-
-def _refuse_treated(source: Source, components: list[str]) -> None:
-    """Integers are not cut, and names of a component that lost blocks lead to another one than its own source.
-
-    Raises:
-        UnsupportedError: a component is quantized, or was pruned.
-    """
-    manifest = read_manifest(source.path)
-    origin = f" ({manifest.source.name})" if manifest else ""
-    for name in components:
-        if method := quantized_by(source.path / name):
-            raise UnsupportedError(
-                f"{name} of {source.name} is quantized by {method}.",
-                "Blocks are removed from the float network, and the rest is quantized then.",
-                f"Run dacc prune on the float source{origin}, or give --from-reference.",
-            )
-        record = manifest.components.get(name) if manifest else None
-        if record and record.pruning:
-            raise UnsupportedError(
-                f"{name} of {source.name} was pruned before, by {record.pruning.method}.",
-                "Its blocks are no longer numbered as those of its source.",
-                f"Prune the source{origin} with a larger --ratio.",
-            )
 
 
 def _text(source: str | Path | None) -> str | None:

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from .run import Pruned
 
 REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}
-NO_PRODUCT = 0.25  # share of the parameters from which on nobody should do without recovery
+NO_PRODUCT = 0.25 * 0.95  # share of the parameters from which on nobody should do without recovery
 
 
-def tell_of_size(job: Job, pruned: dict[str, Pruned], reporter: Reporter) -> None:
+def tell_of_size(pruned: dict[str, Pruned], reporter: Reporter) -> None:
     """A notice where so much is gone that the result is of no use as it is."""
     for name, own in pruned.items():
         share = 1 - own.record.parameters_after / own.record.parameters_before
-        if share >= NO_PRODUCT * 0.95 and not job.config.recover:
+        if share >= NO_PRODUCT and own.record.recovery is None:
             reporter.notice(
                 f"{name} lost {share:.0%} of its parameters and nothing was trained to make up for them: "
                 "expect visibly worse results"

@@ -14,7 +14,7 @@ from ..asked import ask, select, share
 
 def test_it_reaches_the_ratio_within_the_rules_and_follows_the_seed():
     toy, found = toys.dit(num_layers=12), set()
-    for seed in range(12):
+    for seed in range(6):
         request = ask(toy, 0.3, seed=seed)
         removed = select("random", request)
         assert removed == select("random", ask(toy, 0.3, seed=seed))
@@ -22,7 +22,7 @@ def test_it_reaches_the_ratio_within_the_rules_and_follows_the_seed():
         places = sorted(int(name.rpartition(".")[2]) for name in removed)
         assert all(after - before > 1 for before, after in pairwise(places))
         found.add(removed)
-    assert len(found) > 3
+    assert len(found) > 2
 
 
 def test_a_ratio_out_of_reach_is_refused():
