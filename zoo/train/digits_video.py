@@ -181,7 +181,7 @@ def _draw_clips(
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__ or "", name=NAME, steps=420, batch_size=8)
+    arguments = parse_arguments(__doc__ or "", name=NAME, steps=1200, batch_size=8)
     shared = shared_fields(arguments)
     digits = load_digits()
     vae = train_autoencoder(digits, shared)
