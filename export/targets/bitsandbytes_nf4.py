@@ -67,10 +67,9 @@ def write(contents: Contents, folder: Path, config: NF4Config, reporter: Reporte
     tensors = float_tensors(contents, choice.rounded, "BF16")
     for name, shape in choice.rounded.items():
         weight, values = f"{name}.weight", prod(shape)
-        codes = LazyTensor((-(-values // 2), 1), "U8", lambda weight=weight: quantize_nf4(contents.load(weight))[0])  # type: ignore[misc]
-        largest = LazyTensor(
-            (-(-values // BLOCK),), "F32", lambda weight=weight: quantize_nf4(contents.load(weight))[1]
-        )  # type: ignore[misc]
+        halves, blocks = -(-values // 2), -(-values // BLOCK)
+        codes = LazyTensor((halves, 1), "U8", lambda weight=weight: quantize_nf4(contents.load(weight))[0])  # type: ignore[misc]
+        largest = LazyTensor((blocks,), "F32", lambda weight=weight: quantize_nf4(contents.load(weight))[1])  # type: ignore[misc]
         state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "bfloat16", "shape": list(shape)}
         told = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
         tensors |= {
