@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 from pydantic import Field
@@ -118,7 +118,9 @@ def _write(images: Tensor, target: Path) -> None:
     try:
         for number, image in enumerate(images):
             first, *others = [to_pil(frame) for frame in image.reshape(-1, *image.shape[-3:])]
-            animated = {"save_all": True, "append_images": others, "duration": FRAME_MS} if others else {}
+            animated: dict[str, Any] = (
+                {"save_all": True, "append_images": others, "duration": FRAME_MS} if others else {}
+            )
             first.save(aside / f"{number:04d}.png", **animated)
         aside.chmod(0o755)
         if target.exists():
