@@ -127,7 +127,7 @@ def test_verify_agrees_with_quantize(dacc, made):
 def test_the_zoo_is_listed_and_copied(dacc, tmp_path):
     listed = dacc("zoo", "list")
     assert listed.code == 0
-    names = ["digits-dit", "digits-unet", "shapes-mmdit", "shapes-sd"]
+    names = ["digits-dit", "digits-unet", "digits-video", "shapes-mmdit", "shapes-sd"]
     assert [line.split()[0] for line in listed.lines] == [f"zoo:{name}" for name in names]
     entries = json.loads(dacc("zoo", "list", "--json").out)["pipelines"]
     assert [entry["name"] for entry in entries] == names

@@ -51,7 +51,7 @@ def test_rows_are_the_codes_of_the_bundle_where_it_has_rows(bundle, dit_folder):
     exact = [name for name in contents.layers if has_rows(contents.layers[name])]
     schemes = {contents.layers[name].scheme.name for name in exact}
     assert any("two-level" in scheme for scheme in schemes)
-    assert "w8a8" in schemes
+    assert "w8a8-offset" in schemes
     for name in exact:
         if len(contents.layers[name].shape) == 2:
             codes, scale = rows_of(contents, name)
