@@ -182,7 +182,7 @@ def test_the_autoencoder_keeps_the_frames(clips: Any) -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_most_frames_show_the_digit_asked_for_in_ten_steps(
+def test_most_clips_show_what_was_asked_for_in_ten_steps(
     scripts: dict[str, ModuleType], judge: ResNetForImageClassification
 ) -> None:
     pipeline = DiffusionPipeline.from_pretrained(FOLDER)
@@ -191,10 +191,11 @@ def test_most_frames_show_the_digit_asked_for_in_ten_steps(
     made = scripts["sampling"].draw_samples(pipeline, ENTRY | {"num_inference_steps": 10}, asked, len(asked), 0)
     assert made.shape == (40, 8, 1, 32, 32)
     facts = json.loads((JUDGE / "reference.json").read_text())
-    real = scripts["video_card"].Gaussian(torch.zeros(facts["feature_dim"]), torch.eye(facts["feature_dim"]))
+    standard = torch.eye(facts["feature_dim"], dtype=torch.float64)
+    real = scripts["video_card"].Gaussian(standard[0] * 0, standard)
     found = scripts["video_card"].measure_clips(judge, real, facts, made, asked)
-    assert found["digit_accuracy"] >= 0.6
-    assert found["motion_accuracy"] >= 0.25  # the axis is right, the way along it is not learned yet; see the card
+    assert found["digit_accuracy"] >= 0.75
+    assert found["motion_accuracy"] >= 0.9
 
 
 def test_a_process_without_dacc_loads_and_generates() -> None:
