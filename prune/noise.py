@@ -34,6 +34,14 @@ class Noise:
             return level / (1 + level**2) ** 0.5
         return level
 
+    def ratio(self, level: float) -> float:
+        """Noise over signal."""
+        return level / max(1 - level, 1e-6) if self.target == "flow" else level
+
+    def level_at(self, ratio: float) -> float:
+        """The noise level with this ratio of noise over signal."""
+        return ratio / (1 + ratio) if self.target == "flow" else ratio
+
     def mixed(self, clean: Tensor, noise: Tensor, level: float) -> Tensor:
         """What enters the network at a noise level."""
         if self.target == "flow":

@@ -50,7 +50,7 @@ def retrained(
         seed=seed,
         checkpoint=checkpoint,
         reporter=reporter,
-        prediction=noise.target if noise.is_plain else None,
+        noise=noise if noise.is_plain else None,
     )
     tensors = {
         name: value.detach().to("cpu", torch_dtype(stored[name].dtype)) for name, value in student.state_dict().items()

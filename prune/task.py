@@ -8,7 +8,6 @@ The network's own output would not do as the target: there the loss is 0, and so
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,8 @@ from ..core.reporter import Reporter
 from ..core.seeds import named_seed
 from ..runtime.clock import fixed_run
 from ..runtime.trajectory import DenoiserCall
-from .teacher import Teacher, prediction, sample_of
+from .frames import noisy_sample, with_sample
+from .teacher import Teacher, prediction
 
 
 def task_gradients(
@@ -63,7 +63,7 @@ def _noisy_calls(teacher: Teacher) -> list[tuple[DenoiserCall, Tensor]]:
         if before is None or _level(call) < _level(before):
             last[key] = call
     clean = {
-        key: teacher.noise.clean(sample_of(call), prediction(call, call.replay(teacher.denoiser)), _level(call))
+        key: teacher.noise.clean(noisy_sample(call), prediction(call, call.replay(teacher.denoiser)), _level(call))
         for key, call in last.items()
     }
     return [(call, clean[call.state.run, call.state.evaluation]) for call in teacher.calls if call.state]
@@ -78,14 +78,6 @@ def _loss(teacher: Teacher, call: DenoiserCall, clean: Tensor, seed: int) -> Ten
     with torch.enable_grad(), fixed_run(noisy.state):
         output = teacher.denoiser(*noisy.args, **noisy.kwargs)
     return (prediction(noisy, output) - teacher.noise.wanted(clean, noise, level)).square().mean()
-
-
-def with_sample(call: DenoiserCall, sample: Tensor) -> DenoiserCall:
-    """The same call with another noisy sample."""
-    for name in ("sample", "hidden_states"):
-        if name in call.kwargs:
-            return replace(call, kwargs={**call.kwargs, name: sample})
-    return replace(call, args=(sample, *call.args[1:]))
 
 
 def _level(call: DenoiserCall) -> float:

@@ -18,16 +18,9 @@ from torch import Tensor, nn
 
 from ..runtime.passthrough import skipping
 from ..runtime.trajectory import DenoiserCall
+from .frames import layout_of, noisy_sample
 from .noise import Noise
 
-FRAME_AXIS = {  # of outputs
-    "UNetSpatioTemporalConditionModel": 1,
-    "CogVideoXTransformer3DModel": 1,
-    "UNet3DConditionModel": 2,
-    "UNetMotionModel": 2,
-    "WanTransformer3DModel": 2,
-    "HunyuanVideoTransformer3DModel": 2,
-}
 PACKED = ("LTXVideoTransformer3DModel",)  # outputs are rows of tokens, frame by frame
 CLASS_FIRST = ("DiTTransformer2DModel",)  # the batch of both guidance branches begins with the guided one
 
@@ -59,7 +52,8 @@ class Teacher:
         self.calls = list(calls)
         self._groups = [list(group) for _, group in groupby(self.calls, key=_moment)]
         self._wanted: list[Tensor] | None = None
-        self.is_video = type(denoiser).__name__ in (*FRAME_AXIS, *PACKED)
+        self._layout = layout_of(denoiser, self.calls[0])
+        self.is_video = self._layout is not None or type(denoiser).__name__ in PACKED
 
     def errors(self, removed: Collection[str]) -> Errors:
         """How far the outputs move without some modules."""
@@ -82,10 +76,9 @@ class Teacher:
 
     def _frames_of(self, output: Tensor, call: DenoiserCall) -> Tensor:
         """(B, F, rest)."""
-        name = type(self.denoiser).__name__
-        if name in PACKED:
+        if self._layout is None:
             return output.unflatten(1, (call.kwargs["num_frames"], -1)).flatten(2)
-        return output.movedim(FRAME_AXIS[name], 1).flatten(2)
+        return output.movedim(self._layout.axis, 1).flatten(2)
 
     def _predict(self, group: list[DenoiserCall]) -> Tensor:
         """The prediction that the solver gets in one call: branches combined, learned variances left out."""
@@ -103,17 +96,10 @@ class Teacher:
         return empty + self.guidance_scale * (given - empty)
 
 
-def sample_of(call: DenoiserCall) -> Tensor:
-    """The noisy sample that enters a call."""
-    named = call.kwargs.get("sample", call.kwargs.get("hidden_states"))
-    found: Tensor = call.args[0] if named is None else named
-    return found
-
-
 def prediction(call: DenoiserCall, output: Any) -> Tensor:
     """What a network says of the noise, without the variances that some learn beside it."""
     first: Tensor = output if isinstance(output, Tensor) else output[0]
-    channels = sample_of(call).shape[1]
+    channels = noisy_sample(call).shape[1]
     return first[:, :channels] if first.ndim == 4 and first.shape[1] == 2 * channels else first
 
 

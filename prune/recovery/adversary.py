@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...runtime.trajectory import DenoiserCall
-from .frames import Layout, noisy_sample
+from ..frames import Layout, noisy_sample
 from .taps import LastSeen, answer, placed, watched
 
 WIDTH = 64  # channels inside a head

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from ...core.reporter import Reporter
 from ...core.seeds import named_seed
 from ...runtime.trajectory import DenoiserCall
+from ..frames import Layout, cut_frames, layout_of, noisy_sample, timestep, with_sample
+from ..noise import Noise
 from .adversary import Heads, first_stages, heads_loss, stage_features
-from .clean import Level, NoiseLevels, Prediction, clean_sample, level_of
 from .config import RecoveryConfig
-from .frames import Layout, cut_frames, layout_of, noisy_sample, timestep, with_sample
+from .levels import NoiseLevels
 from .objective import Lesson, Objective
 from .taps import Answer, Feature
 
@@ -100,10 +101,10 @@ class Adversary:
         teacher: nn.Module,
         call: DenoiserCall,
         levels: NoiseLevels,
-        prediction: Prediction,
+        noise: Noise,
         seed: int,
     ) -> None:
-        self.config, self.teacher, self.levels, self.prediction = config, teacher, levels, prediction
+        self.config, self.teacher, self.levels, self.noise = config, teacher, levels, noise
         self.stages = first_stages(teacher)
         layout = layout_of(teacher, call)
         assert layout is not None
@@ -126,10 +127,9 @@ class Adversary:
         start = self.config.adversarial_start * self.config.steps
         if lesson.update < start / 2 or state is None or state.sigma is None:
             return nothing, {}
-        level = level_of(state.sigma, self.prediction)
-        if level.ratio > NOISIEST:
+        if self.noise.ratio(state.sigma) > NOISIEST:
             return nothing, {}
-        scene = _Scene(self, lesson, level)
+        scene = _Scene(self, lesson, state.sigma)
         fooled = self._teach(scene, output, lesson.teacher.output)
         if lesson.update < start:
             return nothing, {"heads": fooled}
@@ -175,7 +175,7 @@ class Adversary:
 class _Scene:
     """How one call is shown to the adversary: which frames, at which new level, with which noise."""
 
-    def __init__(self, adversary: Adversary, lesson: Lesson, level: Level) -> None:
+    def __init__(self, adversary: Adversary, lesson: Lesson, level: float) -> None:
         self._adversary, self._call, self._level = adversary, lesson.call, level
         layout = layout_of(adversary.teacher, lesson.call)
         assert layout is not None
@@ -195,8 +195,8 @@ class _Scene:
         sample, channels = noisy_sample(self._call), 3 - self._layout.axis
         wide = output.shape[channels]
         noisy = sample.narrow(channels, 0, wide)  # behind it: conditions that come as channels
-        clean = clean_sample(noisy, output, self._level, self._adversary.prediction)
-        again = self._new_level.signal * clean + self._new_level.noise * self._noise.to(clean)
+        clean = self._adversary.noise.clean(noisy, output, self._level)
+        again = self._adversary.noise.mixed(clean, self._noise.to(clean), self._new_level)
         rest = sample.narrow(channels, wide, sample.shape[channels] - wide)
         call = with_sample(self._call, torch.cat([again.to(sample.dtype), rest], channels), self._at)
         layout = self._layout
@@ -210,7 +210,7 @@ def objective_for(
     config: RecoveryConfig,
     teacher: nn.Module,
     calls: Sequence[DenoiserCall],
-    prediction: Prediction | None,
+    noise: Noise | None,
     seed: int,
     reporter: Reporter,
 ) -> Objective:
@@ -220,12 +220,12 @@ def objective_for(
         return Objective(config)
     if not config.adversarial_weight or layout.frames == 1:
         return VideoObjective(config, teacher, None)
-    levels = NoiseLevels((call.state for call in calls), prediction) if prediction else None
-    if not (levels and prediction):
-        why = "the calls name no noise levels" if prediction else "it is not known what the denoiser predicts"
+    levels = NoiseLevels((call.state for call in calls), noise) if noise else None
+    if not (levels and noise):
+        why = "the calls name no noise levels" if noise else "it is not known what the denoiser predicts"
         reporter.notice(f"recovery goes without the adversary that looks at motion: {why}.")
         return VideoObjective(config, teacher, None)
-    return VideoObjective(config, teacher, Adversary(config, teacher, calls[0], levels, prediction, seed))
+    return VideoObjective(config, teacher, Adversary(config, teacher, calls[0], levels, noise, seed))
 
 
 def _is_float(value: Any) -> bool:

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +27,8 @@ from ...core.reporter import Reporter
 from ...core.seeds import named_seed
 from ...core.tensor_file import content_hash
 from ...runtime.trajectory import DenoiserCall
+from ..noise import Noise
 from .backend import accelerated
-from .clean import Prediction
 from .config import RecoveryConfig
 from .icmd import objective_for
 from .lessons import Judge, Lessons, split_lessons
@@ -57,7 +57,7 @@ def recover(
     seed: int,
     checkpoint: Path,
     reporter: Reporter,
-    prediction: Prediction | None = None,
+    noise: Noise | None = None,
 ) -> RecoveryRecord:
     """Train `student` in place; it has the best weights seen, the first ones included, and is in evaluation mode.
 
@@ -65,7 +65,7 @@ def recover(
         calls: what entered the teacher in its runs, from a calibration set.
         taps: modules of student and teacher whose outputs should agree; they must have equal shapes.
         checkpoint: a folder for this training alone; a run that was interrupted goes on from there.
-        prediction: what the teacher predicts, without it videos have no loss of motion.
+        noise: what the teacher predicts; without it videos have no loss of motion.
 
     Raises:
         CalibrationError: too few calls.
@@ -79,13 +79,13 @@ def recover(
     device = next(student.parameters()).device
     with _frozen(teacher), accelerated(device, config.precision) as accelerator:
         _check(student, teacher, learned[0], taps)
-        journal = Journal(checkpoint, _run_key(student, learned, config, [taps, prediction, seed]))
+        journal = Journal(checkpoint, _run_key(student, learned, config, [taps, noise and asdict(noise), seed]))
         journal.open(resume=True)
         judge = Judge(judged, teacher)
         with training_(student, config, generator) as parameters, _checkpointing(student, config):
             rate = config.learning_rate or usual_rate(config, sum(one.numel() for one in teacher.parameters()))
             training = Training(parameters, config, rate, judge.error(student))
-            objective = objective_for(config, teacher, learned, prediction, seed, reporter)
+            objective = objective_for(config, teacher, learned, noise, seed, reporter)
             run = _Run(student, teacher, config, taps, seed, accelerator, learned, objective)
             run.objective.load(training.load(journal))
             _train(run, training, judge, journal, reporter)

@@ -101,7 +101,7 @@ def toy() -> Callable[[], tuple[Toy, Toy]]:
 def train(tmp_path) -> Callable[..., Any]:
     """Recovers; a name of its own for every checkpoint that is not to be found again."""
 
-    def run(student, teacher, calls=None, *, taps=TAPS, seed=0, name="one", reporter=None, prediction=None, **fields):
+    def run(student, teacher, calls=None, *, taps=TAPS, seed=0, name="one", reporter=None, noise=None, **fields):
         config = build_config(RecoveryConfig, **{"steps": 40, "learning_rate": 5e-3} | fields)
         return recover(
             student,
@@ -112,7 +112,7 @@ def train(tmp_path) -> Callable[..., Any]:
             seed=seed,
             checkpoint=tmp_path / name,
             reporter=reporter or silent(),
-            prediction=prediction,
+            noise=noise,
         )
 
     return run

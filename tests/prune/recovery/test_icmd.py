@@ -8,12 +8,13 @@ import torch
 
 from dacc.core.config import build_config
 from dacc.core.reporter import silent
+from dacc.prune.frames import Layout, layout_of
+from dacc.prune.noise import Noise
 from dacc.prune.recovery import trainer as module
 from dacc.prune.recovery.adversary import GRADIENT_PENALTY, Heads, first_stages, heads_loss, stage_features
-from dacc.prune.recovery.clean import NoiseLevels
 from dacc.prune.recovery.config import RecoveryConfig
-from dacc.prune.recovery.frames import Layout, layout_of
 from dacc.prune.recovery.icmd import Adversary, VideoObjective, content_loss, objective_for
+from dacc.prune.recovery.levels import NoiseLevels
 from dacc.prune.recovery.objective import Lesson, Objective
 from dacc.prune.recovery.taps import answer
 from dacc.runtime.trajectory import DenoiserCall
@@ -23,6 +24,7 @@ from .conftest import state_of, toy_calls
 TAPS = [(name, name) for name in ("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1")]
 LAYOUT = Layout(clips=2, frames=3, axis=2)
 ORDER = [2, 0, 1]
+NOISE = Noise("epsilon")
 
 
 def maps(seed):
@@ -116,8 +118,8 @@ def scene(motion_unet, clip_calls):
         config = build_config(RecoveryConfig, **{"steps": 100} | fields)
         teacher, calls = motion_unet(2), clip_calls()
         teacher.requires_grad_(False)
-        levels = NoiseLevels((call.state for call in calls), "epsilon")
-        adversary = Adversary(config, teacher, calls[0], levels, "epsilon", 0)
+        levels = NoiseLevels((call.state for call in calls), NOISE)
+        adversary = Adversary(config, teacher, calls[0], levels, NOISE, 0)
         with torch.no_grad():
             lesson = Lesson(calls[number], answer(teacher, calls[number]), update, 7)
             output = answer(motion_unet(1), calls[number]).output
@@ -196,9 +198,9 @@ def test_it_is_silent_at_first_and_for_the_noisiest_calls(scene, monkeypatch):
 def test_who_gets_which_objective(motion_unet, clip_calls, toy):
     config, calls, teacher = build_config(RecoveryConfig, steps=10), clip_calls(), motion_unet()
 
-    def made(prediction="epsilon", **fields):
+    def made(noise=NOISE, **fields):
         reporter = silent()
-        found = objective_for(build_config(RecoveryConfig, steps=10, **fields), teacher, calls, prediction, 0, reporter)
+        found = objective_for(build_config(RecoveryConfig, steps=10, **fields), teacher, calls, noise, 0, reporter)
         return found, reporter.notices
 
     found, notices = made()
@@ -210,7 +212,7 @@ def test_who_gets_which_objective(motion_unet, clip_calls, toy):
     assert "not known what the denoiser predicts" in notices[0]
     assert made(adversarial_weight=0)[0].adversary is None
     assert type(made(icmd=False)[0]) is Objective
-    assert type(objective_for(config, toy()[1], toy_calls(), "epsilon", 0, silent())) is Objective
+    assert type(objective_for(config, toy()[1], toy_calls(), NOISE, 0, silent())) is Objective
 
 
 def cut(teacher, make):
@@ -235,7 +237,7 @@ def test_a_video_student_learns_and_an_interrupted_one_goes_on(motion_unet, clip
     other, before = copy.deepcopy(student), copy.deepcopy(teacher.state_dict())
     fields = {
         "taps": TAPS,
-        "prediction": "epsilon",
+        "noise": NOISE,
         "steps": 4,
         "checks": 1,
         "adversarial_start": 0.25,
@@ -305,8 +307,8 @@ def test_other_denoisers_of_videos_have_both_losses(make, prediction):
     call, sigma = call_of(teacher), 0.5 if prediction == "flow" else 1.0
     states = [state_of(0, number, 3, sigma=value) for number, value in enumerate((0.9, 0.5, 0.1))]
     call = DenoiserCall(call.component, replace(states[1], sigma=sigma), call.args, call.kwargs)
-    levels = NoiseLevels(states, prediction)
-    adversary = Adversary(config, teacher, call, levels, prediction, 0)
+    noise = Noise(prediction)
+    adversary = Adversary(config, teacher, call, NoiseLevels(states, noise), noise, 0)
     names = [*first_stages(teacher)]
     with torch.no_grad():
         wanted = answer(teacher, call, names)

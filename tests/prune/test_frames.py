@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dacc.prune.recovery.frames import Layout, cut_frames, layout_of, noisy_sample, timestep, with_sample
+from dacc.prune.frames import Layout, cut_frames, layout_of, noisy_sample, timestep, with_sample
 from dacc.runtime.trajectory import DenoiserCall
 
 
@@ -52,10 +52,10 @@ def test_tokens_lie_in_a_frame_as_patches_do():
     assert torch.equal(layout.maps(tokens, clip), patches.movedim(2, 1))
 
 
-def test_a_part_of_the_frames_takes_its_conditions_along(clip_calls):
-    call = clip_calls()[0]
+def test_a_part_of_the_frames_takes_its_conditions_along():
     words = torch.arange(12.0).view(12, 1, 1).expand(12, 3, 8)
-    call = DenoiserCall(call.component, call.state, call.args, {**call.kwargs, "encoder_hidden_states": words})
+    kwargs = {"encoder_hidden_states": words, "return_dict": False}
+    call = DenoiserCall("unet", None, (torch.randn(2, 4, 6, 8, 8), torch.tensor(7)), kwargs)
     part = cut_frames(call, Layout(2, 6, 2), 1, 4)
     assert torch.equal(noisy_sample(part), noisy_sample(call)[:, :, 1:5])
     assert part.kwargs["encoder_hidden_states"][:, 0, 0].tolist() == [1, 2, 3, 4, 7, 8, 9, 10]
@@ -71,3 +71,6 @@ def test_the_sample_can_be_exchanged(positional):
     assert torch.equal(noisy_sample(other), sample + 1)
     assert int(timestep(other)) == 3
     assert (len(other.args), set(other.kwargs)) == (len(args), set(kwargs))
+    alone = with_sample(DenoiserCall("unet", None, args, kwargs), sample + 1)
+    assert torch.equal(noisy_sample(alone), sample + 1)
+    assert int(timestep(alone)) == 7

@@ -1,4 +1,4 @@
-"""Where the frames of a clip are: in what enters a video denoiser, and in what its modules give.
+"""What is to be denoised in a call, and where the frames of a clip are: in it, and in what modules give.
 
 Letters: N clips, F frames, C channels, H height, W width, L tokens, D features.
 """
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ...runtime.trajectory import DenoiserCall
+from ..runtime.trajectory import DenoiserCall
 
 FRAMES_FIRST = ("UNetSpatioTemporalConditionModel", "CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
 SAMPLES = ("sample", "hidden_states")  # names of the noisy clip where it is no positional argument
@@ -73,10 +73,12 @@ def timestep(call: DenoiserCall) -> Any:
     return call.args[1] if len(call.args) > 1 else call.kwargs["timestep"]
 
 
-def with_sample(call: DenoiserCall, sample: Tensor, at: Any) -> DenoiserCall:
-    """The same call with another noisy sample at another timestep."""
+def with_sample(call: DenoiserCall, sample: Tensor, at: Any = None) -> DenoiserCall:
+    """The same call with another noisy sample, and at another timestep where one is given."""
     args, kwargs = list(call.args), dict(call.kwargs)
     for number, (names, value) in enumerate(((SAMPLES, sample), (("timestep",), at))):
+        if value is None:
+            continue
         if len(args) > number:
             args[number] = value
         else:
