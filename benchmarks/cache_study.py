@@ -13,10 +13,10 @@ pipeline without a plan from the same noise. It is written to `cache_study.json`
 from __future__ import annotations
 
 import argparse
-import datetime
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,9 +25,7 @@ from dacc.benchmarks.cache_cells import CacheCell, CacheStudy
 from dacc.benchmarks.cache_rows import FEWER, FLOAT, NO_OTHER_SOLVER, PIPELINES, ROWS, SOURCES, TARGETS
 from dacc.benchmarks.cache_table import write_cache_tables
 from dacc.benchmarks.ptq_bench import Bench, pipeline_facts
-from dacc.benchmarks.study import add_options, commit, fingerprint, is_finished, read_study, record_cell
-from dacc.core.errors import DaccError
-from dacc.core.machine import describe_machine
+from dacc.benchmarks.study import add_options, attempt, fingerprint, is_finished, provenance, read_study, record_cell
 from dacc.core.reporter import Reporter
 
 RECORD = Path(__file__).with_suffix(".json")
@@ -96,21 +94,15 @@ def fill(bench: Bench, source: str, target: str, row: str) -> None:
         fingerprint=wanted,
         options=options,
         steps=bench.request.num_inference_steps,
-        machine=describe_machine(),
-        date=datetime.date.today().isoformat(),
-        commit=commit(),
+        **provenance(),
     )
-    try:
+
+    def measure() -> dict[str, Any]:
         facts, seen = treat(bench, source, row, options, folder)
-        facts |= bench.measured(seen, is_float=source == FLOAT and row == NO_PLAN)
-        cell = base.model_copy(update=facts)
-    except Exception as error:  # whatever breaks in one cell, the others are measured; the record says what it was
-        said = str(error) if isinstance(error, DaccError | FloatingPointError) else repr(error)
-        cell = base.model_copy(update={"status": f"failed: {said}"})
-        bench.reporter.say(cell.status)
-        if found and found.measured and found.fingerprint == wanted and not settings.again:
-            return  # only what was to be added failed
-    record_cell(settings.json, cell, CacheStudy)
+        return facts | bench.measured(seen, is_float=source == FLOAT and row == NO_PLAN)
+
+    if cell := attempt(base, measure, found, again=settings.again, reporter=bench.reporter):
+        record_cell(settings.json, cell, CacheStudy)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ in turns, and its images are compared with those of the whole one from the same 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import shutil
 import time
@@ -28,11 +27,9 @@ from dacc.benchmarks.prune_rows import CUTS, PIPELINES, ROWS, WHOLE, PruneCell, 
 from dacc.benchmarks.prune_table import write_prune_tables
 from dacc.benchmarks.ptq_bench import Bench, pipeline_facts
 from dacc.benchmarks.ptq_measure import Seen
-from dacc.benchmarks.study import add_options, commit, fingerprint, is_finished, read_study, record_cell
+from dacc.benchmarks.study import add_options, attempt, fingerprint, is_finished, provenance, read_study, record_cell
 from dacc.cache.search import loop_seconds
 from dacc.core.config import build_config
-from dacc.core.errors import DaccError
-from dacc.core.machine import describe_machine
 from dacc.core.manifest import PruningRecord, read_manifest
 from dacc.core.reporter import Reporter, silent
 from dacc.prune.api import prune_pipeline
@@ -99,21 +96,15 @@ def fill(bench: Bench, cut: str, row: str) -> None:
         fingerprint=wanted,
         options=options,
         steps=bench.request.num_inference_steps,
-        machine=describe_machine(),
-        date=datetime.date.today().isoformat(),
-        commit=commit(),
+        **provenance(),
     )
-    try:
+
+    def measure() -> dict[str, Any]:
         facts, seen = ({}, bench.reference) if row == WHOLE else treat(bench, options, folder)
-        facts |= bench.measured(seen, is_float=row == WHOLE)
-        cell = base.model_copy(update=facts)
-    except Exception as error:  # whatever breaks in one cell, the others are measured; the record says what it was
-        said = str(error) if isinstance(error, DaccError | FloatingPointError) else repr(error)
-        cell = base.model_copy(update={"status": f"failed: {said}"})
-        bench.reporter.say(cell.status)
-        if found and found.measured and found.fingerprint == wanted and not settings.again:
-            return  # only what was to be added failed
-    record_cell(settings.json, cell, PruneStudy)
+        return facts | bench.measured(seen, is_float=row == WHOLE)
+
+    if cell := attempt(base, measure, found, again=settings.again, reporter=bench.reporter):
+        record_cell(settings.json, cell, PruneStudy)
 
 
 def treat(bench: Bench, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Seen]:

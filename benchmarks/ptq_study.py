@@ -13,7 +13,6 @@ and written to `ptq_study.json` once it is measured. Bundles and judged images s
 from __future__ import annotations
 
 import argparse
-import datetime
 import shutil
 import sys
 from collections.abc import Iterator
@@ -30,10 +29,9 @@ from dacc.benchmarks.ptq_child import PEERS_FOLDER, ChildFailed
 from dacc.benchmarks.ptq_measure import read_seen
 from dacc.benchmarks.ptq_rows import DRAWN, PIPELINES, ROWS, SETTINGS, row_options
 from dacc.benchmarks.ptq_table import write_tables
-from dacc.benchmarks.study import add_options, commit, fingerprint, is_finished, read_study, record_cell
+from dacc.benchmarks.study import add_options, attempt, fingerprint, is_finished, provenance, read_study, record_cell
 from dacc.core.config import build_config
 from dacc.core.errors import DaccError
-from dacc.core.machine import describe_machine
 from dacc.core.reporter import Reporter
 from dacc.evaluate.grid import write_grid
 from dacc.quant.api import METHODS
@@ -104,20 +102,18 @@ def _fill(bench: Bench, setting: str, row: str) -> None:
         fingerprint=wanted,
         options=options,
         steps=bench.request.num_inference_steps,
-        machine=describe_machine(),
-        date=datetime.date.today().isoformat(),
-        commit=commit(),
+        **provenance(),
     )
-    try:
+
+    def measure() -> dict[str, Any]:
         facts, seen = treat(bench, setting, row, options, folder)
-        cell = base.model_copy(update={**facts, **bench.measured(seen, is_float=row == FLOAT_ROW)})
-    except Exception as error:  # whatever breaks in one cell, the others are measured; the record says what it was
-        said = str(error) if isinstance(error, DaccError | ChildFailed | FloatingPointError) else repr(error)
-        cell = base.model_copy(update={"status": f"{'cannot run' if base.peer else 'failed'}: {said}"})
-        bench.reporter.say(f"{place}: {cell.status}")
-        if found and found.measured and found.fingerprint == wanted and not again:
-            return None  # only what was to be added failed
-    record_cell(bench.options.json, cell, Study)
+        return {**facts, **bench.measured(seen, is_float=row == FLOAT_ROW)}
+
+    told = (DaccError, FloatingPointError, ChildFailed)
+    word = "cannot run" if base.peer else "failed"
+    if cell := attempt(base, measure, found, again=again, reporter=bench.reporter, told=told, word=word):
+        record_cell(bench.options.json, cell, Study)
+    return None
 
 
 def _options(bench: Bench, setting: str, row: str) -> dict[str, Any]:

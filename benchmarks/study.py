@@ -6,15 +6,20 @@ A study is a pydantic document with `cells` and `with_cell`; a cell has `fingerp
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+from dacc.core.errors import DaccError
+from dacc.core.machine import describe_machine
+from dacc.core.reporter import Reporter
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results.md"
@@ -55,6 +60,43 @@ def commit() -> str:
     asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(asked, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def provenance() -> dict[str, Any]:
+    """Where and when a cell is measured, and by what."""
+    return {"machine": describe_machine(), "date": datetime.date.today().isoformat(), "commit": commit()}
+
+
+def attempt(
+    base: Any,
+    measure: Callable[[], dict[str, Any]],
+    before: Any | None,
+    *,
+    again: bool,
+    reporter: Reporter,
+    told: tuple[type[Exception], ...] = (DaccError, FloatingPointError),
+    word: str = "failed",
+) -> Any | None:
+    """A cell with what was measured of it, or with why that could not be done: whatever breaks in one cell, the others
+    are measured.
+
+    Args:
+        base: the cell without figures.
+        before: the cell that is on record.
+        reporter: where to say what broke.
+        told: errors whose text says it all.
+
+    Returns:
+        None where only what was to be added to the cell on record failed.
+    """
+    try:
+        return base.model_copy(update=measure())
+    except Exception as error:
+        status = f"{word}: {error if isinstance(error, told) else repr(error)}"
+        reporter.say(status)
+        if before and before.measured and before.fingerprint == base.fingerprint and not again:
+            return None
+        return base.model_copy(update={"status": status})
 
 
 def read_study(file: Path, kind: Any) -> Any:

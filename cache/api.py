@@ -18,7 +18,16 @@ from ..core.bundle import BundleWriter, component_weight_bytes, component_weight
 from ..core.cache_plan import CORRECTION_NAME, beside_plan
 from ..core.card import model_card
 from ..core.machine import describe_machine
-from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
+from ..core.manifest import (
+    REQUIRES,
+    ComponentRecord,
+    Effect,
+    FileRecord,
+    Manifest,
+    PassRecord,
+    SourceRecord,
+    read_manifest,
+)
 from ..core.output import check_output
 from ..core.pipeline import pipeline_class, select_components
 from ..core.reference import find_reference
@@ -33,7 +42,6 @@ if TYPE_CHECKING:
     from .search import Found
 
 TOLD_UNITS = 3
-REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}
 
 
 @dataclass(frozen=True)
@@ -209,15 +217,8 @@ def _manifest(
         effect={"pipeline": effect},
     )
     source = SourceRecord(name=job.source.identity, revision=job.source.revision, weights=job.hashes)
-    return Manifest(
-        requires={**REQUIRES, **(before.requires if before else {})},
-        source=before.source if before else source,
-        pipeline=pipeline_class(job.source.path),
-        passes=[*(before.passes if before else []), this],
-        history=[*(before.history if before else []), *([before.sha256()] if before else [])],
-        components={**known, **treated},
-        files=files,
-    )
+    pipeline = pipeline_class(job.source.path)
+    return Manifest.after(before, [this], source=source, pipeline=pipeline, components=treated, files=files)
 
 
 def _float_record(job: Job, name: str, files: dict[str, FileRecord]) -> ComponentRecord:

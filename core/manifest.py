@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from .scheme import Scheme
 MANIFEST_NAME = "dacc_manifest.json"
 RUN_NAME = "dacc_run.json"
 FORMAT = 1
+REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}  # lowest versions that load what is written now
 UNHASHED = (MANIFEST_NAME, RUN_NAME, "README.md")  # outside the promise of equal bytes
 
 
@@ -175,6 +177,34 @@ class Manifest(Config):
     components: dict[str, ComponentRecord]
     files: dict[str, FileRecord]
     extra: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def after(
+        cls,
+        before: Manifest | None,
+        passes: Sequence[PassRecord],
+        *,
+        source: SourceRecord,
+        pipeline: str,
+        components: Mapping[str, ComponentRecord],
+        files: dict[str, FileRecord],
+    ) -> Manifest:
+        """That of a result: passes after those of its source, components that they did not treat as they were.
+
+        Args:
+            before: manifest of the source; None: it is no bundle.
+            source: what the chain starts from if it starts here.
+            components: those that were treated.
+        """
+        return cls(
+            requires={**REQUIRES, **(before.requires if before else {})},
+            source=before.source if before else source,
+            pipeline=pipeline,
+            passes=[*(before.passes if before else []), *passes],
+            history=[*(before.history if before else []), *([before.sha256()] if before else [])],
+            components={**(before.components if before else {}), **components},
+            files=files,
+        )
 
     def to_json(self) -> str:
         """Canonical text: sorted keys, UTF-8, a newline at the end."""

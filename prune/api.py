@@ -21,7 +21,7 @@ from ..core.calibration import calibration_id
 from ..core.card import model_card
 from ..core.config import Config
 from ..core.machine import describe_machine
-from ..core.manifest import read_manifest
+from ..core.manifest import REQUIRES, read_manifest
 from ..core.output import check_output
 from ..core.pipeline import select_components
 from ..core.reporter import Reporter, silent
@@ -30,7 +30,7 @@ from ..core.safe_read import weight_hash
 from ..core.source import Source, component_entries, resolve_source
 from ..core.treatable import refuse_other_libraries
 from .config import PruneConfig, on_the_fly
-from .outcome import REQUIRES, manifest_of, summarize, tell_of_size
+from .outcome import manifest_of, summarize, tell_of_size
 from .recovery.config import RecoveryConfig
 from .sources import float_source, refuse_treated
 

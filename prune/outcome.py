@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from .api import Job
     from .run import Pruned
 
-REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}
 NO_PRODUCT = 0.25 * 0.95  # share of the parameters from which on nobody should do without recovery
 
 
@@ -39,7 +38,6 @@ def manifest_of(
     """The new manifest: this pass after those of the source, untreated components as they were."""
     import torch
 
-    before = read_manifest(job.source.path)
     written = {
         name: ComponentRecord(
             class_name=job.classes[name],
@@ -63,14 +61,9 @@ def manifest_of(
         effect={"pipeline": effect},
     )
     source = SourceRecord(name=job.source.identity, revision=job.source.revision, weights=job.hashes)
-    return Manifest(
-        requires=REQUIRES,
-        source=before.source if before else source,
-        pipeline=pipeline_class(job.source.path),
-        passes=[*(before.passes if before else []), this],
-        history=[*(before.history if before else []), *([before.sha256()] if before else [])],
-        components={**(before.components if before else {}), **written},
-        files=files,
+    pipeline = pipeline_class(job.source.path)
+    return Manifest.after(
+        read_manifest(job.source.path), [this], source=source, pipeline=pipeline, components=written, files=files
     )
 
 

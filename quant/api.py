@@ -20,7 +20,16 @@ from ..core.bundle import BundleWriter, component_weight_bytes, component_weight
 from ..core.calibration import calibration_id
 from ..core.card import model_card
 from ..core.machine import describe_machine
-from ..core.manifest import ComponentRecord, Effect, FileRecord, Manifest, PassRecord, SourceRecord, read_manifest
+from ..core.manifest import (
+    REQUIRES,
+    ComponentRecord,
+    Effect,
+    FileRecord,
+    Manifest,
+    PassRecord,
+    SourceRecord,
+    read_manifest,
+)
 from ..core.output import check_output
 from ..core.pipeline import pipeline_class, select_components
 from ..core.reporter import Reporter, silent
@@ -31,8 +40,6 @@ from ..core.treatable import refuse_other_libraries, refuse_quantized
 from .config import METHODS, QuantizeConfig, on_the_fly
 from .fuse import Lora, check_fusing, find_lora, fused
 from .outcome import summarize, tell_of_target
-
-REQUIRES = {"dacc": "0.1.0", "diffusers": "0.41.0", "torch": "2.9.0"}
 
 
 @dataclass(frozen=True)
@@ -256,15 +263,9 @@ def _manifest(
         effect={"pipeline": effect},
     )
     source = SourceRecord(name=job.source.identity, revision=job.source.revision, weights=job.hashes)
-    return Manifest(
-        requires=REQUIRES,
-        source=before.source if before else source,
-        pipeline=pipeline_class(job.source.path),
-        passes=[*(before.passes if before else []), *(lora.record() for lora in job.loras), this],
-        history=[*(before.history if before else []), *([before.sha256()] if before else [])],
-        components={**(before.components if before else {}), **written},
-        files=files,
-    )
+    passes = [*(lora.record() for lora in job.loras), this]
+    pipeline = pipeline_class(job.source.path)
+    return Manifest.after(before, passes, source=source, pipeline=pipeline, components=written, files=files)
 
 
 def _with_written_files(

@@ -7,6 +7,7 @@ from dacc.core.errors import BundleError
 from dacc.core.manifest import (
     FORMAT,
     MANIFEST_NAME,
+    REQUIRES,
     ComponentRecord,
     FileRecord,
     Manifest,
@@ -135,3 +136,19 @@ def test_unknown_keys_are_refused_at_every_level(manifest, tmp_path, where):
 def test_free_additions_go_under_extra(manifest, tmp_path):
     write(tmp_path, manifest.model_copy(update={"extra": {"anything": [1, None]}}).to_json())
     assert read_manifest(tmp_path).extra == {"anything": [1, None]}
+
+
+def test_a_result_goes_on_from_the_manifest_of_its_source(manifest):
+    this = PassRecord(command="search-cache", config={}, seed=1, threads=1)
+    treated = {"transformer": manifest.components["unet"].model_copy(update={"parameters": 7})}
+    here = SourceRecord(name="elsewhere", weights={})
+    asked = {"source": here, "pipeline": "DDIMPipeline", "components": treated, "files": {}}
+    before = manifest.model_copy(update={"requires": {"dacc": "0.3.0"}})
+    after = Manifest.after(before, [this], **asked)
+    assert [entry.command for entry in after.passes] == ["quantize", "search-cache"]
+    assert after.source == manifest.source
+    assert after.history == [before.sha256()]
+    assert set(after.components) == {"unet", "transformer"}
+    assert after.requires == {**REQUIRES, "dacc": "0.3.0"}
+    alone = Manifest.after(None, [this], **asked)
+    assert (alone.source, alone.history, alone.passes, alone.requires) == (here, [], [this], REQUIRES)
