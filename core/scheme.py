@@ -46,7 +46,7 @@ class Scheme(Config):
     act_steps: int | None = Field(None, ge=1)  # per-step: denoiser calls of the grid that the table was made on
     split: int | None = Field(None, ge=1)  # input channels of the first of two parts
     rank: int | None = Field(None, ge=1)  # of the low-rank branch; None: there is none
-    smooth: bool = False  # inputs are divided by a factor for each feature before everything else
+    smooth: bool = False  # inputs are divided by a factor for each channel before everything else
     shifted: bool = False  # a constant is added to what the integers stand for, which then need no sign
 
     @field_validator("act_bits")

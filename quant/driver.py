@@ -155,6 +155,7 @@ def traits_of(method: ModuleType, config: Config, request: QuantizeConfig, calls
         spares=hasattr(method, "spares") and method.spares(config),
         split=getattr(method, "SPLIT", False),
         rank=method.planned_rank(config) if hasattr(method, "planned_rank") else None,
+        smooth=hasattr(method, "smooths") and method.smooths(config),
         calls=calls,
     )
 

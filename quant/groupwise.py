@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.config import Config
 from .block import Block, Treated
@@ -19,12 +19,17 @@ from .sequential import levels
 @torch.no_grad()
 def treat_groups(block: Block, method: ModuleType, config: Config) -> dict[str, Treated]:
     """Every layer of a unit by a method of groups."""
-    absorbing = block.only([plan for plan in block.plans if block.scheme(plan.name).absorbs_outliers])
+    absorbing = block.only([plan for plan in block.plans if _is_grouped(block, plan.name)])
     others = block.only([plan for plan in block.plans if plan not in absorbing.plans])
     with block.rounding.instead(dynamic_roundings(others)):
         found = treat_layers(others, method, config) if others.plans else {}
     found |= _treat_absorbing(absorbing, method, config) if absorbing.plans else {}
     return {name: found[name] for name in block.layers}
+
+
+def _is_grouped(block: Block, name: str) -> bool:
+    """Convolutions read what no other layer reads: they have factors of their own, see channel_factors.py."""
+    return block.scheme(name).absorbs_outliers and isinstance(block.layers[name], nn.Linear)
 
 
 def _treat_absorbing(block: Block, method: ModuleType, config: Config) -> dict[str, Treated]:

@@ -1,7 +1,9 @@
-"""Treat the layers of a unit one by one, each by its weight and the second moments of what enters it."""
+"""Treat the layers of a unit one by one, each by its weight and what is known of its inputs: their second moments, and
+of convolutions that may have factors the span of every channel."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -10,8 +12,10 @@ from torch import Tensor
 from ..core.config import Config
 from ..core.errors import CalibrationError
 from ..core.scheme import Scheme
+from ..runtime.low_rank import along
 from ..runtime.weight import QuantizedWeight, to_rows
 from .block import Block, Treated
+from .channel_factors import Spans, channel_factors
 from .grams import Grams, has_grams
 from .methods import rtn
 
@@ -19,42 +23,65 @@ ROWS = 32768  # rows of x that one layer's statistics are taken from; more: stea
 BASELINE = rtn.RTNConfig(search="mse")
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of the inputs of one layer."""
+
+    gram: Tensor  # (K, K), E[x x^T]
+    spans: Tensor | None  # of every channel of every image, see `Spans`; of layers that may have factors
+
+
 @torch.no_grad()
-def grams_of(block: Block) -> dict[str, Tensor]:
-    """E[x x^T] (K, K) of the layers of a unit that multiply matrices and run in some call.
+def inputs_of(block: Block) -> dict[str, Inputs]:
+    """Of the layers of a unit that multiply matrices and run in some call.
 
     Raises:
         CalibrationError: NaN or infinity enters a layer.
     """
     seeing = {name: layer for name, layer in block.layers.items() if has_grams(layer)}
-    with Grams(seeing, rows_per_call=max(1, ROWS // max(1, len(block.sightings)))) as grams:
+    smooth = {name: layer for name, layer in seeing.items() if block.scheme(name).smooth}
+    rows_per_call = max(1, ROWS // max(1, len(block.sightings)))
+    with Grams(seeing, rows_per_call=rows_per_call) as grams, Spans(smooth) as spans:
         for sighting in block.sightings:
             block.run(sighting)
-    found = {name: gram for name in seeing if (gram := grams.mean(name)) is not None}
-    for name, gram in found.items():
-        check_finite(name, gram)
+    found = {name: Inputs(gram, spans.of(name)) for name in seeing if (gram := grams.mean(name)) is not None}
+    for name, inputs in found.items():
+        check_finite(name, inputs.gram)
     return found
 
 
 @torch.no_grad()
 def treat_layers(block: Block, method: ModuleType, config: Config) -> dict[str, Treated]:
     """Every layer of a unit by a method of layers, or to nearest where that is no worse."""
-    grams = grams_of(block) if "grams" in method.NEEDS else {}
+    inputs = inputs_of(block) if "grams" in method.NEEDS else {}
     found = {}
     for name, layer in block.layers.items():
         weight: Tensor = layer.weight  # type: ignore[assignment]
         if "grams" in method.NEEDS:
-            found[name] = _treat_layer(method, config, block.scheme(name), weight, grams.get(name))
+            found[name] = _treat_layer(method, config, block.scheme(name), weight, inputs.get(name))
         else:
             found[name] = Treated(method.quantize(weight, block.scheme(name), config))
     return found
 
 
-def _treat_layer(method: ModuleType, config: Config, scheme: Scheme, weight: Tensor, gram: Tensor | None) -> Treated:
+def _treat_layer(method: ModuleType, config: Config, scheme: Scheme, weight: Tensor, inputs: Inputs | None) -> Treated:
     """By the method, or to nearest where the method sees nothing or is no better on the inputs that it saw."""
+    if inputs is None:
+        return Treated(rtn.quantize(weight, scheme.plain, BASELINE), method="rtn")
+    if inputs.spans is None:
+        return _round_layer(method, config, scheme.plain, weight, inputs.gram)
+    factors = channel_factors(weight, scheme, inputs.gram, inputs.spans)
+    if factors is None:
+        return _round_layer(method, config, scheme.plain, weight, inputs.gram)
+    every = factors.float().repeat(len(inputs.gram) // len(factors))  # channels innermost
+    moved = weight.float() * along(factors, weight, 1).float()
+    treated = _round_layer(method, config, scheme.plain, moved, inputs.gram / torch.outer(every, every))
+    return replace(treated, weight=replace(treated.weight, scheme=scheme, smoothing=factors))
+
+
+def _round_layer(method: ModuleType, config: Config, scheme: Scheme, weight: Tensor, gram: Tensor) -> Treated:
+    """By the method, or to nearest where that is no worse."""
     baseline = rtn.quantize(weight, scheme, BASELINE)
-    if gram is None:
-        return Treated(baseline, method="rtn")
     error = output_error_of(weight, baseline, gram)
     found = method.quantize(weight, scheme, config, gram)
     if (better := output_error_of(weight, found, gram)) < error:

@@ -16,6 +16,7 @@ from ..core.families import Family
 from ..core.pipeline import walk_layers
 from ..core.scheme import NVFP4_GROUP, Scheme
 from ..runtime.layers import LAYER_CLASSES
+from ..runtime.quantized_layer import can_be_smoothed
 from .config import FAST_BITS, QuantizeConfig
 from .splits import find_splits
 
@@ -47,6 +48,7 @@ class Traits:
     split: bool = False  # layers that read two joined tensors have scales for each
     calls: int = 1  # length of the grid, for scales of every step
     rank: int | None = None  # linears of the body have smoothing, and a branch of this rank; None: neither
+    smooth: bool = False  # so have convolutions whose activation scales are found at each call, without a branch
 
 
 def plan_layers(
@@ -123,6 +125,8 @@ def _scheme(
 ) -> Scheme:
     """How the layer is stored, and what is beside its integers."""
     scheme = _integers(name, layer, family, config, traits, split)
+    if traits.smooth and isinstance(layer, nn.Conv2d) and scheme.finds_acts and can_be_smoothed(layer):
+        return scheme.model_copy(update={"smooth": True})
     if traits.rank is None or family.role(name) != "body" or not isinstance(layer, nn.Linear):
         return scheme
     return scheme.model_copy(update={"smooth": True, "rank": min(traits.rank, *_shape(layer)) or None})

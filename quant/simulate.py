@@ -14,7 +14,7 @@ from ..core.scheme import Scheme
 from ..runtime.activation import ActivationScale, round_static
 from ..runtime.clock import current_run
 from ..runtime.kernels_round import quantize_rows
-from ..runtime.low_rank import add_low_rank, shifted, smoothed
+from ..runtime.low_rank import add_low_rank, along, shifted, smoothed
 from ..runtime.weight import QuantizedWeight
 from .entry import watch_entry
 
@@ -86,15 +86,16 @@ def branch_of(weight: QuantizedWeight) -> Branch | None:
     return lambda x: add_low_rank(x.new_zeros(()), smoothed(x, weight.smoothing), down, up)
 
 
-def rounding_before(weight: QuantizedWeight, rounding: Rounding | None) -> Rounding | None:
-    """The same way of rounding, in a layer that shifts its inputs first and divides them by factors."""
+def rounding_before(weight: QuantizedWeight, rounding: Rounding | None, axis: int = -1) -> Rounding | None:
+    """The same way of rounding, in a layer that shifts its inputs first and divides them by factors, one for each of
+    the channels along `axis`."""
     smoothing, shift = weight.smoothing, weight.act_shift
     if rounding is None or (smoothing is None and shift is None):
         return rounding
 
     def around(x: Tensor) -> Tensor:
-        rounded = rounding(smoothed(shifted(x, shift), smoothing))
-        rounded = rounded if smoothing is None else rounded * smoothing.to(x.dtype)
+        rounded = rounding(smoothed(shifted(x, shift), smoothing, axis))
+        rounded = rounded if smoothing is None else rounded * along(smoothing, x, axis).to(x.dtype)
         return rounded if shift is None else rounded - shift.to(x.dtype)
 
     return around

@@ -21,7 +21,7 @@ from ..core.scheme import Scheme
 from .block import Treated
 from .layerwise import weight_error_of
 from .plan import LayerPlan
-from .simulate import RoundedInputs, branch_of, put_bias_, put_weight_, rounding_before, rounding_of
+from .simulate import RoundedInputs, branch_of, channel_axis, put_bias_, put_weight_, rounding_before, rounding_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Treatment:
         put_weight_(layer, stored.weight)
         put_bias_(layer, stored.bias)
         rounded = rounding_of(stored.weight.scheme, layer, stored.acts)
-        rounding.put(plan.name, rounding_before(stored.weight, rounded), branch_of(stored.weight))
+        around = rounding_before(stored.weight, rounded, channel_axis(layer))
+        rounding.put(plan.name, around, branch_of(stored.weight))
 
     def decided(self, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the method decides for the whole model, the same again when an interrupted run goes on."""

@@ -112,6 +112,7 @@ class QuantizedConv2d(_QuantizedConv, _IntegerLayer, nn.Conv2d):  # type: ignore
     def forward(self, input: Tensor) -> Tensor:
         if self.scheme.act_bits == 16:
             return super().forward(input)
+        input = smoothed(input, self.smoothing, 1)
         if self._pads_before():
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = functional.pad(input, self._reversed_padding_repeated_twice, mode=mode)

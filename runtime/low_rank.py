@@ -1,10 +1,11 @@
-"""What a linear layer keeps beside its integers, so that these need not hold outliers (SVDQuant: Li et al., 2024,
+"""What a layer keeps beside its integers, so that these need not hold outliers (SVDQuant: Li et al., 2024,
 arXiv 2411.05007):
 
     W diag(s) = up down + R        y = Q(x / s) Q(R)^T + ((x / s) down^T) up^T + b
 
 The smoothing s moves outliers of the inputs into the weight; the low-rank branch, in floating point, takes them out of
-it again, and the integers hold R. Either of the two may be absent.
+it again, and the integers hold R. Either of the two may be absent. A convolution may have s, one factor for each input
+channel; linears alone have branches and shifts.
 
 Inputs that are never far below 0, as those behind a GELU, have a constant c added before they are rounded, so that no
 code stands for a sign. What it adds to the outputs is known beforehand:
@@ -24,8 +25,11 @@ from ..core.scheme import Scheme
 LOW_RANK_NAMES = ("smoothing", "low_rank_down", "low_rank_up", "act_shift")
 
 
-def low_rank_shapes(scheme: Scheme, rows: int, features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+def low_rank_shapes(
+    scheme: Scheme, weight_shape: tuple[int, ...]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """Shapes and dtypes of the stored tensors, as `state_shapes`; factors are float32 where float16 would overflow."""
+    rows, features = weight_shape[:2]
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
     if scheme.smooth:
         shapes["smoothing"] = ((features,), torch.float16)
@@ -38,16 +42,21 @@ def low_rank_shapes(scheme: Scheme, rows: int, features: int) -> dict[str, tuple
 
 
 def whole_weight(residual: Tensor, smoothing: Tensor | None, down: Tensor | None, up: Tensor | None) -> Tensor:
-    """(R + up down) / s, (O, K) float32. The product is exact before it is rounded once: in double precision the order
-    of its sums does not matter."""
+    """(R + up down) / s, float32 in the shape of R: (O, K), or (O, I, *kernel) of a convolution. The product is exact
+    before it is rounded once: in double precision the order of its sums does not matter."""
     if up is not None and down is not None:
         residual = residual + (up.double() @ down.double()).float()
-    return residual if smoothing is None else residual / smoothing.float()
+    return residual if smoothing is None else residual / along(smoothing, residual, 1).float()
 
 
-def smoothed(x: Tensor, smoothing: Tensor | None) -> Tensor:
-    """x / s, (..., K) in the dtype of `x`."""
-    return x if smoothing is None else x / smoothing.to(x.dtype)
+def smoothed(x: Tensor, smoothing: Tensor | None, axis: int = -1) -> Tensor:
+    """x / s in the dtype of `x`, whose channels lie along `axis`."""
+    return x if smoothing is None else x / along(smoothing, x, axis).to(x.dtype)
+
+
+def along(smoothing: Tensor, x: Tensor, axis: int) -> Tensor:
+    """Factors as a view that multiplies `x` along one of its axes."""
+    return smoothing.view(-1, *[1] * (x.dim() - 1 - axis % x.dim()))
 
 
 def shifted(x: Tensor, shift: Tensor | None) -> Tensor:

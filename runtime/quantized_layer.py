@@ -192,6 +192,11 @@ class QuantizedLayer(nn.Module):
         return f"{tuple(self.weight_shape)}, scheme={self.scheme.name}"
 
 
+def can_be_smoothed(layer: nn.Module) -> bool:
+    """Whether what enters a layer of this kind can be divided by a factor for each channel."""
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+
+
 def check_scheme(layer: nn.Module, scheme: Scheme) -> None:
     """Whether a layer of this kind and shape can have this scheme.
 
@@ -202,11 +207,15 @@ def check_scheme(layer: nn.Module, scheme: Scheme) -> None:
     kind, (channels, *kernel) = type(layer).__name__, weight.shape[1:]
     if scheme.act_bits < 16 and not isinstance(layer, nn.Linear | nn.Conv2d):
         raise ConfigError(f"{kind} has no integer product for scheme {scheme.name}.", mend="Use act_bits 16 there.")
-    if scheme.absorbs_outliers and not isinstance(layer, nn.Linear):
+    if scheme.rank is not None and not isinstance(layer, nn.Linear):
+        raise ConfigError(
+            f"{kind} cannot have scheme {scheme.name}.", "Only linears have a low-rank branch.", "Leave rank out there."
+        )
+    if scheme.smooth and not can_be_smoothed(layer):
         raise ConfigError(
             f"{kind} cannot have scheme {scheme.name}.",
-            "Only linears have smoothing factors and a low-rank branch.",
-            "Leave rank and smooth out there.",
+            "Only linears, and 2-D convolutions without groups, have smoothing factors.",
+            "Leave smooth out there.",
         )
     if scheme.shifted and not isinstance(layer, nn.Linear):
         raise ConfigError(

@@ -4,7 +4,7 @@ Letters: O output channels (rows), K input features per row, G = K / group_size 
 A convolution weight (O, I / groups, *kernel) becomes rows with the channels innermost, (O, *kernel, I / groups): so lie
 the patches of a channels-last image in memory, and an integer product reads the stored bytes as they are. An embedding
 table (entries, width) has one row per entry. A split scheme has P = 2 parts of the features of a row, else P = 1.
-A linear weight may have more beside its integers, see low_rank.py.
+A weight may have more beside its integers, see low_rank.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class QuantizedWeight:
         scale: (O, G) float16 or float32; (O, P) for per-channel and two-level schemes; (1, 1) float32 for NVFP4.
         zero_point: (O, G) uint8, asymmetric schemes only; (O, P) when per channel.
         group_scale: (O, G) uint8: in 1..15 for two-level schemes, bytes of E4M3 numbers for NVFP4, else none.
-        smoothing: (K,) float16, factors of the input features, smooth schemes only.
+        smoothing: (I,) float16, factors of the input channels, smooth schemes only.
         low_rank_down: (r, K) float16 or float32, schemes with a rank only; so is
         low_rank_up: (O, r).
         act_shift: (1,) float32, added to inputs before they are rounded, shifted schemes only.
@@ -108,7 +108,7 @@ def state_shapes(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, tuple[tupl
         shapes["zero_point"] = ((rows, groups), torch.uint8)
     if scheme.two_level or scheme.format == "nvfp4":
         shapes["group_scale"] = ((rows, groups), torch.uint8)
-    return shapes | low_rank_shapes(scheme, rows, features)
+    return shapes | low_rank_shapes(scheme, shape)
 
 
 def integer_rows(qweight: Tensor, group_scale: Tensor | None, scheme: Scheme, features: int) -> Tensor:

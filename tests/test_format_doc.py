@@ -1,6 +1,7 @@
 """docs/format.md is enough: the program in it, run alone, reads every layer exactly as dacc does."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,7 @@ BY_HAND = {
         (6, 48, 1, 1),
     ),
     "smoothing": (Scheme(bits=8, act_bits=8, act_mode="dynamic", smooth=True), (6, 48)),
+    "smoothing of channels": (Scheme(bits=8, act_bits=8, act_mode="dynamic", smooth=True), (6, 16, 3, 1)),
     "zero points of activations": (Scheme(bits=8, act_bits=8, act_mode="dynamic", act_offset=True, split=16), (6, 48)),
     "activations per group": (
         Scheme(bits=4, group_size=8, act_bits=4, act_mode="per-group", act_group_size=8, rank=3, smooth=True),
@@ -81,7 +83,7 @@ BY_HAND = {
 def random_weight(scheme, shape):
     shapes = state_shapes(scheme, shape)
     low, high = scheme.code_range
-    codes = torch.randint(low, high + 1, (shape[0], shape[1]))
+    codes = torch.randint(low, high + 1, (shape[0], math.prod(shape[1:])))
     largest = 126 if scheme.format == "nvfp4" else 15
     zero_point = None if scheme.symmetric else torch.randint(0, high + 1, shapes["zero_point"][0])
     group_scale = torch.randint(1, largest + 1, shapes["group_scale"][0]) if "group_scale" in shapes else None

@@ -30,6 +30,7 @@ class GPTQConfig(Config):
 
     damping: float = Field(0.01, gt=0, le=1e9)  # share of H's mean diagonal that is added to it; more: closer to rtn
     act_order: bool = True  # columns with the largest inputs first
+    smooth: bool = True  # false: no factors for the channels of what enters a convolution
 
 
 CONFIG = GPTQConfig
@@ -42,6 +43,11 @@ FORMATS = ("integer", "nvfp4")
 def act_search(config: GPTQConfig) -> Search:
     """How fixed activation ranges are found, where they are asked for."""
     return "mse"
+
+
+def smooths(config: GPTQConfig) -> bool:
+    """Whether convolutions have factors for the channels of what enters them."""
+    return config.smooth
 
 
 def quantize(weight: Tensor, scheme: Scheme, config: GPTQConfig, gram: Tensor) -> QuantizedWeight:

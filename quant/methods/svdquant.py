@@ -86,6 +86,11 @@ def planned_rank(config: SVDQuantConfig) -> int:
     return 0 if config.rank == "auto" else config.rank
 
 
+def smooths(config: SVDQuantConfig) -> bool:
+    """Whether convolutions have factors for the channels of what enters them: only where that is known."""
+    return not config.data_free
+
+
 def quantize(weight: Tensor, scheme: Scheme, config: SVDQuantConfig, gram: Tensor | None = None) -> QuantizedWeight:
     """A layer without smoothing and branch: a convolution, or one that sees the time step alone."""
     if config.gptq and gram is not None:

@@ -450,7 +450,17 @@ def test_linears_of_the_body_may_have_smoothing_and_a_branch(dit, rank, expected
     assert all(found[name].scheme == plain[name].scheme for name in others)
 
 
-def test_convolutions_have_neither(unet):
+@pytest.mark.parametrize("fields", [{}, {"act_bits": 8}, {"act_bits": 8, "act_mode": "static"}], ids=str)
+def test_convolutions_may_have_smoothing_where_their_scales_are_found(unet, fields):
+    plain, found = (traited(unet, traits, bits=4, **fields) for traits in (Traits(), Traits(smooth=True)))
+    smooth = {name for name, plan in found.items() if plan.scheme and plan.scheme.smooth}
+    dynamic = {name for name, plan in plain.items() if plan.scheme and plan.scheme.act_mode == "dynamic"}
+    assert smooth == {name for name in dynamic if len(found[name].shape) == 4}
+    assert bool(smooth) == (fields == {"act_bits": 8})
+    assert all(found[name].scheme.rank is None for name in smooth)
+
+
+def test_convolutions_have_no_branch(unet):
     found = traited(unet, Traits(rank=8), bits=4)
     assert any(plan.scheme and plan.scheme.absorbs_outliers for plan in found.values())
     for name, plan in found.items():

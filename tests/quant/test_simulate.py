@@ -225,7 +225,7 @@ ABSORBING = [
 @torch.no_grad()
 def test_smoothing_and_a_low_rank_branch_give_what_the_integer_layer_gives(kind, scheme):
     model, x = make(kind)
-    acts, shapes = table(scheme), low_rank_shapes(scheme, 20, 48)
+    acts, shapes = table(scheme), low_rank_shapes(scheme, (20, 48))
     beside = {name: (torch.rand(shape) + 0.2).to(dtype) for name, (shape, dtype) in shapes.items()}
     weight = replace(quantize(model[0].weight, scheme, RTNConfig()), **beside)
     found, expected = copy.deepcopy(model), copy.deepcopy(model)

@@ -55,7 +55,7 @@ def _no_grad():
 def random_weight(scheme, shape=SHAPE):
     """A weight whose parts are all of about the same size."""
     grid = find_grid(torch.randn(shape), scheme, search=False)
-    shapes = low_rank_shapes(scheme, *shape)
+    shapes = low_rank_shapes(scheme, shape)
     beside = {name: torch.randn(size).to(dtype) for name, (size, dtype) in shapes.items()}
     if scheme.smooth:
         beside["smoothing"] = (torch.rand(shape[1]) * 3 + 0.2).bfloat16().half()
@@ -221,17 +221,18 @@ def test_every_byte_is_counted_and_no_parameter_twice(scheme):
     stored = sum(tensor.numel() * tensor.element_size() for tensor in layer.state_dict().values())
     assert layer.memory_bytes() == stored
     beside = (48 * 2 if scheme.smooth else 0) + (scheme.rank or 0) * (20 + 48) * 2 + 4 * scheme.shifted
-    shapes = low_rank_shapes(scheme, *SHAPE).values()
+    shapes = low_rank_shapes(scheme, SHAPE).values()
     assert sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes) == beside
-    assert not low_rank_shapes(scheme.plain, *SHAPE)
+    assert not low_rank_shapes(scheme.plain, SHAPE)
     assert count_parameters(nn.Sequential(layer)) == 20 * 48 + 20
 
 
 @pytest.mark.parametrize(
     ("layer", "fields", "advice"),
     [
-        (nn.Conv2d(8, 8, 1), {"bits": 8, "rank": 2}, "Only linears .* Leave rank and smooth out"),
-        (nn.Conv1d(8, 8, 1), {"bits": 8, "smooth": True}, "Only linears"),
+        (nn.Conv2d(8, 8, 1), {"bits": 8, "rank": 2}, "Only linears have a low-rank branch"),
+        (nn.Conv1d(8, 8, 1), {"bits": 8, "smooth": True}, "2-D convolutions without groups"),
+        (nn.Conv2d(8, 8, 1, groups=2), {"bits": 8, "smooth": True}, "2-D convolutions without groups"),
         (nn.Embedding(8, 8), {"bits": 8, "rank": 2}, "Only linears"),
         (nn.Conv2d(8, 8, 1), {"bits": 8, "act_bits": 4, "act_mode": "dynamic", "shifted": True}, "Only linears shift"),
         (nn.Linear(8, 6), {"bits": 8, "rank": 7}, "at most 6"),
