@@ -39,6 +39,7 @@ LINEAR_GLOBS = {
     "digits-unet": ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0", "*.time_emb_proj", "time_embedding.*"),
     "shapes-sd": ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0", "*.ff.net.*", "*.time_emb_proj", "time_embedding.*"),
 }
+CONVOLUTION_GLOBS = ("*.conv*",)  # all but the first and the last
 # layers that efficientdm spares, for a row that spares them too
 SENSITIVE_GLOBS = {"digits-unet": FAMILY.sensitive, "shapes-sd": FAMILY.sensitive}
 SPARED_BITS = 8
@@ -106,8 +107,18 @@ ROWS: dict[str, Row] = {
     ),
     # as a peer does that rounds the inputs of linears alone
     "gptq (convolutions' inputs float)": Row(
-        {"method": "gptq", "layer_act_bits": [["*conv*", 16], ["*.downsamplers.*", 16], ["*.upsamplers.*", 16]]},
+        {"method": "gptq", "layer_act_bits": [[glob, 16] for glob in CONVOLUTION_GLOBS]},
         settings=("W8A8", "W4A8"),
+        convolutions=True,
+    ),
+    # linears as peers treat them that leave convolutions float, and the convolutions at 8 bits
+    "gptq (convolutions W8)": Row(
+        {
+            "method": "gptq",
+            "layer_bits": [[glob, 8] for glob in CONVOLUTION_GLOBS],
+            "layer_act_bits": [[glob, 16] for glob in CONVOLUTION_GLOBS],
+        },
+        settings=("W4A16", "W4A8"),
         convolutions=True,
     ),
 }

@@ -47,7 +47,7 @@ class Spans:
             hook.remove()
 
     def of(self, name: str) -> Tensor | None:
-        """(2, N, C) float32: lowest values, none above 0, and highest, none below; None for a layer that did not run."""
+        """(2, N, C) float32: lowest values, 0 at most, and highest, 0 at least; None for a layer that did not run."""
         return torch.cat(self._found[name], 1) if name in self._found else None
 
     def _gather(self, name: str) -> Any:

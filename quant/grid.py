@@ -127,9 +127,7 @@ def split_groups(weight: Tensor, group_size: int | None) -> Tensor:
 
 
 def stored_scale(scale: Tensor) -> Tensor:
-    """Scales as the file will hold them: float32 for one scale per row, else float16 where that loses no range."""
-    if scale.shape[1] == 1:
-        return scale.float()
+    """Scales as the file will hold them: float16 where that loses no range, else float32."""
     low, high = FLOAT16_SAFE
     return scale.half() if bool((scale >= low).all()) and bool((scale <= high).all()) else scale.float()
 

@@ -103,12 +103,11 @@ def _float_bytes(tensor: StoredTensor) -> int:
 
 
 def _plan_bytes(plan: LayerPlan) -> int:
-    """Bytes of the stored tensors; group scales count as float16, a scale per row as float32."""
+    """Bytes of the stored tensors; scales count as float16."""
     if plan.scheme is None:
         return 0
     total = 0
     for shape, dtype in state_shapes(plan.scheme, plan.shape).values():
-        size = dtype.itemsize if dtype else (4 if shape[1] <= plan.scheme.parts else FLOAT16_BYTES)
-        total += prod(shape) * size
+        total += prod(shape) * (dtype.itemsize if dtype else FLOAT16_BYTES)
     acts = activation_shapes(plan.scheme).values()
     return total + sum(prod(shape) * dtype.itemsize for shape, dtype in acts)

@@ -30,6 +30,10 @@ def example(shape=(6, 48), seed=0):
     return weight
 
 
+def half(value):
+    return float(torch.tensor(value).half())
+
+
 def slow(row, scheme):
     """Codes of one row by the formula, number by number, with the scales as they are stored."""
     size = scheme.group_size or len(row)
@@ -43,9 +47,9 @@ def slow(row, scheme):
         zeros.append(0 if scheme.symmetric or scale == 0 else round(-low / scale))
     if scheme.two_level:
         row_scale = max(scales) / 15 or 1.0
-        scales = [row_scale * min(15, max(1, round(scale / row_scale))) for scale in scales]
-    elif scheme.group_size:
-        scales = [float(torch.tensor(scale).half()) for scale in scales]
+        scales = [half(row_scale) * min(15, max(1, round(scale / row_scale))) for scale in scales]
+    else:
+        scales = [half(scale) for scale in scales]
     return [
         [zero if scale == 0 else min(high_code, max(low_code, round(value / scale) + zero)) for value in group]
         for group, scale, zero in zip(groups, scales, zeros, strict=True)
@@ -62,7 +66,7 @@ def test_formula_equals_slow_loops(scheme, shape):
     expected = torch.tensor([slow(row, scheme) for row in rows.tolist()]).flatten(1)
     assert torch.equal(codes.int(), expected.int())
     assert found.shape == shape
-    assert found.scale.dtype == (torch.float16 if scheme.group_size and not scheme.two_level else torch.float32)
+    assert found.scale.dtype == torch.float16
 
 
 @NAMED
