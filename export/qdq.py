@@ -1,4 +1,5 @@
-"""Integers in an ONNX graph: initializers behind DequantizeLinear nodes, w = scale * (q - zero point).
+"""Integers in an ONNX graph: initializers behind DequantizeLinear nodes, w = scale * (q - zero point), and behind a Div
+where a bundle has factors for the input channels.
 
 8-bit codes are INT8 or UINT8, up to 4 bits INT4 or UINT4, which ONNX has since opset 21; so has it scales for blocks.
 Letters: O output channels, I input channels per group, K input features per row, G groups of a row.
@@ -15,6 +16,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from ..runtime.low_rank import along
 from ..runtime.packing import unpack_codes
 from ..runtime.weight import from_rows, integer_rows
 from .contents import StoredLayer
@@ -32,12 +34,13 @@ class Integers:
     zero_point: Tensor | None  # as the scale, of the type of the codes
     bits: int  # 4 or 8
     block: int | None  # input channels for each scale
+    smoothing: Tensor | None = None  # (I,) float32, what the values are divided by to give the weight
 
 
 def expressible(layer: StoredLayer) -> bool:
     """Whether the codes of a layer can stay as they are."""
     scheme, shape = layer.scheme, layer.shape
-    if scheme.format != "integer" or scheme.absorbs_outliers or scheme.split or len(shape) < 2:
+    if scheme.format != "integer" or scheme.rank is not None or scheme.split or len(shape) < 2:
         return False
     return scheme.group_size is None or shape[1] % scheme.group_size == 0
 
@@ -60,7 +63,8 @@ def integers_of(layer: StoredLayer) -> Integers:
         blocks = (shape[0], shape[1] // block, *shape[2:])
         scale, zero = from_rows(scale, blocks), None if zero is None else from_rows(zero, blocks)
     bits = 4 if scheme.bits <= 4 and not scheme.two_level else 8
-    return Integers(from_rows(rows, shape), scale, zero, bits, block)
+    smoothing = None if weight.smoothing is None else weight.smoothing.float()
+    return Integers(from_rows(rows, shape), scale, zero, bits, block, smoothing)
 
 
 def graph_with_weights(
@@ -87,7 +91,7 @@ def graph_with_weights(
     for name in names:
         own = name.removeprefix(prefix)
         if own in integers:
-            added.append(_dequantize(graph, name, integers[own]))
+            added.extend(_dequantize(graph, name, integers[own]))
         else:
             graph.initializer.append(numpy_helper.from_array(weights[own].contiguous().numpy(), name))
     nodes = [*added, *graph.node]
@@ -96,9 +100,9 @@ def graph_with_weights(
     return model
 
 
-def _dequantize(graph: onnx.GraphProto, name: str, weight: Integers) -> onnx.NodeProto:
-    """Put the integers of a weight into the graph. A matrix that is only read through a transposition lies there
-    transposed, as products with packed weights want it."""
+def _dequantize(graph: onnx.GraphProto, name: str, weight: Integers) -> list[onnx.NodeProto]:
+    """Put the integers of a weight into the graph, and what makes the weight of them. A matrix that is only read through
+    a transposition lies there transposed, as products with packed weights want it."""
     readers = [node for node in graph.node if name in node.input]
     turned = weight.codes.ndim == 2 and all(node.op_type == "Transpose" for node in readers)
     codes, scale, zero, output = weight.codes, weight.scale, weight.zero_point, name
@@ -117,7 +121,13 @@ def _dequantize(graph: onnx.GraphProto, name: str, weight: Integers) -> onnx.Nod
         parts.append(f"{name}.zero_point")
         graph.initializer.append(_integer_tensor(parts[2], zero, weight.bits))
     attributes: dict[str, Any] = {"axis": axis} | ({"block_size": weight.block} if weight.block else {})
-    return helper.make_node("DequantizeLinear", parts, [output], name=f"{name}.dequantize", **attributes)
+    values = output if weight.smoothing is None else f"{name}.values"
+    nodes = [helper.make_node("DequantizeLinear", parts, [values], name=f"{name}.dequantize", **attributes)]
+    if weight.smoothing is not None:
+        factors = along(weight.smoothing, codes, 1 - channels)
+        graph.initializer.append(numpy_helper.from_array(factors.contiguous().numpy(), f"{name}.smoothing"))
+        nodes.append(helper.make_node("Div", [values, f"{name}.smoothing"], [output], name=f"{name}.whole"))
+    return nodes
 
 
 def _rewire(graph: onnx.GraphProto, turns: list[onnx.NodeProto], output: str) -> None:

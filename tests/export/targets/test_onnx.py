@@ -59,16 +59,23 @@ def weights_in(file):
             parts = [part.repeat_interleave(block, fields["axis"]) for part in parts]
         else:
             parts = [part.view([-1 if axis == fields["axis"] else 1 for axis in range(codes.ndim)]) for part in parts]
-        weight = (codes - parts[1] if zero else codes) * parts[0]
+        weight, output = (codes - parts[1] if zero else codes) * parts[0], node.output[0]
+        for divide in (entry for entry in graph.node if entry.op_type == "Div" and entry.input[0] == output):
+            weight, output = weight / stored[divide.input[1]], divide.output[0]
         name = node.input[0].removeprefix("model.").removesuffix(".weight.codes")
-        found[name] = weight.t() if node.output[0] != f"model.{name}.weight" else weight
+        found[name] = weight.t() if output != f"model.{name}.weight" else weight
     return found
 
 
 @pytest.mark.parametrize(
     ("fields", "close"),
-    [({"bits": 8}, 1e-4), ({"bits": 4, "group_size": 32}, 1e-4), ({"bits": 4, "act_bits": 8}, 0.05)],
-    ids=["8 bits", "4 bits in groups", "two-level"],
+    [
+        ({"bits": 8}, 1e-4),
+        ({"bits": 4, "group_size": 32}, 1e-4),
+        ({"bits": 4, "act_bits": 8}, 0.05),
+        ({"bits": 4, "act_bits": 8, "method": "svdquant", "settings": {"rank": 0, "data_free": True}}, 0.05),
+    ],
+    ids=["8 bits", "4 bits in groups", "two-level", "smoothed"],
 )
 @torch.no_grad()
 def test_integers_are_those_of_the_bundle_and_run(bundle, dit_folder, fields, close):
@@ -96,14 +103,20 @@ def test_a_float_pipeline_is_float32_throughout(unet_folder, unet_pipeline):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fields", "close"),
+    [({"bits": 8}, 1e-3), ({"bits": 8, "act_bits": 8, "method": "gptq"}, 0.05)],
+    ids=["weights", "smoothed"],
+)
 @torch.no_grad()
-def test_convolutions_keep_their_codes_too(bundle, unet_folder):
-    small = bundle(unet_folder, bits=8)
+def test_convolutions_keep_their_codes_too(bundle, unet_folder, fields, close):
+    small = bundle(unet_folder, **fields)
     file = exported(small)
     inputs = {"sample": torch.randn(3, 1, 16, 16), "timestep": torch.tensor(300)}
     unet = dacc.load(small).unet
-    assert relative(run(file, inputs), unet(**inputs).sample) < 1e-3
+    assert relative(run(file, inputs), unet(**inputs).sample) < close
     name = "mid_block.resnets.0.conv1"
+    assert unet.get_submodule(name).scheme.smooth == ("method" in fields)
     assert torch.equal(weights_in(file)[name], unet.get_submodule(name).stored.dequantize())
     whole = sum(value.numel() for value in unet.parameters())
     assert file.stat().st_size < exported(unet_folder, "floats").stat().st_size < 6 * whole
