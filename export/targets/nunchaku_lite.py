@@ -24,6 +24,7 @@ from ...core.reporter import Reporter
 from ...core.safe_read import weight_stem
 from ...core.tensor_file import LazyTensor, Writable, write_weights
 from ...runtime.packing import unpack_codes
+from ...runtime.skeleton import build_skeleton
 from ..contents import Contents, StoredLayer
 from ..floats import FLOATS
 from ..nunchaku_layout import (
@@ -201,10 +202,10 @@ def _words(layer: StoredLayer) -> Made:
 
 
 def _floats(contents: Contents, kept: set[str], dtype: str) -> dict[str, Writable]:
-    """Everything that is not 4 bits, integers of other kinds dequantized."""
-    found: dict[str, Writable] = {
-        name: tensor.to(dtype) if tensor.dtype in FLOATS else tensor for name, tensor in contents.floats.items()
-    }
+    """Everything that is not 4 bits, integers of other kinds dequantized. diffusers' loader of this format also wants
+    the buffers that a model makes by itself and no other file holds."""
+    found: dict[str, Writable] = dict(build_skeleton(contents.folder).named_buffers())
+    found |= {name: tensor.to(dtype) if tensor.dtype in FLOATS else tensor for name, tensor in contents.floats.items()}
     for name, layer in contents.layers.items():
         if name not in kept:
             weight = f"{name}.weight"
