@@ -14,7 +14,7 @@ test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest
 
 readers: $(VENV)/.readers  ## exports read by other libraries, which the other tests do without: diffusers imports some at once
-	PYTHONPATH=$(VENV)/readers $(BIN)/python -m pytest tests/export/targets tests/export/test_fixtures.py -k "quanto or torchao or bitsandbytes"
+	PYTHONPATH=$(VENV)/readers $(BIN)/python -m pytest tests/export/targets tests/export/test_fixtures.py -k "quanto or torchao or bitsandbytes or openvino"
 
 lint: $(VENV)/.installed-dev  ## format, lint, types
 	PATH="$(abspath $(BIN)):$$PATH" sh scripts/lint
@@ -36,7 +36,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.readers: $(VENV)/.installed-dev
-	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps --target $(VENV)/readers optimum-quanto bitsandbytes torchao ninja
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps --target $(VENV)/readers optimum-quanto bitsandbytes torchao ninja openvino
 	touch $@
 
 clean:

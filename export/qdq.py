@@ -101,8 +101,8 @@ def graph_with_weights(
 
 
 def _dequantize(graph: onnx.GraphProto, name: str, weight: Integers) -> list[onnx.NodeProto]:
-    """Put the integers of a weight into the graph, and what makes the weight of them. A matrix that is only read through
-    a transposition lies there transposed, as products with packed weights want it."""
+    """Put the integers of a weight into the graph, with the nodes that make the weight of them. A matrix that is only
+    read through a transposition lies there transposed, as products with packed weights want it."""
     readers = [node for node in graph.node if name in node.input]
     turned = weight.codes.ndim == 2 and all(node.op_type == "Transpose" for node in readers)
     codes, scale, zero, output = weight.codes, weight.scale, weight.zero_point, name

@@ -1,5 +1,5 @@
-"""ONNX, for ONNX Runtime and what else reads it: the denoiser as one graph. Layers that a bundle has as integers keep
-their codes, behind DequantizeLinear nodes; what multiplies them is up to the reader. All else is float32.
+"""ONNX, for ONNX Runtime, OpenVINO and what else reads it: the denoiser as one graph. Layers that a bundle has as
+integers keep their codes, behind DequantizeLinear nodes; what multiplies them is up to the reader. All else is float32.
 
 The size of images is fixed to the pipeline's own; the batch is open. The model must fit in memory.
 """
@@ -73,7 +73,8 @@ def load_lines(contents: Contents, written: Mapping[str, Any]) -> str:
 session = onnxruntime.InferenceSession(f"{{folder}}/{written["file"]}")
 # inputs, by their names, here for two samples:
 {inputs}
-(prediction,) = session.run(None, inputs)"""
+(prediction,) = session.run(None, inputs)
+# OpenVINO reads the same file: openvino.Core().compile_model(f"{{folder}}/{written["file"]}", "CPU")(inputs)"""
 
 
 def _library() -> Any:

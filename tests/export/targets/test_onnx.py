@@ -94,6 +94,23 @@ def test_integers_are_those_of_the_bundle_and_run(bundle, dit_folder, fields, cl
     assert relative(run(file, DIT_INPUTS, fused=True), exact) < close + 0.01
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bits": 4, "group_size": 32},
+        {"bits": 8},
+        {"bits": 4, "act_bits": 8, "method": "svdquant", "settings": {"rank": 0, "data_free": True}},
+    ],
+    ids=["4 bits in groups", "8 bits", "smoothed two-level"],
+)
+def test_openvino_reads_the_same_graph(bundle, dit_folder, fields):
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    file = exported(bundle(dit_folder, **fields))
+    compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = torch.from_numpy(compiled({name: value.numpy() for name, value in DIT_INPUTS.items()})[0])
+    assert relative(found, run(file, DIT_INPUTS)) < 1e-5
+
+
 @torch.no_grad()
 def test_a_float_pipeline_is_float32_throughout(unet_folder, unet_pipeline):
     file = exported(unet_folder)
