@@ -60,8 +60,8 @@ def rows_of(model: str, folder: Path, dtype: torch.dtype, repeats: int) -> list[
         parameters = sum(parameter.numel() for parameter in networks[name].parameters()) / 1e6
         promised, reached = macs[0] / macs[place], seconds[0] / seconds[place]
         found.append(
-            f"| {model}, {DEPTH[model]} | {name} | {parameters:.0f} M | {macs[place] / 1e9:.0f} G | {seconds[place]:.2f} s "
-            f"| {promised:.2f} | {reached:.2f} | {reached / promised:.2f} |"
+            f"| {model}, {DEPTH[model]} | {name} | {parameters:.0f} M | {macs[place] / 1e9:.0f} G "
+            f"| {seconds[place]:.2f} s | {promised:.2f} | {reached:.2f} | {reached / promised:.2f} |"
         )
         print(found[-1], flush=True)
     return found
@@ -84,8 +84,8 @@ def main() -> None:
     machine = describe_machine()
     heading = (
         f"One call of one image in {options.dtype}, medians of {options.repeats} in turns "
-        f"(`benchmarks/prune_speed.py`); {machine['processor']} ({machine['instruction_sets']}), {options.threads} threads, "
-        f"torch {machine['torch']}, {datetime.date.today().isoformat()}."
+        f"(`benchmarks/prune_speed.py`); {machine['processor']} ({machine['instruction_sets']}), "
+        f"{options.threads} threads, torch {machine['torch']}, {datetime.date.today().isoformat()}."
     )
     table = [
         "| model, depth | removed | parameters | MACs | time | of MACs | speed-up | speed-up / of MACs |",
