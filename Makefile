@@ -10,8 +10,8 @@ export PYTHONSAFEPATH = 1
 demo: $(VENV)/.installed  ## quantize a trained pipeline to 4 bits, sample from it, compare it with the original
 	PATH="$(abspath $(BIN)):$$PATH" sh scripts/demo
 
-test: $(VENV)/.installed-dev  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev  ## the whole test suite, file by file on all cores
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 readers: $(VENV)/.readers  ## exports read by other libraries, which the other tests do without: diffusers imports some at once
 	PYTHONPATH=$(VENV)/readers $(BIN)/python -m pytest tests/export/targets tests/export/test_fixtures.py -k "quanto or torchao or bitsandbytes or openvino"
