@@ -113,11 +113,8 @@ ROWS: dict[str, Row] = {
     ),
     # linears as peers treat them that leave convolutions float, and the convolutions at 8 bits
     "gptq (convolutions W8)": Row(
-        {
-            "method": "gptq",
-            "layer_bits": [[glob, 8] for glob in CONVOLUTION_GLOBS],
-            "layer_act_bits": [[glob, 16] for glob in CONVOLUTION_GLOBS],
-        },
+        {"method": "gptq", "layer_bits": [[glob, 8] for glob in CONVOLUTION_GLOBS]},
+        {"layer_act_bits": [[glob, 16] for glob in CONVOLUTION_GLOBS]},
         settings=("W4A16", "W4A8"),
         convolutions=True,
     ),
