@@ -21,7 +21,16 @@ from ...core.safe_read import weight_stem
 from ...core.tensor_file import LazyTensor, write_weights
 from ...runtime.packing import unpack_codes
 from ..contents import Contents, StoredLayer
-from ..rows import choose_linears, count_kept, float_tensors, has_rows, rows_of, skips_by_path, tell_rounded
+from ..rows import (
+    choose_linears,
+    count_kept,
+    float_tensors,
+    has_rows,
+    rows_of,
+    skips_by_path,
+    tell_rounded,
+    write_config,
+)
 
 ROUNDS = False
 KEEPS = ()
@@ -67,7 +76,7 @@ def groups_of(layer: StoredLayer) -> tuple[Tensor, Tensor, Tensor]:
 def write(contents: Contents, folder: Path, config: TorchaoConfig, reporter: Reporter) -> dict[str, Any]:
     """Write a component as diffusers' torchao loader wants it."""
     choice = choose_linears(contents, skips_by_path, reporter)
-    tensors = float_tensors(contents, choice.rounded, "BF16")
+    tensors = float_tensors(contents, choice, "BF16")
     told: dict[str, Any] = {name: {"_type": "Tensor"} for name in tensors}
     for name, shape in choice.rounded.items():
         layer = contents.layers.get(name)
@@ -83,8 +92,7 @@ def write(contents: Contents, folder: Path, config: TorchaoConfig, reporter: Rep
         "quant_type": {"default": INT8_ROWS},
         "modules_to_not_convert": choice.left_out or None,
     }
-    text = json.dumps({**contents.config, "quantization_config": block}, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_config(contents, folder, block, "bfloat16")
     kept = count_kept(contents, choice.rounded, lambda layer: has_rows(layer) or has_groups(layer))
     tell_rounded(contents, choice.rounded, kept, reporter)
     return {"layers": len(choice.rounded), "same_codes": kept}
