@@ -41,12 +41,11 @@ def split_linears(contents: Contents) -> Split:
     model = _skeleton(contents)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
     shapes = contents.shapes()
-    stored = {name: _stored_name(name, f"{model.base_model_prefix}.", shapes) for name in layers}
+    weights = {name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
+    stored = {name: _stored_name(name, weights) for name in layers}
     names = _kept(model, layers)
     while caught := {name for name in layers.keys() - names if is_left_out(names, name)}:
-        names |= caught | {
-            stored[name] or name for name in caught
-        }  # until the names alone tell all that goes with them
+        names |= caught | {stored[name] or name for name in caught}  # they may stand for others in turn
     rounded = [name for name in layers if name not in names]
     if missing := [name for name in rounded if stored[name] is None]:
         raise UnsupportedError(
@@ -76,10 +75,12 @@ def _kept(model: transformers.PreTrainedModel, layers: Mapping[str, nn.Module]) 
     return found | set(model._keep_in_fp32_modules or ())
 
 
-def _stored_name(name: str, prefix: str, shapes: Collection[str]) -> str | None:
-    """What the files call a layer: versions of transformers differ in whether the base model's name comes first."""
-    plain = name.removeprefix(prefix)
-    return next((found for found in (name, plain, f"{prefix}{plain}") if f"{found}.weight" in shapes), None)
+def _stored_name(name: str, stored: Collection[str]) -> str | None:
+    """What the files call a layer: versions of transformers differ in how many names of wrappers come first."""
+    if name in stored:
+        return name
+    found = [other for other in stored if other.endswith(f".{name}") or name.endswith(f".{other}")]
+    return found[0] if len(found) == 1 else None
 
 
 def _skeleton(contents: Contents) -> transformers.PreTrainedModel:
