@@ -14,7 +14,7 @@ test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest
 
 readers: $(VENV)/.readers  ## exports read by other libraries, which the other tests do without: diffusers imports some at once
-	PYTHONPATH=$(VENV)/readers $(BIN)/python -m pytest tests/export/targets tests/export/test_fixtures.py -k "quanto or torchao or bitsandbytes"
+	PYTHONPATH=$(VENV)/readers $(BIN)/python -m pytest tests/export -k "quanto or torchao or bitsandbytes"
 
 lint: $(VENV)/.installed-dev  ## format, lint, types
 	PATH="$(abspath $(BIN)):$$PATH" sh scripts/lint

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +35,22 @@ class Choice:
     rounded: dict[str, tuple[int, ...]]  # name -> shape of the weight
     left_out: list[str]  # names that tell a loader what stays floating point
     wide: frozenset[str] = frozenset()  # layers that stay float32 where other floats become float16
+    modules: Mapping[str, str] = field(default_factory=dict)  # name in the files -> a loader's
 
 
 def choose_linears(contents: Contents, skips: Skips, reporter: Reporter) -> Choice:
     """Linears that the bundle has as integers, of a float pipeline all but the edges and those that embed time, of a
     text encoder those that transformers rounds.
 
-    Loaders of diffusers take the names of layers that stay floats as patterns, under which others may fall. Where one does, the
-    layer is rounded as well.
+    Loaders of diffusers take the names of layers that stay floats as patterns, under which others may fall. Where one
+    does, the layer is rounded as well.
 
     Args:
         skips: whether a loader of diffusers that is given these names leaves out a layer.
     """
     if contents.is_text_encoder:
         split = split_linears(contents)
-        return Choice(split.rounded, split.left_out, frozenset(split.wide))
+        return Choice(split.rounded, split.left_out, frozenset(split.wide), split.modules)
     layers = walk_layers(build_skeleton(contents.folder))
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers if isinstance(layer, nn.Linear)}  # type: ignore[union-attr]
     wanted = layers_to_round(contents) & shapes.keys()

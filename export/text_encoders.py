@@ -8,6 +8,7 @@ named one by one, so that no version of the loader has to find them again.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -27,8 +28,9 @@ class Split:
     """The linears of a text encoder, by the names that they have in its files."""
 
     rounded: dict[str, tuple[int, ...]]  # name -> shape of the weight
-    left_out: list[str]  # of the others, also as the modules are called
-    wide: list[str]  # of those, the ones that the class keeps in float32 where all else is float16
+    modules: dict[str, str]  # of those, name -> that of the module in this version of transformers
+    left_out: list[str]  # of the others, and their modules' names
+    wide: list[str]  # of the others, the ones that the class keeps in float32 where all else is float16
 
 
 def split_linears(contents: Contents) -> Split:
@@ -43,20 +45,22 @@ def split_linears(contents: Contents) -> Split:
     shapes = contents.shapes()
     weights = {name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
     stored = {name: _stored_name(name, weights) for name in layers}
-    names = _kept(model, layers)
-    while caught := {name for name in layers.keys() - names if is_left_out(names, name)}:
-        names |= caught | {stored[name] or name for name in caught}  # they may stand for others in turn
-    rounded = [name for name in layers if name not in names]
-    if missing := [name for name in rounded if stored[name] is None]:
+    names, floats = _kept(model, layers), dict[str, str]()
+    while caught := {name: stored[name] or name for name in layers if name not in floats and is_left_out(names, name)}:
+        floats |= caught
+        names |= {*caught, *caught.values()}  # they may stand for others in turn
+    rounded = [name for name in layers if name not in floats]
+    claims = Counter(stored[name] for name in rounded)
+    if missing := [name for name in rounded if stored[name] is None or claims[stored[name]] > 1]:
         raise UnsupportedError(
             f"{contents.name} has no {missing[0]}.weight in its files.",
             "This version of transformers calls it so, and they do not.",
             "Save the model anew with this version, or choose --format safetensors-bf16.",
         )
-    floats = {name: stored[name] or name for name in layers if name in names}
     wide = [floats[name] for name in floats if is_left_out(model._keep_in_fp32_modules or (), name)]
-    shape_of = {str(stored[name]): shapes[f"{stored[name]}.weight"] for name in rounded}
-    return Split(shape_of, sorted({*floats, *floats.values()}), wide)
+    modules = {str(stored[name]): name for name in rounded}
+    shape_of = {name: shapes[f"{name}.weight"] for name in modules}
+    return Split(shape_of, modules, sorted({*floats, *floats.values()}), wide)
 
 
 def is_left_out(names: Collection[str], layer: str) -> bool:

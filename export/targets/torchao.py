@@ -1,4 +1,4 @@
-"""torchao, which diffusers loads from safetensors files whose metadata describe each tensor.
+"""torchao, which diffusers and transformers load from safetensors files whose metadata describe each tensor.
 
 Linears with one scale per row are `Int8Tensor`. Codes of 8 and fewer bits in groups are `IntxUnpackedToInt8Tensor`,
 which holds each in a byte, exactly, zero points included. Other linears are rounded to int8 rows, all else is bfloat16.
@@ -33,6 +33,7 @@ from ..rows import (
 )
 
 ROUNDS = False
+LIBRARIES = ("diffusers", "transformers")  # whose models it takes
 KEEPS = ()
 
 LOAD_LINES = """import torch
@@ -74,7 +75,7 @@ def groups_of(layer: StoredLayer) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def write(contents: Contents, folder: Path, config: TorchaoConfig, reporter: Reporter) -> dict[str, Any]:
-    """Write a component as diffusers' torchao loader wants it."""
+    """Write a component as the torchao loaders of diffusers and transformers want it."""
     choice = choose_linears(contents, skips_by_path, reporter)
     tensors = float_tensors(contents, choice, "BF16")
     told: dict[str, Any] = {name: {"_type": "Tensor"} for name in tensors}
@@ -83,6 +84,7 @@ def write(contents: Contents, folder: Path, config: TorchaoConfig, reporter: Rep
         made, told[f"{name}.weight"] = (
             _groups(layer) if layer is not None and has_groups(layer) else _rows(contents, name, shape)
         )
+        told[f"{choice.modules.get(name, name)}.weight"] = told[f"{name}.weight"]  # transformers looks there
         tensors |= {f"{name}._weight_{part}": tensor for part, tensor in made.items()}
     metadata = {name: json.dumps(value) for name, value in told.items()}
     metadata |= {"format": "pt", "tensor_names": json.dumps(sorted(told))}

@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": LLAMA,
     "Gemma2ForCausalLM": LLAMA,  # tied output embeddings
 }
+CODES = (torch.int8, torch.uint8)
 IDS = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
@@ -127,19 +128,40 @@ def test_transformers_loads_nf4_and_bitsandbytes_decodes_it(encoder_folder, name
     assert (output - expected).norm() < 0.03 * expected.norm()  # bfloat16
 
 
+@pytest.mark.parametrize("name", ["CLIPTextModelWithProjection", "T5EncoderModel"])
 @torch.no_grad()
-def test_files_of_published_checkpoints_have_the_name_of_the_base_model_in_front(encoder_folder):
+def test_transformers_loads_torchao(encoder_folder, name):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    folder = encoder_folder(name)
+    out = exported(folder, "torchao")
+    exact, found = loaded(folder / "text_encoder"), loaded(out, dtype=torch.float32)
+    treated = {layer for layer, module in by_kind(found, "Linear").items() if hasattr(module.weight, "qdata")}
+    assert treated == set(split_linears(read_contents(folder / "text_encoder", None, None)).rounded)
+    for layer in treated:
+        codes, scale = round_rows(exact.get_submodule(layer).weight)
+        weight = found.get_submodule(layer).weight
+        assert torch.equal(weight.qdata, codes), layer
+        assert torch.equal(weight.scale, scale), layer
+        exact.get_submodule(layer).weight.copy_(codes * scale)
+    output, expected = found(IDS)[0], exact(IDS)[0]
+    assert (output - expected).norm() < 0.02 * expected.norm()  # its products are bfloat16
+
+
+@pytest.mark.parametrize(("form", "library"), [("bitsandbytes-nf4", "bitsandbytes"), ("torchao", "torchao")])
+@torch.no_grad()
+def test_files_of_published_checkpoints_have_another_name_in_front(encoder_folder, form, library):
     folder = encoder_folder("CLIPTextModel")
     file = folder / "text_encoder" / "model.safetensors"
     tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
-    out = exported(folder, "bitsandbytes-nf4")
-    codes = [name for name in load_file(out / "model.safetensors") if name.endswith(".absmax")]
-    assert len(codes) == 12
+    out = exported(folder, form)
+    codes = [name for name, tensor in load_file(out / "model.safetensors").items() if tensor.dtype in CODES]
+    assert codes
     assert all(name.startswith("text_model.encoder.layers.") for name in codes)
-    pytest.importorskip("bitsandbytes", reason=NEEDS)
+    pytest.importorskip(library, reason=f"{library} is not installed")
     found, exact = loaded(out), loaded(folder / "text_encoder")
-    assert len(by_kind(found, "Linear4bit")) == 12
+    kinds = {type(layer.weight).__name__ for layer in found.modules() if isinstance(layer, torch.nn.Linear)}
+    assert kinds == {"Int8Tensor" if form == "torchao" else "Params4bit"}
     expected = exact(IDS)[0]
     assert (found(IDS)[0].float() - expected).norm() < 0.2 * expected.norm()
 
@@ -159,6 +181,22 @@ def test_a_pipeline_whose_denoiser_stays_float_draws_with_it(flux_folder, tmp_pa
     assert 0 < (states - exact).norm() < 0.2 * exact.norm()
     options = {"num_inference_steps": 1, "max_sequence_length": 16, "height": 32, "width": 32, "output_type": "pt"}
     assert torch.isfinite(pipe("a red circle", **options).images).all()
+
+
+def test_beside_a_bundles_denoiser_it_is_the_text_encoder_of_the_bundle(bundle, flux_folder, tmp_path):
+    small = bundle(flux_folder, bits=4)
+    theirs = tmp_path / flux_folder.name / "text_encoder_2" / "model.safetensors"  # of the float reference
+    tensors = load_file(theirs)
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, theirs, {"format": "pt"})
+    config = ExportConfig(format="bitsandbytes-nf4", component=("transformer", "text_encoder_2"))
+    folder = export_pipeline(small, config, output="out")
+    record = json.loads((folder / "dacc_export.json").read_text())
+    assert record["weights"] == "rounded anew from the float reference"
+    assert record["components"]["text_encoder_2"]["layers"] == 5
+    found = load_file(folder / "text_encoder_2" / "model.safetensors")
+    layer = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    assert torch.equal(found[f"{layer}.absmax"], quantize_nf4(tensors[layer])[1])
+    assert found["encoder.block.0.layer.1.DenseReluDense.wo.weight"].dtype == torch.bfloat16
 
 
 def test_what_transformers_does_not_know_is_refused(encoder_folder):
@@ -182,5 +220,5 @@ def test_a_config_of_something_else_is_refused(encoder_folder):
 
 
 def test_the_advice_names_the_formats_that_hold_text_encoders(sd_folder):
-    with pytest.raises(UnsupportedError, match=r"bitsandbytes-int8, bitsandbytes-nf4, safetensors-bf16"):
+    with pytest.raises(UnsupportedError, match=r"bitsandbytes-int8, bitsandbytes-nf4, safetensors-bf16, torchao"):
         export_pipeline(sd_folder, ExportConfig(format="gguf", component=("text_encoder",)))
