@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import transformers
 from accelerate import init_empty_weights
@@ -90,7 +91,7 @@ def _stored_name(name: str, stored: Collection[str]) -> str | None:
 def _skeleton(contents: Contents) -> transformers.PreTrainedModel:
     """The model on the meta device."""
     _, class_name = component_entries(contents.folder.parent)[contents.name]
-    model_class = getattr(transformers, class_name, None)
+    model_class: Any = getattr(transformers, class_name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise UnsupportedError(
             f"{contents.name} is a {class_name}, no model of transformers {transformers.__version__}.",
