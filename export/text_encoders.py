@@ -92,7 +92,8 @@ def _skeleton(contents: Contents) -> transformers.PreTrainedModel:
     """The model on the meta device."""
     _, class_name = component_entries(contents.folder.parent)[contents.name]
     model_class: Any = getattr(transformers, class_name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+    known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    if not known:
         raise UnsupportedError(
             f"{contents.name} is a {class_name}, no model of transformers {transformers.__version__}.",
             mend="Choose --format safetensors-bf16, or another version.",
