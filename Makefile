@@ -14,7 +14,7 @@ test: $(VENV)/.installed-dev  ## the whole test suite, file by file on all cores
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 readers: $(VENV)/.readers  ## exports read by other libraries, which the other tests do without: diffusers imports some at once
-	PYTHONPATH=$(VENV)/readers $(BIN)/python -m pytest tests/export/targets tests/export/test_fixtures.py -k "quanto or torchao or bitsandbytes or openvino"
+	PYTHONPATH=$(VENV)/readers $(BIN)/python -m pytest tests/export -k "quanto or torchao or bitsandbytes or openvino"
 
 lint: $(VENV)/.installed-dev  ## format, lint, types
 	PATH="$(abspath $(BIN)):$$PATH" sh scripts/lint

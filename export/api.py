@@ -14,12 +14,13 @@ from ..core.output import check_output
 from ..core.pipeline import select_components
 from ..core.reference import find_reference, has_weights
 from ..core.reporter import Reporter, silent
-from ..core.source import Source, resolve_source
+from ..core.source import Source, component_entries, resolve_source
 from ..core.treatable import quantized_by, refuse_other_libraries
 from ..core.verify import check_bundle
 from .config import TARGETS, ExportConfig
 from .losses import check_losses
 
+TEXT_LIBRARY = "transformers"
 SourceLike = str | Path | Source
 
 
@@ -85,7 +86,9 @@ def export_pipeline(
     ) as writer:
         written, lines = {}, []
         for name in job.components:
-            contents = read_contents(origin.folder / name, _of(origin.manifest, name), _of(job.manifest, name))
+            # what no pass has touched is that of the source: another text encoder may lie beside the reference
+            place = origin if _of(job.manifest, name) else Origin(job.source.path, job.manifest, origin.said)
+            contents = read_contents(place.folder / name, _of(place.manifest, name), _of(job.manifest, name))
             written[name] = job.target.write(contents, writer.component(name), job.settings, reporter)
             lines.append(job.target.load_lines(contents, written[name]))
         writer.write_text("README.md", _readme(job, origin, lost, lines))
@@ -107,7 +110,7 @@ def prepare(source: SourceLike | None, config: ExportConfig, reporter: Reporter)
     found = source if isinstance(source, Source) else resolve_source(text, reporter=reporter)
     manifest = check_bundle(found.path)
     components = select_components(found.path, list(config.component))
-    refuse_other_libraries(found, components, getattr(target, "LIBRARIES", ("diffusers",)))
+    _check_libraries(found, components, config.format)
     for name in components:
         if (method := quantized_by(found.path / name)) not in (None, "dacc"):
             raise UnsupportedError(
@@ -115,6 +118,24 @@ def prepare(source: SourceLike | None, config: ExportConfig, reporter: Reporter)
                 mend="Give the float pipeline, or a bundle.",
             )
     return Job(found, manifest, config, target, settings, components)
+
+
+def _check_libraries(source: Source, components: list[str], format: str) -> None:
+    """Text encoders are models of transformers, which only some formats hold.
+
+    Raises:
+        UnsupportedError: a component is a model of another library than the format is for, or no model.
+    """
+    takes = {name: TARGETS.fact(name, "LIBRARIES", ("diffusers",)) for name in TARGETS.names()}
+    if TEXT_LIBRARY not in takes[format]:
+        for name, (library, class_name) in component_entries(source.path).items():
+            if name in components and library == TEXT_LIBRARY:
+                others = ", ".join(other for other, libraries in takes.items() if TEXT_LIBRARY in libraries)
+                raise UnsupportedError(
+                    f"{name} of {source.name} is a {class_name} of {library}, and {format} is read by no loader of it.",
+                    mend=f"Give --format one of {others}, or leave out --component {name}.",
+                )
+    refuse_other_libraries(source, components, takes[format])
 
 
 def _of(manifest: Manifest | None, component: str) -> ComponentRecord | None:

@@ -52,6 +52,11 @@ class Contents:
         """Class of the model."""
         return str(self.config.get("_class_name"))
 
+    @property
+    def is_text_encoder(self) -> bool:
+        """Whether it is a model of transformers; those of diffusers name their class in config.json."""
+        return "_class_name" not in self.config
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name of every tensor of the float model -> its shape, sorted."""
         found = {name: tensor.shape for name, tensor in self.floats.items()}

@@ -16,6 +16,7 @@ from .contents import Contents
 
 LARGEST_FLOAT8 = 448.0  # of E4M3
 FLOATS = ("F64", "F32", "F16", "BF16")
+SHORT_FLOATS = {"bfloat16": "BF16", "float16": "F16"}  # torch -> safetensors, where a format has a choice
 
 
 def write_floats(contents: Contents, folder: Path, dtype_of: Callable[[str], str], reporter: Reporter) -> None:

@@ -6,8 +6,11 @@ nearest. Letters: O output and K input features.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from ..runtime.skeleton import build_skeleton
 from ..runtime.weight import integer_rows
 from .contents import Contents, StoredLayer, layers_to_round
 from .floats import FLOATS
+from .text_encoders import split_linears
 
 LARGEST = 127
 Skips = Callable[[Collection[str], str], bool]
@@ -30,17 +34,23 @@ class Choice:
 
     rounded: dict[str, tuple[int, ...]]  # name -> shape of the weight
     left_out: list[str]  # names that tell a loader what stays floating point
+    wide: frozenset[str] = frozenset()  # layers that stay float32 where other floats become float16
+    modules: Mapping[str, str] = field(default_factory=dict)  # name in the files -> a loader's
 
 
 def choose_linears(contents: Contents, skips: Skips, reporter: Reporter) -> Choice:
-    """Linears that the bundle has as integers, of a float pipeline all but the edges and those that embed time.
+    """Linears that the bundle has as integers, of a float pipeline all but the edges and those that embed time, of a
+    text encoder those that transformers rounds.
 
-    Loaders take the names of layers that stay floats as patterns, under which others may fall. Where one does, the
-    layer is rounded as well.
+    Loaders of diffusers take the names of layers that stay floats as patterns, under which others may fall. Where one
+    does, the layer is rounded as well.
 
     Args:
-        skips: whether a loader that is given these names leaves out a layer.
+        skips: whether a loader of diffusers that is given these names leaves out a layer.
     """
+    if contents.is_text_encoder:
+        split = split_linears(contents)
+        return Choice(split.rounded, split.left_out, frozenset(split.wide), split.modules)
     layers = walk_layers(build_skeleton(contents.folder))
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers if isinstance(layer, nn.Linear)}  # type: ignore[union-attr]
     wanted = layers_to_round(contents) & shapes.keys()
@@ -91,18 +101,34 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale
 
 
-def float_tensors(contents: Contents, rounded: Collection[str], dtype: str) -> dict[str, Writable]:
+def float_tensors(contents: Contents, choice: Choice, dtype: str) -> dict[str, Writable]:
     """Everything but the weights of the linears that are rounded, floats in one type."""
     found: dict[str, Writable] = {}
     for name, shape in contents.shapes().items():
-        if name.removesuffix(".weight") in rounded and name.endswith(".weight"):
+        layer, _, part = name.rpartition(".")
+        if layer in choice.rounded and part == "weight":
             continue
+        wanted = "F32" if dtype == "F16" and layer in choice.wide else dtype
         stored = contents.floats.get(name)
         if stored is not None:
-            found[name] = stored.to(dtype) if stored.dtype in FLOATS else stored
+            found[name] = stored.to(wanted) if stored.dtype in FLOATS else stored
         else:
-            found[name] = LazyTensor(shape, dtype, lambda name=name: contents.load(name))  # type: ignore[misc]
+            found[name] = LazyTensor(shape, wanted, lambda name=name: contents.load(name))  # type: ignore[misc]
     return found
+
+
+def write_config(contents: Contents, folder: Path, quantization: Mapping[str, Any], dtype: str) -> None:
+    """Write config.json with what a loader needs to know of the tensors.
+
+    Args:
+        quantization: its quantization_config.
+        dtype: type of the floats; transformers loads a model in it unless it is told another one.
+    """
+    config = {**contents.config, "quantization_config": quantization}
+    if contents.is_text_encoder:
+        config.pop("torch_dtype", None)  # the name of the field before version 5
+        config["dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def count_kept(contents: Contents, rounded: Mapping[str, object], keeps: Callable[[StoredLayer], bool]) -> int:

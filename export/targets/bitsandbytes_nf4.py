@@ -1,8 +1,8 @@
 """NF4 of bitsandbytes (QLoRA, Dettmers et al., 2023, arXiv 2305.14314): blocks of 64 values, each the nearest of 16
 quantiles of the normal distribution times the largest magnitude of its block.
 
-diffusers loads it on accelerators only. No grid of a bundle has these levels: linears are rounded anew, all else is
-bfloat16. Letters: N values of a weight, B blocks of them.
+diffusers loads it on accelerators only, transformers everywhere. No grid of a bundle has these levels: linears are
+rounded anew, all else is bfloat16. Letters: N values of a weight, B blocks of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,9 +21,11 @@ from ...core.reporter import Reporter
 from ...core.safe_read import weight_stem
 from ...core.tensor_file import LazyTensor, write_weights
 from ..contents import Contents
-from ..rows import choose_linears, float_tensors, skips_by_path
+from ..floats import SHORT_FLOATS
+from ..rows import choose_linears, float_tensors, skips_by_path, write_config
 
 ROUNDS = True
+LIBRARIES = ("diffusers", "transformers")  # whose models it takes
 KEEPS = ()
 BLOCK = 64
 # of the paper's appendix E, as bitsandbytes has them in its files
@@ -38,11 +40,15 @@ LEVELS = torch.tensor(
 LOAD_LINES = """import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")  # needs bitsandbytes"""
+# needs bitsandbytes, and for a denoiser a GPU; text encoders run without one too
+pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.DTYPE).to("cuda")"""
 
 
 class NF4Config(Config):
-    """No fields."""
+    """Fields of `--set`."""
+
+    # of the floats; the pipeline has to be loaded in it: the loader of text encoders keeps what the file has
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
 
 
 CONFIG = NF4Config
@@ -62,15 +68,15 @@ def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write(contents: Contents, folder: Path, config: NF4Config, reporter: Reporter) -> dict[str, Any]:
-    """Write a component as diffusers' bitsandbytes loader wants it."""
+    """Write a component as the bitsandbytes loaders of diffusers and transformers want it."""
     choice = choose_linears(contents, skips_by_path, reporter)
-    tensors = float_tensors(contents, choice.rounded, "BF16")
+    tensors = float_tensors(contents, choice, SHORT_FLOATS[config.dtype])
     for name, shape in choice.rounded.items():
         weight, values = f"{name}.weight", prod(shape)
         halves, blocks = -(-values // 2), -(-values // BLOCK)
         codes = LazyTensor((halves, 1), "U8", lambda weight=weight: quantize_nf4(contents.load(weight))[0])  # type: ignore[misc]
         largest = LazyTensor((blocks,), "F32", lambda weight=weight: quantize_nf4(contents.load(weight))[1])  # type: ignore[misc]
-        state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "bfloat16", "shape": list(shape)}
+        state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": config.dtype, "shape": list(shape)}
         told = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
         tensors |= {
             weight: codes,
@@ -84,17 +90,16 @@ def write(contents: Contents, folder: Path, config: NF4Config, reporter: Reporte
         "load_in_8bit": False,
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_compute_dtype": config.dtype,
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_use_double_quant": False,
-        "llm_int8_skip_modules": choice.left_out or None,
+        "llm_int8_skip_modules": choice.left_out,
     }
-    text = json.dumps({**contents.config, "quantization_config": block}, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_config(contents, folder, block, config.dtype)
     reporter.say(f"export {contents.name}: {len(choice.rounded)} linears of 4 bits")
-    return {"layers": len(choice.rounded)}
+    return {"layers": len(choice.rounded), "dtype": config.dtype}
 
 
 def load_lines(contents: Contents, written: Mapping[str, Any]) -> str:
     """How a reader gets the model back, for the README of the export."""
-    return LOAD_LINES
+    return LOAD_LINES.replace("DTYPE", written["dtype"])

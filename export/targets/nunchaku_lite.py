@@ -26,7 +26,7 @@ from ...core.tensor_file import LazyTensor, Writable, write_weights
 from ...runtime.packing import unpack_codes
 from ...runtime.skeleton import build_skeleton
 from ..contents import Contents, StoredLayer
-from ..floats import FLOATS
+from ..floats import FLOATS, SHORT_FLOATS
 from ..nunchaku_layout import (
     FEATURES,
     RANK,
@@ -43,7 +43,6 @@ ROUNDS = False
 KEEPS = ()
 GROUP = 64
 WORDS_FEATURES, WORDS_ROWS = 1024, 8  # multiples that weights behind floating-point inputs have
-TYPES = {"bfloat16": "BF16", "float16": "F16"}
 Make = Callable[[], Tensor]
 Kind = Literal["int4", "nvfp4", "words"]
 
@@ -85,14 +84,14 @@ def write(contents: Contents, folder: Path, config: NunchakuLiteConfig, reporter
         )
     precision = next(iter(products.values()))
     rank = _common_rank([contents.layers[name] for name in products])
-    tensors = _floats(contents, set(kinds), TYPES[config.dtype])
+    tensors = _floats(contents, set(kinds), SHORT_FLOATS[config.dtype])
     for name, kind in kinds.items():
         made = _words(contents.layers[name]) if kind == "words" else _products(contents.layers[name], rank)
         bias = f"{name}.bias"
         if kind != "words" and bias in contents.floats:
-            made["bias"] = (contents.floats[bias].shape, TYPES[config.dtype], _packed_bias(contents, bias))
+            made["bias"] = (contents.floats[bias].shape, SHORT_FLOATS[config.dtype], _packed_bias(contents, bias))
         tensors |= {
-            f"{name}.{key}": LazyTensor(shape, dtype or TYPES[config.dtype], make)
+            f"{name}.{key}": LazyTensor(shape, dtype or SHORT_FLOATS[config.dtype], make)
             for key, (shape, dtype, make) in made.items()
         }
     write_weights(folder, weight_stem(contents.folder), tensors, {"format": "pt"})

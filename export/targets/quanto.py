@@ -6,7 +6,6 @@ nearest. All else is bfloat16.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from ..rows import (
     rows_of,
     skips_by_last_part,
     tell_rounded,
+    write_config,
 )
 
 ROUNDS = False
@@ -47,7 +47,7 @@ CONFIG = QuantoConfig
 def write(contents: Contents, folder: Path, config: QuantoConfig, reporter: Reporter) -> dict[str, Any]:
     """Write a component as diffusers' quanto loader wants it."""
     choice = choose_linears(contents, skips_by_last_part, reporter)
-    tensors = float_tensors(contents, choice.rounded, "BF16")
+    tensors = float_tensors(contents, choice, "BF16")
     for name, (rows, features) in choice.rounded.items():
         codes = LazyTensor((rows, features), "I8", lambda name=name: rows_of(contents, name)[0])  # type: ignore[misc]
         # bfloat16 would spoil the scales, and quanto multiplies in the type that they have
@@ -60,8 +60,7 @@ def write(contents: Contents, folder: Path, config: QuantoConfig, reporter: Repo
         "weights_dtype": "int8",
         "modules_to_not_convert": sorted({name.rpartition(".")[2] for name in choice.left_out}),
     }
-    text = json.dumps({**contents.config, "quantization_config": block}, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_config(contents, folder, block, "bfloat16")
     kept = count_kept(contents, choice.rounded, has_rows)
     tell_rounded(contents, choice.rounded, kept, reporter)
     return {"layers": len(choice.rounded), "same_codes": kept}

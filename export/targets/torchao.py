@@ -1,4 +1,4 @@
-"""torchao, which diffusers loads from safetensors files whose metadata describe each tensor.
+"""torchao, which diffusers and transformers load from safetensors files whose metadata describe each tensor.
 
 Linears with one scale per row are `Int8Tensor`. Codes of 8 and fewer bits in groups are `IntxUnpackedToInt8Tensor`,
 which holds each in a byte, exactly, zero points included. Other linears are rounded to int8 rows, all else is bfloat16.
@@ -21,9 +21,19 @@ from ...core.safe_read import weight_stem
 from ...core.tensor_file import LazyTensor, write_weights
 from ...runtime.packing import unpack_codes
 from ..contents import Contents, StoredLayer
-from ..rows import choose_linears, count_kept, float_tensors, has_rows, rows_of, skips_by_path, tell_rounded
+from ..rows import (
+    choose_linears,
+    count_kept,
+    float_tensors,
+    has_rows,
+    rows_of,
+    skips_by_path,
+    tell_rounded,
+    write_config,
+)
 
 ROUNDS = False
+LIBRARIES = ("diffusers", "transformers")  # whose models it takes
 KEEPS = ()
 
 LOAD_LINES = """import torch
@@ -65,15 +75,16 @@ def groups_of(layer: StoredLayer) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def write(contents: Contents, folder: Path, config: TorchaoConfig, reporter: Reporter) -> dict[str, Any]:
-    """Write a component as diffusers' torchao loader wants it."""
+    """Write a component as the torchao loaders of diffusers and transformers want it."""
     choice = choose_linears(contents, skips_by_path, reporter)
-    tensors = float_tensors(contents, choice.rounded, "BF16")
+    tensors = float_tensors(contents, choice, "BF16")
     told: dict[str, Any] = {name: {"_type": "Tensor"} for name in tensors}
     for name, shape in choice.rounded.items():
         layer = contents.layers.get(name)
         made, told[f"{name}.weight"] = (
             _groups(layer) if layer is not None and has_groups(layer) else _rows(contents, name, shape)
         )
+        told[f"{choice.modules.get(name, name)}.weight"] = told[f"{name}.weight"]  # transformers looks there
         tensors |= {f"{name}._weight_{part}": tensor for part, tensor in made.items()}
     metadata = {name: json.dumps(value) for name, value in told.items()}
     metadata |= {"format": "pt", "tensor_names": json.dumps(sorted(told))}
@@ -83,8 +94,7 @@ def write(contents: Contents, folder: Path, config: TorchaoConfig, reporter: Rep
         "quant_type": {"default": INT8_ROWS},
         "modules_to_not_convert": choice.left_out or None,
     }
-    text = json.dumps({**contents.config, "quantization_config": block}, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_config(contents, folder, block, "bfloat16")
     kept = count_kept(contents, choice.rounded, lambda layer: has_rows(layer) or has_groups(layer))
     tell_rounded(contents, choice.rounded, kept, reporter)
     return {"layers": len(choice.rounded), "same_codes": kept}
