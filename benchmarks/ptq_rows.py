@@ -39,7 +39,10 @@ LINEAR_GLOBS = {
     "digits-unet": ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0", "*.time_emb_proj", "time_embedding.*"),
     "shapes-sd": ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0", "*.ff.net.*", "*.time_emb_proj", "time_embedding.*"),
 }
-CONVOLUTION_GLOBS = ("*.conv*",)  # all but the first and the last
+CONVOLUTION_GLOBS = {  # all but the first and the last
+    "digits-unet": ("*.conv*",),
+    "shapes-sd": ("*.conv*", "*.proj_in", "*.proj_out"),
+}
 # layers that efficientdm spares, for a row that spares them too
 SENSITIVE_GLOBS = {"digits-unet": FAMILY.sensitive, "shapes-sd": FAMILY.sensitive}
 SPARED_BITS = 8
@@ -61,7 +64,9 @@ class Row:
     )
     settings: tuple[str, ...] = MAIN
     linears: bool = False  # only those, in networks that have convolutions too
-    convolutions: bool = False  # only where there are some
+    convolutions: dict[str, int] = field(
+        default_factory=dict
+    )  # option by layer -> bits of all; only where there are some
     spared: bool = False  # the layers that efficientdm spares have 8 bits, in networks that have such layers
     calibration: dict[str, Any] = field(default_factory=dict)  # options of `dacc calibrate` beside the strategy's
     swept: bool = False  # one of many that differ in a field: measured when it is named
@@ -107,16 +112,11 @@ ROWS: dict[str, Row] = {
     ),
     # as a peer does that rounds the inputs of linears alone
     "gptq (convolutions' inputs float)": Row(
-        {"method": "gptq", "layer_act_bits": [[glob, 16] for glob in CONVOLUTION_GLOBS]},
-        settings=("W8A8", "W4A8"),
-        convolutions=True,
+        {"method": "gptq"}, settings=("W8A8", "W4A8"), convolutions={"layer_act_bits": 16}
     ),
     # linears as peers treat them that leave convolutions float, and the convolutions at 8 bits
     "gptq (convolutions W8)": Row(
-        {"method": "gptq", "layer_bits": [[glob, 8] for glob in CONVOLUTION_GLOBS]},
-        {"layer_act_bits": [[glob, 16] for glob in CONVOLUTION_GLOBS]},
-        settings=("W4A16", "W4A8"),
-        convolutions=True,
+        {"method": "gptq"}, settings=("W4A16", "W4A8"), convolutions={"layer_bits": 8, "layer_act_bits": 16}
     ),
 }
 RANKS = (0, 4, 8, 16, "auto")
@@ -158,6 +158,9 @@ def row_options(pipeline: str, setting: str, name: str, *, temporal_by_itself: b
         options["include"] = list(LINEAR_GLOBS[pipeline])
     if row.one_granularity and not temporal_by_itself:
         options["layer_bits"] = [[glob, bits["bits"]] for glob in TEMPORAL_GLOBS[pipeline]]
+    for option, of_all in row.convolutions.items():
+        if option != "layer_act_bits" or "act_bits" in bits:  # refused where no activations are rounded
+            options[option] = [[glob, of_all] for glob in CONVOLUTION_GLOBS[pipeline]]
     if row.spared:
         lifted = [[glob, SPARED_BITS] for glob in SENSITIVE_GLOBS[pipeline]]
         options |= {"layer_bits": [*options["layer_bits"], *lifted], "layer_act_bits": lifted}
