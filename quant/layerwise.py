@@ -18,6 +18,7 @@ from .block import Block, Treated
 from .channel_factors import Spans, channel_factors
 from .grams import Grams, has_grams
 from .methods import rtn
+from .smoothing import smoothed_gram
 
 ROWS = 32768  # rows of x that one layer's statistics are taken from; more: steadier, slower
 BASELINE = rtn.RTNConfig(search="mse")
@@ -73,9 +74,9 @@ def _treat_layer(method: ModuleType, config: Config, scheme: Scheme, weight: Ten
     factors = channel_factors(weight, scheme, inputs.gram, inputs.spans)
     if factors is None:
         return _round_layer(method, config, scheme.plain, weight, inputs.gram)
-    every = factors.float().repeat(len(inputs.gram) // len(factors))  # channels innermost
+    every = factors.repeat(len(inputs.gram) // len(factors))  # channels innermost
     moved = weight.float() * along(factors, weight, 1).float()
-    treated = _round_layer(method, config, scheme.plain, moved, inputs.gram / torch.outer(every, every))
+    treated = _round_layer(method, config, scheme.plain, moved, smoothed_gram(inputs.gram, every))
     return replace(treated, weight=replace(treated.weight, scheme=scheme, smoothing=factors))
 
 

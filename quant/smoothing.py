@@ -38,6 +38,11 @@ def weight_factors(weights: Sequence[Tensor]) -> Tensor:
     return _stored(-_span(weights).log(), DATA_FREE)
 
 
+def smoothed_gram(gram: Tensor, smoothing: Tensor | None) -> Tensor:
+    """E[x x^T] of inputs that are divided by s, (K, K)."""
+    return gram if smoothing is None else gram / torch.outer(smoothing.float(), smoothing.float())
+
+
 def _span(weights: Sequence[Tensor]) -> Tensor:
     """Largest weight of each channel, (K,)."""
     return _positive(torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0))

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -32,7 +31,7 @@ from ..assumed import assumed_inputs
 from ..block import Treated
 from ..entering import Entering
 from ..layerwise import BASELINE
-from ..smoothing import ALWAYS, smoothings
+from ..smoothing import ALWAYS, smoothed_gram, smoothings
 from ..take_apart import Layer, Parts, error_of, take_apart
 from . import gptq, rtn
 
@@ -233,8 +232,3 @@ def _rounded(layer: Layer, parts: Parts, gram: Tensor, config: SVDQuantConfig) -
     if error < least:
         return Treated(parts.pack(codes), output_error=error**0.5)
     return Treated(whole.pack(whole.grid.nearest(layer.rows)), method="rtn", output_error=least**0.5)
-
-
-def smoothed_gram(gram: Tensor, smoothing: Tensor | None) -> Tensor:
-    """E[x x^T] of inputs that are divided by s, (K, K)."""
-    return gram if smoothing is None else gram / torch.outer(smoothing.float(), smoothing.float())
