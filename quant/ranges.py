@@ -168,8 +168,9 @@ def best_range(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Range:
     """Among ranges (C,), the one whose integers lie nearest to the values (N,), by the mean of |x - x^|^2.4."""
     scale, zero = grid_of(low, high, bits)
     scale, zero = scale[:, None], zero[:, None].float()
-    codes = ((values / scale).round_() + zero).clamp_(0, 2**bits - 1)
-    error = ((codes - zero) * scale - values).abs_().pow_(NORM).mean(1)
+    codes = (values / scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+    apart = codes.sub_(zero).mul_(scale).sub_(values).abs_()
+    error = apart.log2_().mul_(NORM).exp2_().mean(1)  # a power with a fraction, several times as fast as pow
     best = int(error.argmin())
     return low[best], high[best]
 
