@@ -14,7 +14,6 @@ Letters: O rows, K = taps * C features of a row (channels innermost), C input ch
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -22,29 +21,20 @@ from torch import Tensor, nn
 
 from ..core.scheme import Scheme
 from ..runtime.weight import to_rows
-from .entry import watch_entry
+from .entry import Watch
 from .grid import find_grid
 from .smoothing import smoothings
 
 STEPS = 10  # of the exponents of the candidates
 
 
-class Spans:
+class Spans(Watch):
     """Gathers the lowest and the highest value of every channel of every image that enters some convolutions; a context
     manager."""
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         self._found: dict[str, list[Tensor]] = {}
-        self._hooks = [watch_entry(layer, self._gather(name)) for name, layer in layers.items()]
-
-    def __enter__(self) -> Spans:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        super().__init__((layer, self._gather(name)) for name, layer in layers.items())
 
     def of(self, name: str) -> Tensor | None:
         """(2, N, C) float32: lowest values, 0 at most, and highest, 0 at least; None for a layer that did not run."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import Block
-from .entry import watch_entry
+from .entry import Watch
 from .grams import some_rows
 from .layerwise import ROWS, check_finite
 
@@ -40,13 +40,9 @@ def entering_of(block: Block, names: Sequence[str]) -> dict[str, Entering]:
     """
     calls = max(1, len(block.sightings))
     watched = {name: _Watched(-(-ROWS // calls), -(-KEPT // calls)) for name in names}
-    hooks = [watch_entry(block.layers[name], watch) for name, watch in watched.items()]
-    try:
+    with Watch((block.layers[name], look) for name, look in watched.items()):
         for sighting in block.sightings:
             block.run(sighting)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: watch.result(name) for name, watch in watched.items() if watch.kept}
 
 

@@ -5,17 +5,16 @@ Letters: N tokens (or pixels of the result), K input features per row in the ord
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .entry import watch_entry
+from .entry import Watch
 
 
-class Grams:
+class Grams(Watch):
     """Gathers the gram matrices of some layers; a context manager.
 
     Args:
@@ -28,16 +27,7 @@ class Grams:
         self._rows_per_call = rows_per_call
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._hooks = [watch_entry(layer, self._gather(name)) for name, layer in layers.items()]
-
-    def __enter__(self) -> Grams:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        super().__init__((layer, self._gather(name)) for name, layer in layers.items())
 
     def mean(self, name: str) -> Tensor | None:
         """(K, K) float32, symmetric; None for a layer that did not run."""

@@ -18,7 +18,7 @@ from ..runtime.activation import ActivationScale
 from ..runtime.clock import fixed_run
 from ..runtime.weight import to_rows
 from .block import Block, Sighting
-from .entry import watch_entry
+from .entry import Watch
 from .grams import has_grams, some_rows
 from .layerwise import check_finite
 from .ranges import Finder, Record, Search, observed, scale_of
@@ -187,8 +187,5 @@ def _caught(layer: nn.Module) -> Iterator[list[Tensor]]:
         found.append(x.detach())
         raise _Seen
 
-    hook = watch_entry(layer, catch)
-    try:
+    with Watch([(layer, catch)]):
         yield found
-    finally:
-        hook.remove()

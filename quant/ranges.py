@@ -23,7 +23,7 @@ from ..core.scheme import Scheme
 from ..runtime.activation import ActivationScale
 from ..runtime.clock import current_run
 from .block import Block, Treated
-from .entry import watch_entry
+from .entry import Watch
 from .simulate import Rounding, channel_axis, put_bias_, put_weight_, rounding_of
 
 Search = Literal["minmax", "mse"]
@@ -69,17 +69,11 @@ def find_scales(block: Block, search: Search | Finder = "mse") -> dict[str, Acti
 def observe(block: Block, names: list[str]) -> dict[str, list[list[Record]]]:
     """Run the unit on its calls; for each layer and part, what entered with the number of the call."""
     found: dict[str, list[list[Record]]] = {name: [[] for _ in range(block.scheme(name).parts)] for name in names}
-    hooks = [
-        watch_entry(block.layers[name], _watch(name, block.scheme(name), found[name], block.seed)) for name in names
-    ]
-    try:
-        # A layer is watched before it is rounded itself, behind layers that are rounded already
-        with torch.no_grad(), block.rounding.instead(dict.fromkeys(block.layers)):
-            for sighting in block.sightings:
-                block.run(sighting)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    looks = [(block.layers[name], _watch(name, block.scheme(name), found[name], block.seed)) for name in names]
+    # A layer is watched before it is rounded itself, behind layers that are rounded already
+    with Watch(looks), torch.no_grad(), block.rounding.instead(dict.fromkeys(block.layers)):
+        for sighting in block.sightings:
+            block.run(sighting)
     return found
 
 

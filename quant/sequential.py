@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..core.scheme import Scheme
 from ..runtime.weight import to_rows
 from .block import Block, Treated
-from .entry import watch_entry
+from .entry import Watch
 from .grid import Grid, find_grid
 from .layerwise import BASELINE
 from .methods import gptq, rtn
@@ -147,12 +147,8 @@ def levels(block: Block) -> list[list[str]]:
         if not any(name in level for level in found.values()):
             found.setdefault(key, []).append(name)
 
-    hooks = [watch_entry(layer, note) for layer in block.layers.values()]
-    try:
+    with Watch((layer, note) for layer in block.layers.values()):
         for sighting in block.sightings[:1]:
             block.run(sighting)
-    finally:
-        for hook in hooks:
-            hook.remove()
     ran = [name for level in found.values() for name in level]
     return [*found.values(), *([name] for name in block.layers if name not in ran)]
