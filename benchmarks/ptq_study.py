@@ -28,6 +28,7 @@ from dacc.benchmarks.ptq_cells import FLOAT_ROW, FLOAT_SETTING, Cell, Study
 from dacc.benchmarks.ptq_child import PEERS_FOLDER, ChildFailed
 from dacc.benchmarks.ptq_measure import read_seen
 from dacc.benchmarks.ptq_rows import DRAWN, PIPELINES, ROWS, SETTINGS, row_options
+from dacc.benchmarks.ptq_summary import README, write_summary
 from dacc.benchmarks.ptq_table import write_tables
 from dacc.benchmarks.study import add_options, attempt, fingerprint, is_finished, provenance, read_study, record_cell
 from dacc.core.config import build_config
@@ -54,6 +55,7 @@ def main() -> None:
             _draw(bench)
     study = read_study(options.json, Study)
     written = write_tables(options.results, study, PIPELINES, {name: pipeline_facts(name) for name in PIPELINES})
+    write_summary(options.readme, study, PIPELINES)
     reporter.say(f"{options.results.name}: tables of {', '.join(written) or 'no pipeline'}")
 
 
@@ -64,6 +66,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--setting", action="append", choices=list(SETTINGS), help="repeatable; default: all")
     parser.add_argument("--row", action="append", choices=rows, help="repeatable; default: all but sweeps, peers too")
     add_options(parser, RECORD)
+    parser.add_argument("--readme", type=Path, default=README, help="where the short table goes")
     parser.add_argument("--peers", type=Path, default=PEERS_FOLDER, help="folder that the peers are installed in")
     return parser.parse_args()
 

@@ -136,12 +136,11 @@ def _comparisons(cells: Sequence[Cell]) -> list[str]:
     lines = []
     for setting in SETTINGS:
         here = [cell for cell in cells if cell.setting == setting and cell.measured and "relative_l2" in cell.metrics]
-        ours = sorted((cell for cell in here if not cell.peer), key=_error)
-        peers = sorted((cell for cell in here if cell.peer), key=_error)
+        ours = sorted((cell for cell in here if not cell.peer), key=error_of)
+        peers = sorted((cell for cell in here if cell.peer), key=error_of)
         if not ours or not peers:
             continue
-        fullest = max(map(_treated, peers)) - SHARE_STEP
-        whole = next(cell for cell in peers if _treated(cell) >= fullest)
+        whole = _those_that_treat_most(peers)[0]
         lines.append(f"{setting}, best peer: {_beside(ours, peers[0])}")
         if whole is not peers[0]:
             lines.append(f"{setting}, best peer of those that treat most: {_beside(ours, whole)}")
@@ -162,11 +161,11 @@ def _beside(ours: Sequence[Cell], peer: Cell) -> str:
 
 def _told(cell: Cell) -> str:
     size = "?" if cell.bytes_per_float32 is None else f"{cell.bytes_per_float32:.3f}"
-    return f"relative L2 {_error(cell):.4g} ({size} of float32)"
+    return f"relative L2 {error_of(cell):.4g} ({size} of float32)"
 
 
 def _ratio(cell: Cell, peer: Cell) -> str:
-    return f"{_error(cell) / max(_error(peer), 1e-12):.2f} times the peer's"
+    return f"{error_of(cell) / max(error_of(peer), 1e-12):.2f} times the peer's"
 
 
 def _no_larger(cell: Cell, peer: Cell) -> bool:
@@ -175,8 +174,15 @@ def _no_larger(cell: Cell, peer: Cell) -> bool:
     return cell.bytes_per_float32 <= peer.bytes_per_float32
 
 
-def _error(cell: Cell) -> float:
+def error_of(cell: Cell) -> float:
+    """Relative L2."""
     return cell.metrics["relative_l2"].value
+
+
+def _those_that_treat_most(peers: Sequence[Cell]) -> list[Cell]:
+    """Peers that quantize as large a share of the parameters as any of them, in their order."""
+    most = max(map(_treated, peers), default=0.0)
+    return [cell for cell in peers if _treated(cell) >= most - SHARE_STEP]
 
 
 def _treated(cell: Cell) -> float:

@@ -225,7 +225,7 @@ def test_the_command_pages_have_shell_blocks():
 def test_the_figures_of_the_readme_stand_in_the_results():
     """The README repeats some figures of docs/results.md; whoever measures again must change both."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme.partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
+    table = readme.partition("<!-- ptq:readme -->")[2].partition("<!-- /ptq:readme -->")[0]
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     figures = re.findall(r"\b0\.\d{3,}\b", table)
     assert len(figures) > 40

@@ -17,6 +17,7 @@ from dacc.benchmarks.ptq_cells import Cell, Study
 from dacc.benchmarks.ptq_child import exact_products
 from dacc.benchmarks.ptq_measure import Seen, fid, fid_ratio, part
 from dacc.benchmarks.ptq_rows import LINEAR_GLOBS, PIPELINES, ROWS, SETTINGS, TEMPORAL_GLOBS, Row, row_options
+from dacc.benchmarks.ptq_summary import summary_block
 from dacc.benchmarks.ptq_table import pipeline_block, write_tables
 from dacc.benchmarks.study import is_finished, read_study, record_cell, write_study
 from dacc.core.config import build_config
@@ -273,6 +274,27 @@ def test_the_table_says_what_was_measured_and_what_was_not():
     assert "W4A16: gptq quantized other layers, or at other bits, than rtn." in text
     assert "- optimum-quanto 1 (W4A16): linear layers only." in text
     assert "W4A4: none of these peers" in text
+
+
+def test_the_summary_shows_defaults_and_the_best_peers():
+    peer = {"peer": True, "input_share": 0.0}
+    study = Study()
+    for one in (
+        cell("gptq (defaults)", error=0.05, size=0.14),
+        cell("torchao", error=0.01, size=0.4, weight_share=0.1, **peer),
+        cell("quanto", error=0.3, size=0.13, weight_share=0.995, **peer),
+        cell("quanto (temporal float)", error=0.1, size=0.16, weight_share=0.9, **peer),
+        cell("sdnq", error=0.2, size=0.15, weight_share=0.99, **peer),
+        cell("bitsandbytes", status="cannot run: no kernel", metrics={}, peer=True),
+    ):
+        study = study.with_cell(one)
+    lines = summary_block(study, PIPELINES[:2]).splitlines()
+    assert lines[0] == "| | digits-unet | digits-dit |"
+    assert "| `--bits 4` | - | - |" in lines
+    assert "| `--bits 4 --method gptq` | 0.05 (0.140) | - |" in lines
+    assert "| W4A16, best peer | 0.01 torchao (0.400) | - |" in lines
+    assert "| W4A16, best peer of that size | 0.2 sdnq (0.150) | - |" in lines
+    assert len(lines) == 2 + 4 * 4
 
 
 def test_only_pipelines_with_cells_are_written(tmp_path):
