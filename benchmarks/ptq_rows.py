@@ -84,7 +84,7 @@ CHANNEL = {"group_size": "channel"}
 STUDIED = ("W4A16", "W8A8", "W4A8", "W4A4")
 ROUNDED = ("W8A8", "W4A8", "W4A4")
 UPDATES = {"iterations": 200}  # equal for the methods with reconstruction; their default follows the machine
-TRAINED = {"updates": 6000}  # of a network as a whole, each on a batch of 8
+FEW = {"samples": 128, "batch_size": 8}  # an update on 8 samples costs a quarter of one on 32
 ROWS: dict[str, Row] = {
     "rtn": Row(CHANNEL | {"method": "rtn", "settings": {"search": "minmax"}}, STATIC, True, STUDIED),
     "rtn-mse": Row(CHANNEL | {"method": "rtn", "settings": {"search": "mse"}}, STATIC, True, STUDIED),
@@ -94,10 +94,15 @@ ROWS: dict[str, Row] = {
     "qdiffusion": Row(CHANNEL | {"method": "qdiffusion", "settings": UPDATES}, {}, True, STUDIED),
     "tfmq": Row(CHANNEL | {"method": "tfmq", "settings": UPDATES}, {}, True, STUDIED),
     "efficientdm": Row(
-        CHANNEL | {"method": "efficientdm", "settings": TRAINED},
-        one_granularity=True,
-        settings=ROUNDED,
-        calibration={"samples": 128, "batch_size": 8},  # an update on 8 samples costs a quarter of one on 32
+        CHANNEL | {"method": "efficientdm", "settings": {"updates": 1000}}, {}, True, ROUNDED, calibration=FEW
+    ),
+    "efficientdm (6000 updates)": Row(
+        CHANNEL | {"method": "efficientdm", "settings": {"updates": 6000}},
+        {},
+        True,
+        ("W4A4",),
+        calibration=FEW,
+        swept=True,
     ),
     "rtn (spared)": Row(
         CHANNEL | {"method": "rtn", "settings": {"search": "minmax"}}, STATIC, True, ("W4A4",), spared=True
@@ -105,7 +110,7 @@ ROWS: dict[str, Row] = {
     "rtn (defaults)": Row({"method": "rtn"}, settings=MAIN + LOW),
     "gptq (defaults)": Row({"method": "gptq"}, settings=MAIN + LOW),
     "tfmq (defaults)": Row({"method": "tfmq"}, settings=("W4A8",)),
-    "gptq (linears)": Row({"method": "gptq"}, settings=("W4A16", "W8A8", "W4A8"), linears=True),
+    "gptq (linears)": Row({"method": "gptq"}, settings=MAIN[:4], linears=True),
     # activation scales for each group of features too: less error, slower
     "gptq (linears, per group)": Row(
         {"method": "gptq", "act_mode": "per-group", "group_size": "channel"}, settings=("W8A8",), linears=True
