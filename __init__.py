@@ -20,7 +20,7 @@ _FACE = {
     "PruneConfig": "prune.config",
     "QuantizeConfig": "quant.config",
     "SearchCacheConfig": "cache.config",
-    "attach_clock": "runtime.clock",
+    "attach_clock": "runtime.clockwork",
     "calibrate_pipeline": "calibrate.api",
     "current_run": "runtime.clock",
     "evaluate_pipelines": "evaluate.api",

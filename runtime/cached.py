@@ -25,7 +25,8 @@ from ..core.pipeline import denoisers
 from ..core.schedule_id import NoiseGrid, same_levels
 from .cache_hooks import FRAME, BlockHook, Frame, SkipHook, Values, block_metadata, computing, drop, original_of
 from .cache_units import Layout, containers_of, layout_of
-from .clock import attach_clock, current_grid, current_run, run_storage, running_order
+from .clock import current_grid, current_run, run_storage, running_order
+from .clockwork import attach_clock
 from .correction import Correction
 from .ending import ending_its_run
 from .forecast import History

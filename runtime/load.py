@@ -15,7 +15,7 @@ from ..core.reporter import Reporter, silent
 from ..core.source import Source, resolve_source
 from ..core.verify import check_bundle
 from .cached import install_plan_
-from .clock import attach_clock
+from .clockwork import attach_clock
 from .correction import read_correction
 from .diffusers_quantizer import register
 from .layers import set_prefer_

@@ -22,7 +22,8 @@ from ..core.manifest import Effect
 from ..core.pipeline import denoisers
 from ..core.reporter import Reporter, silent
 from ..core.seeds import seed_stream
-from .clock import RunState, attach_clock, current_run, fixed_run, observe_steps, reset_clock
+from .clock import RunState, current_run, fixed_run, reset_clock
+from .clockwork import attach_clock, observe_steps
 from .compare import Samples, compare
 from .request import RunRequest, call_arguments
 

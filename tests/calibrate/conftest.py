@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from dacc import CalibrateConfig, calibrate_pipeline
 from dacc.core.pipeline import denoisers
 from dacc.runtime import load
-from dacc.runtime.clock import attach_clock
+from dacc.runtime.clockwork import attach_clock
 
 
 def copied(value: Any) -> Any:

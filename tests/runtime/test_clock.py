@@ -11,7 +11,8 @@ import diffusers
 import pytest
 import torch
 
-from dacc.runtime.clock import RunState, attach_clock, current_run, fixed_run, observe_steps, reset_clock
+from dacc.runtime.clock import RunState, current_run, fixed_run, reset_clock
+from dacc.runtime.clockwork import attach_clock, observe_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy 2 inside diffusers
 

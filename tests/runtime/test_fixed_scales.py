@@ -12,7 +12,7 @@ from dacc.core.errors import BundleError
 from dacc.core.schedule_id import schedule_id
 from dacc.core.scheme import Scheme
 from dacc.runtime.activation import ACTIVATION_NAMES, ActivationScale, activation_shapes
-from dacc.runtime.clock import attach_clock
+from dacc.runtime.clockwork import attach_clock
 from dacc.runtime.layers import swap_layers_
 from dacc.runtime.step_table import StepTable
 from dacc.runtime.weight import QuantizedWeight, state_shapes

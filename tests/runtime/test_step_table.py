@@ -9,7 +9,8 @@ import torch
 
 from dacc.core.errors import ConfigError
 from dacc.core.schedule_id import schedule_id
-from dacc.runtime.clock import attach_clock, current_grid, current_run, fixed_run, reset_clock
+from dacc.runtime.clock import current_grid, current_run, fixed_run, reset_clock
+from dacc.runtime.clockwork import attach_clock
 from dacc.runtime.step_table import StepTable, hook_step_table_, unhook_step_tables_
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy 2 inside diffusers
