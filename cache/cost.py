@@ -38,8 +38,8 @@ def feature_costs(
     total = {unit.id: torch.zeros(plan.calls, plan.calls, dtype=torch.float64) for unit in plan.units}
     with both_hooked(pipe, reference, component, plan) as (units, targets):
         for _, calls in capture_batches(reference or pipe, component, request, reporter, "profiling"):
-            features = [_flat(units, evaluations) for evaluations in calls]
-            goals = features if reference is None else [_flat(targets, evaluations) for evaluations in calls]
+            features = [flat_values(units, evaluations) for evaluations in calls]
+            goals = features if reference is None else [flat_values(targets, evaluations) for evaluations in calls]
             for unit, distances in total.items():
                 for first, reused in enumerate(features):
                     for call in range(first, len(calls)):
@@ -149,7 +149,7 @@ def _distance(found: list[Tensor], wanted: list[Tensor]) -> float:
     return math.sqrt(sum(squares))
 
 
-def _flat(units: CachedUnits, evaluations: list[DenoiserCall]) -> dict[str, Tensor]:
+def flat_values(units: CachedUnits, evaluations: list[DenoiserCall]) -> dict[str, Tensor]:
     """What each unit keeps at one call, all guidance branches in one row, on the CPU."""
     recorded = record(units, evaluations)
     return {

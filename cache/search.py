@@ -33,6 +33,7 @@ from .budget import computed_calls
 from .config import SearchCacheConfig
 from .correct import fit_correction
 from .cost import feature_costs, output_cost
+from .forecast_cost import forecast_cost
 from .gating import gated_plan
 from .planned import blank_plan, planned
 from .profile import CallCost, count_unit_macs, counted_macs, first_calls, time_calls, told
@@ -94,6 +95,8 @@ def search_component(
         cost = checked_cost(known_cost, (unit,)) if known_cost else time_calls(denoiser, (unit,), calls, reporter)
     count = len(schedule.timesteps)
     computed = _budget(config, count, macs, unit, cost)
+    if hasattr(method, "check"):
+        method.check(count, computed, settings)  # before the profile, which takes its time
     blank = blank_plan(denoiser, (unit,), macs, schedule, weights, config)
     profile = _profile(pipe, component, blank, method, settings, request, computed, reporter, reference)
     places = method.schedule(count, computed, settings, *profile)
@@ -231,7 +234,11 @@ def _profile(
     reference: Any | None,
 ) -> tuple[Any, ...]:
     """What the method needs to know of the model."""
-    if "cost" not in method.NEEDS:
+    needs = method.needs(settings) if hasattr(method, "needs") else method.NEEDS
+    if "forecasts" in needs:
+        predictor = method.predictor(settings)
+        return (forecast_cost(pipe, component, plan, request, predictor, reporter),)
+    if "cost" not in needs:
         return ()
     if settings.cost == "feature":
         costs = feature_costs(pipe, component, plan, request, reporter, reference)

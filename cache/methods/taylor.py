@@ -1,6 +1,8 @@
-"""From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers (2025), arXiv 2503.06923: the first calls
-compute everything, later ones at fixed distances; between them what is skipped is forecast from the last computed ones.
+"""From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers (2025), arXiv 2503.06923: some calls
+compute everything; between them what is skipped is forecast from the last computed ones. Published are calls at fixed
+distances; here they are searched for, unless those are asked for.
 
+searched    0 ... w - 1, then where the forecasts between do least to the final sample, see `cache/placing.py`
 even        0 ... w - 1, then w - 1 + floor(i (C - w + 1) / (K - w + 1)), i = 1 ... K - w
 interval    0 ... w - 1, then w - 1 + N, w - 1 + 2 N, ... with the smallest whole N that gives no more than K calls
 
@@ -14,34 +16,45 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...core.cache_plan import Abscissa, Predictor
 from ...core.config import Config
 from ...core.errors import ConfigError
+from ..placing import Cost, place_calls
+
+SEARCHED_ORDERS = (1, 2, 3)
 
 
 class TaylorConfig(Config):
     """Fields of `--set`."""
 
-    order: int = Field(1, ge=1, le=6)  # of the polynomial; larger: follows bends, and carries noise further
+    order: int = Field(2, ge=1, le=6)  # of the polynomial; larger: follows bends, and carries noise further
     form: Literal["newton", "published"] = "newton"  # exact for polynomials, or the recurrence of the paper
     x: Abscissa = "call"  # what the polynomial runs over
-    warmup: int = Field(2, ge=1)  # calls at the start that all compute
-    spacing: Literal["even", "interval"] = "even"  # of the others: K in all, or every N-th, as published
+    warmup: int = Field(1, ge=1)  # calls at the start that all compute
+    spacing: Literal["searched", "even", "interval"] = "searched"  # of the others: the K whose forecasts cost least in
+    # profiled runs, K in all, or every N-th as published
+
+    @model_validator(mode="after")
+    def _check_order(self) -> TaylorConfig:
+        if self.spacing == "searched" and self.order not in SEARCHED_ORDERS:
+            raise ValueError(f"spacing=searched places forecasts of order 1 to 3, not {self.order}; even knows all")
+        return self
 
 
 CONFIG = TaylorConfig
-NEEDS: tuple[str, ...] = ()
 WHOLE = True
+REACH = 3  # distances are searched up to so many times their mean
 
 
-def schedule(calls: int, computed: int, config: TaylorConfig) -> tuple[int, ...]:
-    """The calls that compute, ascending, the first of them 0.
+def needs(config: TaylorConfig) -> tuple[str, ...]:
+    """What a schedule is found from."""
+    return ("forecasts",) if config.spacing == "searched" else ()
 
-    Args:
-        calls: C.
-        computed: K, at most C; `interval` may give fewer.
+
+def check(calls: int, computed: int, config: TaylorConfig) -> None:
+    """Refuse what no schedule can be.
 
     Raises:
         ConfigError: the target allows fewer computed calls than warm up.
@@ -51,6 +64,23 @@ def schedule(calls: int, computed: int, config: TaylorConfig) -> tuple[int, ...]
             f"warmup={config.warmup} calls compute, and the target allows {computed} of {calls}.",
             mend="Ask for less speed, or for a shorter warm-up with --set warmup=N.",
         )
+
+
+def schedule(calls: int, computed: int, config: TaylorConfig, cost: Cost | None = None) -> tuple[int, ...]:
+    """The calls that compute, ascending, the first of them 0.
+
+    Args:
+        calls: C.
+        computed: K, at most C; `interval` may give fewer.
+        cost: of forecasting a call from the computed ones before, for `searched`.
+
+    Raises:
+        ConfigError: see `check`.
+    """
+    check(calls, computed, config)
+    if cost is not None:
+        longest = REACH * -(-calls // computed)
+        return place_calls(calls, computed, config.order, cost, warmup=config.warmup, longest=longest)
     last, later = config.warmup - 1, computed - config.warmup  # of the warm-up; calls to place behind it
     if config.spacing == "even":
         places = [last + number * (calls - last) // (later + 1) for number in range(1, later + 1)]

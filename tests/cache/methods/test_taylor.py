@@ -3,8 +3,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+from pydantic import ValidationError
 
-from dacc.cache.methods.taylor import TaylorConfig, predictor, schedule
+from dacc.cache.methods.taylor import TaylorConfig, check, needs, predictor, schedule
 from dacc.core.errors import ConfigError
 
 
@@ -29,11 +30,29 @@ def test_an_interval_is_the_published_schedule_of_the_densest_that_fits(calls, w
         assert schedule(calls, computed, TaylorConfig(warmup=warmup, spacing="interval")) == expected
 
 
+def test_searched_calls_are_those_whose_forecasts_cost_least():
+    worth = [0.0, 1, 1, 1, 1, 50, 1, 1, 1, 1]
+
+    def cost(history: tuple[int, ...], call: int) -> float:
+        return worth[call] * (call - history[-1])
+
+    assert 5 in schedule(10, 3, TaylorConfig(), cost)
+    assert schedule(10, 3, TaylorConfig(warmup=2), cost)[:2] == (0, 1)
+    assert needs(TaylorConfig()) == ("forecasts",)
+    assert needs(TaylorConfig(spacing="even")) == ()
+
+
+def test_a_search_for_forecasts_of_many_values_is_refused():
+    with pytest.raises(ValidationError, match="order 1 to 3, not 4"):
+        TaylorConfig(order=4)
+    assert TaylorConfig(order=4, spacing="even").order == 4
+
+
 @pytest.mark.parametrize("calls", [7, 20, 51])
 def test_even_spacing_uses_the_whole_budget_at_distances_that_differ_by_one(calls):
     for warmup in (1, 2, 3):
         for computed in range(warmup, calls + 1):
-            places = schedule(calls, computed, TaylorConfig(warmup=warmup))
+            places = schedule(calls, computed, TaylorConfig(warmup=warmup, spacing="even"))
             assert len(places) == computed
             assert places[:warmup] == tuple(range(warmup))
             assert places[-1] < calls
@@ -46,12 +65,12 @@ def test_without_a_warm_up_even_spacing_is_that_of_deepcache():
     from dacc.cache.methods import deepcache
 
     even = deepcache.DeepCacheConfig()
-    assert schedule(50, 9, TaylorConfig(warmup=1)) == deepcache.schedule(50, 9, even)
+    assert schedule(50, 9, TaylorConfig(spacing="even")) == deepcache.schedule(50, 9, even)
 
 
 def test_a_warm_up_beyond_the_target_is_refused():
     with pytest.raises(ConfigError, match="warmup=4 calls compute, and the target allows 3 of 50"):
-        schedule(50, 3, TaylorConfig(warmup=4))
+        check(50, 3, TaylorConfig(warmup=4))
 
 
 def test_the_fields_say_how_the_other_calls_are_forecast():

@@ -1,0 +1,93 @@
+"""What it does to a run to forecast what a unit gives, wherever the calls are that compute.
+
+A forecast is sum of w_i v_i over computed calls i with weights that add up to 1 (`runtime/forecast.py`), so that the
+distances between what the unit gives at all calls tell the error of every forecast, and nothing more is evaluated:
+
+    ||sum of w_i v_i - v_t||^2 = sum over i of w_i d_it - 1/2 sum over i, j of w_i w_j d_ij,    d_ij = ||v_i - v_j||^2
+
+Its worth at call t, what it moves the final sample for its size, is measured by reusing the call before.
+
+Letters: C calls of a run, N values of a unit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.cache_plan import CachePlan, Predictor
+from ..core.reporter import Reporter
+from ..runtime.cached import CachedUnits
+from ..runtime.forecast import abscissa, weights
+from ..runtime.request import RunRequest
+from .capture import capture_batches
+from .cost import flat_values, output_cost
+
+AT_ONCE = 1 << 18  # values of each call in double precision
+
+
+@dataclass(frozen=True)
+class ForecastCost:
+    """What a forecast costs, called with the computed calls that it looks at and the call that it is for.
+
+    Args:
+        distances: (C, C), d.
+        places: x of every call.
+        worth: of an error at each call.
+        form: of the predictor.
+    """
+
+    distances: list[list[float]]
+    places: list[float]
+    worth: list[float]
+    form: str
+
+    def __call__(self, history: tuple[int, ...], call: int) -> float:
+        return self.worth[call] * math.sqrt(self.squared_error(history, call))
+
+    def squared_error(self, history: tuple[int, ...], call: int) -> float:
+        """||sum of w_i v_i - v_t||^2, the sum over `history` and t the call."""
+        numbers = weights([self.places[one] for one in history], self.places[call], self.form)
+        known = list(zip(numbers, history, strict=True))
+        linear = sum(number * self.distances[one][call] for number, one in known)
+        among = sum(number * other * self.distances[one][two] for number, one in known for other, two in known)
+        return max(linear - among / 2, 0.0)
+
+
+def forecast_cost(
+    pipe: Any, component: str, plan: CachePlan, request: RunRequest, predictor: Predictor, reporter: Reporter
+) -> ForecastCost:
+    """Profile the unit of a plan on runs that compute everything. Holds the values of one batch at all calls.
+
+    Args:
+        plan: for its one unit and its grid.
+    """
+    reused = output_cost(pipe, component, plan, request, reporter, longest=2)
+    (unit,) = plan.units
+    distances, places = torch.zeros(plan.calls, plan.calls, dtype=torch.float64), [0.0] * plan.calls
+    hooked = CachedUnits(pipe.components[component], plan.units)
+    try:
+        for _, calls in capture_batches(pipe, component, request, reporter, "measuring distances"):
+            values = [flat_values(hooked, evaluations)[unit.id] for evaluations in calls]
+            shortest = min(map(len, values))  # guidance may end before the run does
+            distances += squared_distances(torch.stack([one[:shortest] for one in values]))
+            places = [abscissa(predictor, evaluations[0].state) for evaluations in calls if evaluations[0].state]
+    finally:
+        hooked.remove_()
+    moved = [math.sqrt(float(distances[call - 1, call])) if call else 0.0 for call in range(plan.calls)]
+    worth = [reused[call - 1][call] / far if far else 0.0 for call, far in enumerate(moved)]
+    return ForecastCost(distances.tolist(), places, worth, predictor.form)
+
+
+def squared_distances(values: Tensor) -> Tensor:
+    """d of what a unit gives at each call: (C, N) -> (C, C) float64."""
+    total = torch.zeros(len(values), len(values), dtype=torch.float64)
+    for part in values.split(AT_ONCE, dim=1):
+        about = (part - part.mean(0)).double()  # distances stay, and less is lost when large squares are subtracted
+        total += about @ about.T
+    squares = total.diagonal()
+    return (squares[:, None] + squares - 2 * total).clamp(min=0)
