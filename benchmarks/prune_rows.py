@@ -20,7 +20,7 @@ IMAGE_CUTS: Cuts = {
     "30 %": {"ratio": 0.3},
     "30 %, trained": {"ratio": 0.3, "recover": RECOVERY},
 }
-VIDEO_RECOVERY = {"25 %": 400, "40 %": 3000}  # the latter is the one long training
+VIDEO_RECOVERY = {"25 %": 400, "40 %": 2400}  # the latter is the one long training
 # every training of a cut is equally long, and sees more than the few dozen clips that a set has by default
 VIDEO_TRAINING = {"patience": 0, "samples": 160}
 VIDEO_CUTS: Cuts = {
