@@ -11,13 +11,25 @@ from dacc.benchmarks.ptq_rows import PIPELINES as IMAGES
 from dacc.core.config import Config, Document
 from dacc.evaluate.result import Metric
 
-PIPELINES = IMAGES
+VIDEOS = ("digits-video",)
+PIPELINES = IMAGES + VIDEOS
 RECOVERY = 400  # training steps
-CUTS: dict[str, dict[str, Any]] = {  # options of `dacc prune`
+Cuts = dict[str, dict[str, Any]]  # name -> options of `dacc prune`
+IMAGE_CUTS: Cuts = {
     "15 %": {"ratio": 0.15},
     "30 %": {"ratio": 0.3},
     "30 %, trained": {"ratio": 0.3, "recover": RECOVERY},
 }
+VIDEO_RECOVERY = {"25 %": 400, "40 %": 2400}  # the latter is the one long training
+# every training of a cut is equally long, and sees more than the few dozen clips that a set has by default
+VIDEO_TRAINING = {"patience": 0, "samples": 160}
+VIDEO_CUTS: Cuts = {
+    "25 %": {"ratio": 0.25},
+    "25 %, trained": {"ratio": 0.25, "recover": VIDEO_RECOVERY["25 %"], "settings": VIDEO_TRAINING},
+    "40 %": {"ratio": 0.4},
+    "40 %, trained": {"ratio": 0.4, "recover": VIDEO_RECOVERY["40 %"], "settings": VIDEO_TRAINING},
+}
+CUTS = IMAGE_CUTS | VIDEO_CUTS
 WHOLE = "whole"
 
 
@@ -27,7 +39,7 @@ class Row:
 
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
-    pipelines: tuple[str, ...] = PIPELINES
+    pipelines: tuple[str, ...] = IMAGES
 
 
 ROWS: dict[str, Row] = {
@@ -35,7 +47,29 @@ ROWS: dict[str, Row] = {
     "block influence": Row("score", {"score": "bi"}),
     "bksdm": Row("bksdm"),
     "random": Row("random"),
+    "vdmini": Row("vdmini", pipelines=VIDEOS),
+    "vdmini (deep)": Row("vdmini", {"deep": True}, pipelines=VIDEOS),  # the negative control
 }
+
+
+def cuts_of(pipeline: str) -> Cuts:
+    """The cuts that a pipeline is measured at."""
+    return VIDEO_CUTS if pipeline in VIDEOS else IMAGE_CUTS
+
+
+def cell_options(pipeline: str, cut: str, row: str, recover: int | None = None) -> dict[str, Any]:
+    """Options of `dacc prune` for one cell; none for the whole pipeline.
+
+    Args:
+        recover: training steps where the cut trains, in place of its own.
+    """
+    if row == WHOLE:
+        return {}
+    wanted = cuts_of(pipeline)[cut]
+    options = {"method": ROWS[row].method, **wanted, "settings": ROWS[row].settings | wanted.get("settings", {})}
+    if recover is not None and "recover" in wanted:
+        options["recover"] = recover
+    return options
 
 
 class PruneCell(Config):
@@ -51,10 +85,13 @@ class PruneCell(Config):
     removed: tuple[str, ...] = ()  # units
     parameter_share: float | None = None  # parameters over those of the source
     macs_share: float | None = None  # multiply-accumulates of a run, likewise
+    weight_bytes: int | None = None  # of the denoiser's files
     speedup: float | None = None  # of the denoiser loop, medians of interleaved runs
     error_before: float | None = None  # of the outputs, on calls that were not trained on
     error_after: float | None = None
-    seconds: float | None = None  # of the processor, to prune and train
+    updates: int | None = None  # of the weights; None: nothing was trained
+    training_seconds: float | None = None  # of the processor, over interruptions
+    seconds: float | None = None  # of the processor, to prune and train, without what was there before an interruption
     steps: int = 0  # of the solver
     seeds: int = 0
     fid_samples: int = 0  # 0: FID was not measured

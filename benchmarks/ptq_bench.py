@@ -146,9 +146,11 @@ def pipeline_facts(name: str) -> str:
     """What to say of a pipeline's request above its table."""
     entry = zoo_entry(name)
     judge = load_judge(entry)
-    half = judge.facts.get("fid_between_halves") if judge and name in WITH_FID else None
     text = f"guidance {entry.guidance_scale or 'none'}, float32 arithmetic"
-    return text + (f"; FID between two halves of the real images: {half:.3g}" if half else "")
+    if judge is None or not (judge.clip_reader or name in WITH_FID):
+        return text
+    distance, real = ("Frechet video distance", "clips") if judge.clip_reader else ("FID", "images")
+    return f"{text}; {distance} between two halves of the real {real}: {judge.facts['fid_between_halves']:.3g}"
 
 
 def treat(bench: Bench, setting: str, row: str, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Seen]:

@@ -1,7 +1,7 @@
 """Sampling and measuring one row of the quantization study.
 
 The first images are compared with the float pipeline's from the same noise. The judge looks at all of them; its
-features and answers are kept. Letters: N images, D feature width, Q questions.
+features and answers are kept. Letters: N images or clips, D feature width, Q questions.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def measure(
     """Every figure of a row; `reference` is None for the float pipeline itself.
 
     Args:
-        fid_samples: images for FID and the class judge; 0: the paired images only, and no FID.
+        fid_samples: images for FID and the class judge; 0: the paired images only, and no FID. Clips are all paired,
+            and always have their distance.
     """
     paired = part(request, 0, len(seen.paired))
     chosen = [name for name in metric_names(()) if name != "frechet"]
@@ -96,9 +97,18 @@ def measure(
         other = first_of(reference.judged, fid_samples) if reference and reference.judged else None
         labels = tuple(_dealt(request.class_labels, fid_samples)) if request.class_labels else None
         case = Case(seen.paired, request.seeds, labels=labels, judge=judge, judged=judged, reference_judged=other)
-        found |= judged_class.compute(case) | {"fid": fid(judged.features, judge)}
-        if other is not None:
-            found["fid_ratio"] = fid_ratio(judged.features, other.features, judge)
+        found |= judged_class.compute(case) | _distances_of(judged, other, judge, "fid")
+    elif judge and judge.clip_reader and seen.judged:
+        others = reference.judged if reference else None
+        found |= _distances_of(seen.judged, others, judge, "frechet_video")
+    return found
+
+
+def _distances_of(judged: Judged, reference: Judged | None, judge: Judge, name: str) -> dict[str, Metric]:
+    """The distance to what is real, and with a reference also how much larger it is than the reference's."""
+    found = {name: fid(judged.features, judge)}
+    if reference is not None:
+        found[f"{name}_ratio"] = fid_ratio(judged.features, reference.features, judge)
     return found
 
 

@@ -36,7 +36,7 @@ def pipeline_block(study: Study, pipeline: str, facts: str) -> str:
     return "\n\n".join([*parts, *(["\n".join(f"- {line}" for line in below)] if below else [])])
 
 
-def heading(cells: Sequence[Cell], facts: str) -> str:
+def heading(cells: Sequence[Cell], facts: str, *, what: str = "images") -> str:
     """Counts, machine, dates."""
     measured = [cell for cell in cells if cell.measured]
     seeds = sorted({cell.seeds for cell in measured if cell.seeds})
@@ -44,7 +44,7 @@ def heading(cells: Sequence[Cell], facts: str) -> str:
     machines = sorted({_machine(cell) for cell in measured if cell.machine})
     dates = sorted({cell.date for cell in measured if cell.date})
     steps = sorted({cell.steps for cell in measured if cell.steps})
-    counts = f"{_either(seeds)} images against the float pipeline's from the same noise, {_either(steps)} steps"
+    counts = f"{_either(seeds)} {what} against the float pipeline's from the same noise, {_either(steps)} steps"
     if fid:
         counts += f"; FID and the judge's column from {_either(fid)} images where FID is given, else from the first"
     when = dates[0] if len(set(dates)) == 1 else f"{dates[0]} to {dates[-1]}" if dates else ""

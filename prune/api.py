@@ -137,6 +137,9 @@ def prune_pipeline(
                 "command": "prune",
                 "seconds": round(time.time() - started, 1),
                 "latency_ms": {name: own.latency_ms for name, own in pruned.items() if own.latency_ms},
+                "recovery_cpu_seconds": {
+                    name: own.recovery_cpu_seconds for name, own in pruned.items() if own.recovery_cpu_seconds
+                },
                 **describe_machine(),
             },
             lambda manifest: model_card(manifest, job.source.path),

@@ -14,8 +14,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.block_names import Keep, new_name
 from ..core.errors import ConfigError, UnsupportedError
-from .remap import Keep, new_name
 from .stacks import TRANSFORMERS, UNETS, Stack
 from .unet import unet_removal
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..core.manifest import RecoveryRecord
 from ..core.reporter import Reporter
 from ..core.tensor_file import StoredTensor, torch_dtype
 from ..runtime.passthrough import bypass_
 from ..runtime.trajectory import DenoiserCall
 from .noise import Noise
 from .recovery.config import RecoveryConfig
-from .recovery.trainer import recover
+from .recovery.trainer import Recovery, recover
 from .remove import Removal
 from .taps import taps_of
 
@@ -30,7 +29,7 @@ def retrained(
     seed: int,
     checkpoint: Path,
     reporter: Reporter,
-) -> tuple[dict[str, Tensor], RecoveryRecord]:
+) -> tuple[dict[str, Tensor], Recovery]:
     """The tensors of the student after training, in the types that they are stored in, and how it was trained.
 
     Args:
@@ -41,7 +40,7 @@ def retrained(
     """
     student = _student(teacher, stored, removal)
     names = [name for name, _ in teacher.named_modules()]
-    record = recover(
+    recovery = recover(
         student,
         teacher,
         calls,
@@ -55,7 +54,7 @@ def retrained(
     tensors = {
         name: value.detach().to("cpu", torch_dtype(stored[name].dtype)) for name, value in student.state_dict().items()
     }
-    return tensors, record
+    return tensors, recovery
 
 
 def _student(teacher: nn.Module, stored: Mapping[str, StoredTensor], removal: Removal) -> nn.Module:

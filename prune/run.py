@@ -42,6 +42,7 @@ class Pruned:
     record: PruningRecord
     bytes_before: int
     latency_ms: dict[str, float] | None
+    recovery_cpu_seconds: float | None
 
 
 def calibration_for(job: Job, device: str, reporter: Reporter) -> CalibrationSet | None:
@@ -97,10 +98,10 @@ def prune_component(
         parameters_after=sum(parameter.numel() for parameter in small.parameters()),
         error=decision.error,
         additivity=decision.additivity,
-        recovery=recovery,
+        recovery=recovery.record if recovery else None,
     )
     size = sum(file.stat().st_size for file in resolve_shards(folder).values())
-    return Pruned(record, size, decision.latency_ms)
+    return Pruned(record, size, decision.latency_ms, recovery.cpu_seconds if recovery else None)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from .remap import new_name
+from ..core.block_names import new_name
 from .remove import Removal
 from .stacks import TRANSFORMERS
 from .unet import Modules

@@ -54,6 +54,7 @@ class Job:
     run_key: str  # names this very result
     loras: tuple[Lora, ...] = ()  # to be added first
     fused_hashes: dict[str, str] | None = None  # component -> weight hash, when they were added
+    before: Manifest | None = None  # of SOURCE; a copy with adapters has none
 
     @property
     def float_hashes(self) -> dict[str, str]:
@@ -227,7 +228,7 @@ def prepare(
     if loras:
         identity["loras"] = [(lora.sha256, lora.scale) for lora in loras]
     run_key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Job(found, config, components, hashes, calibration, run_key, loras)
+    return Job(found, config, components, hashes, calibration, run_key, loras, before=read_manifest(found.path))
 
 
 def default_output(job: Job) -> Path:
@@ -251,7 +252,7 @@ def _manifest(
     """The new manifest: this pass after those of the source, untreated components as they were."""
     import torch
 
-    before = read_manifest(job.source.path)
+    before = job.before
     written = {name: _with_written_files(record, name, files, before) for name, record in records.items()}
     this = PassRecord(
         command="quantize",
@@ -283,9 +284,8 @@ def _with_written_files(
 
 
 def _tell_kept_plans(job: Job, reporter: Reporter) -> None:
-    manifest = read_manifest(job.source.path)
     for name in job.components:
-        record = manifest.components.get(name) if manifest else None
+        record = job.before.components.get(name) if job.before else None
         if record and record.cache:
             reporter.notice(
                 f"the cache plan of {name} was searched before its weights were rounded; dacc search-cache on the "

@@ -2,22 +2,23 @@
 
     W' = W + scale * (alpha / r) * B A        A (r, K), B (O, r) from the file, by diffusers' own loaders
 
-Integers cannot take an adapter afterwards without losing it to their rounding.
+Integers cannot take an adapter afterwards without losing it to their rounding. A pruned pipeline takes adapters that
+were made for the whole one, see `fuse_pruned.py`.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..core.errors import ConfigError, DaccError, ModelError, UnsupportedError
+from ..core.errors import ConfigError, ModelError, UnsupportedError
 from ..core.folder import carried_files, place_file
 from ..core.manifest import PassRecord, read_manifest
 from ..core.pipeline import pipeline_class
@@ -26,10 +27,14 @@ from ..core.safe_read import file_sha256, read_header
 from ..core.source import Source
 from ..core.tensor_file import stored_tensors, torch_dtype
 
+if TYPE_CHECKING:
+    from .fuse_pruned import Pruned, Translation
+
 COMMAND = "fuse-lora"  # in the manifest
 ADAPTER = "fused"
 CARD_NAME = "README.md"
 DOWN = re.compile(r"(lora_A|lora[._]down|lora_linear_layer\.down|_lora\.down)\.weight$")  # one of each pair
+NAMED_AT_MOST = 6  # blocks in a notice
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,17 @@ def check_fusing(source: Source) -> None:
     """Whether adapters can be added to a pipeline, as far as is known without reading weights.
 
     Raises:
-        UnsupportedError: it takes none, it is a result of dacc, or the package that reads them is not there.
+        UnsupportedError: it takes none, it is a result of dacc that was not only pruned, or the package that reads them
+            is not there.
     """
     import diffusers
 
-    if read_manifest(source.path) is not None:
+    manifest = read_manifest(source.path)
+    if manifest and any(record.quantization or record.cache for record in manifest.components.values()):
         raise UnsupportedError(
-            f"{source.name} is a bundle.", "Adapters are added to float weights.", "Give its float source as SOURCE."
+            f"{source.name} is a bundle that was quantized, or has a cache plan.",
+            "Adapters are added to float weights, before both.",
+            "Give its float source as SOURCE, or what dacc prune made of it.",
         )
     name = pipeline_class(source.path)
     if not hasattr(getattr(diffusers, name, None), "load_lora_weights"):
@@ -107,14 +116,16 @@ def fused(source: Source, loras: Sequence[Lora], output: Path, reporter: Reporte
         ModelError: a file is no adapter, or not one of this model.
     """
     from ..runtime.load import load_source
+    from .fuse_pruned import pruned_components
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.fused-") as name:
         folder = Path(name)
         pipe: Any = load_source(source, dtype="float32", device="cpu")  # the sums are made in float32
+        pruned = pruned_components(pipe, read_manifest(source.path))
         changed: set[str] = set()
         for lora in reporter.progress(loras, "fuse adapters"):
-            changed |= _fuse_(pipe, lora, source)
+            changed |= _fuse_(pipe, lora, source, pruned, reporter)
         carried, _ = carried_files(source.path, changed)
         if (card := source.path / CARD_NAME).is_file():
             carried[CARD_NAME] = card
@@ -126,18 +137,22 @@ def fused(source: Source, loras: Sequence[Lora], output: Path, reporter: Reporte
         yield replace(source, path=folder, calibration=None)
 
 
-def _fuse_(pipe: Any, lora: Lora, source: Source) -> set[str]:
+def _fuse_(pipe: Any, lora: Lora, source: Source, pruned: Mapping[str, Pruned], reporter: Reporter) -> set[str]:
     """Add one adapter to the weights; which components it changed."""
+    from .fuse_pruned import reading_for
+
     try:
-        pipe.load_lora_weights(str(lora.file), adapter_name=ADAPTER, local_files_only=True)
-        wanted = sum(bool(DOWN.search(name)) for name in _adapter_names(pipe, lora))
+        with reading_for(pipe, pruned) as translation:
+            wanted = sum(bool(DOWN.search(name)) for name in _adapter_names(pipe, lora))
+            _tell_lost(translation, lora, wanted, reporter)
+            pipe.load_lora_weights(str(lora.file), adapter_name=ADAPTER, local_files_only=True)
         found = {name: _adapted(getattr(pipe, name, None)) for name in pipe._lora_loadable_modules}
         if not wanted or sum(found.values()) != wanted:
-            raise ModelError(f"{sum(found.values())} of {wanted} pairs of matrices fit")
+            raise ValueError(f"{sum(found.values())} of {wanted} pairs of matrices fit")
         changed = {name for name, count in found.items() if count}
         pipe.fuse_lora(components=sorted(changed), lora_scale=lora.scale, safe_fusing=True, adapter_names=[ADAPTER])
         pipe.unload_lora_weights()
-    except (DaccError, OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError, IndexError) as error:
         said = (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
         raise ModelError(
             f"{lora.file.name} cannot be added to {source.name}: {said}.",
@@ -145,6 +160,32 @@ def _fuse_(pipe: Any, lora: Lora, source: Source) -> set[str]:
             f"Give a file that was trained for {type(pipe).__name__} of this size.",
         ) from error
     return changed
+
+
+def _tell_lost(translation: Translation, lora: Lora, left: int, reporter: Reporter) -> None:
+    """A notice of what is left out because its blocks are gone.
+
+    Args:
+        left: pairs of matrices that are not.
+
+    Raises:
+        ModelError: all are.
+    """
+    pairs = [block for name, block in translation.lost.items() if DOWN.search(name)]
+    blocks = list(dict.fromkeys(pairs))
+    if not blocks:
+        return
+    if not left:
+        raise ModelError(
+            f"all {len(pairs)} pairs of matrices of {lora.file.name} are for blocks that dacc prune removed.",
+            "Nothing is left of it.",
+            "Leave it out, or give the whole pipeline as SOURCE.",
+        )
+    more = f" and {len(blocks) - NAMED_AT_MOST} more" if len(blocks) > NAMED_AT_MOST else ""
+    reporter.notice(
+        f"{lora.file.name}: {len(pairs)} of {left + len(pairs)} pairs of matrices are left out, which are for removed "
+        f"blocks: {', '.join(blocks[:NAMED_AT_MOST])}{more}"
+    )
 
 
 def _adapter_names(pipe: Any, lora: Lora) -> list[str]:

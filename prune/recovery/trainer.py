@@ -47,6 +47,14 @@ RATES = {"full": 5e-5, "lora": 3e-4, "difffit": 2e-3}  # for LARGE parameters
 LARGE = 1e9
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """A training that has come to its end."""
+
+    record: RecoveryRecord
+    cpu_seconds: float  # of training and judging, over all interruptions; what these lost is not counted
+
+
 def recover(
     student: nn.Module,
     teacher: nn.Module,
@@ -58,7 +66,7 @@ def recover(
     checkpoint: Path,
     reporter: Reporter,
     noise: Noise | None = None,
-) -> RecoveryRecord:
+) -> Recovery:
     """Train `student` in place; it has the best weights seen, the first ones included, and is in evaluation mode.
 
     Args:
@@ -90,7 +98,7 @@ def recover(
             run.objective.load(training.load(journal))
             _train(run, training, judge, journal, reporter)
             training.put(training.best)
-    return _record(training)
+    return Recovery(_record(training), training.cpu_seconds)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,7 @@ class Training:
         self.least = self.error_before = error
         self.average = {name: one.detach().clone() for name, one in parameters.items()}
         self.best = {name: one.clone() for name, one in self.average.items()}
+        self.cpu_seconds, self._counted = 0.0, time.process_time()
         self.sums: dict[str, float] = {}  # losses since the last check, by name
         self.counts: dict[str, int] = {}  # how many of each
 
@@ -82,6 +84,8 @@ class Training:
 
     def save(self, journal: Journal, extra: Mapping[str, Tensor]) -> None:
         """Replace what was kept on disk."""
+        now = time.process_time()
+        self.cpu_seconds, self._counted = self.cpu_seconds + now - self._counted, now
         kinds: dict[str, Mapping[str, Tensor]] = {
             "weight": self.parameters,
             "average": self.average,
@@ -110,6 +114,7 @@ class Training:
                 self.optimizer.state[parameter] = self._adam(tables, name, parameter)
         for name, value in journal.record(UNIT).items():
             setattr(self, name, value)
+        self._counted = time.process_time()
         return tables.get("extra", {})
 
     def _adam(self, tables: Mapping[str, Mapping[str, Tensor]], name: str, parameter: Tensor) -> dict[str, Any]:
@@ -117,7 +122,7 @@ class Training:
         return {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
 
 
-_PLAIN = ("done", "stale", "stopped", "least", "error_before", "sums", "counts")
+_PLAIN = ("done", "stale", "stopped", "least", "error_before", "sums", "counts", "cpu_seconds")
 
 
 def share_of_rate(done: int, steps: int, schedule: Schedule) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -40,6 +41,9 @@ def test_what_is_left_is_nearer_to_the_source_after_training(deep_dit, pruned):
     assert record.keep == read_manifest(cut).components["transformer"].pruning.keep
     assert (record.recovery.steps_done, record.recovery.trainable) == (20, "full")
     assert record.recovery.error_after < 0.9 * record.recovery.error_before
+    seconds, none = (json.loads((folder / "dacc_run.json").read_text()) for folder in (trained, cut))
+    assert seconds["recovery_cpu_seconds"]["transformer"] > 0
+    assert none["recovery_cpu_seconds"] == {}
     before, after = (dacc.load(folder, device="cpu").transformer for folder in (cut, trained))
     assert before.config["num_layers"] == after.config["num_layers"] == 4
     name = "transformer_blocks.0.attn1.to_q.weight"

@@ -113,7 +113,7 @@ def train(tmp_path) -> Callable[..., Any]:
             checkpoint=tmp_path / name,
             reporter=reporter or silent(),
             noise=noise,
-        )
+        ).record
 
     return run
 

@@ -1,6 +1,7 @@
 """Recovery as a whole: what it gains, that it repeats, can be interrupted, and leaves the teacher alone."""
 
 import copy
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from accelerate.state import PartialState
 
 from dacc.core.errors import CalibrationError, UnsupportedError
+from dacc.core.journal import Journal
 from dacc.core.reporter import silent
 from dacc.prune.recovery import trainer as module
 from dacc.prune.recovery.config import RecoveryConfig
@@ -83,6 +85,35 @@ def test_an_interrupted_run_goes_on_to_the_very_same_weights(toy, train, monkeyp
     assert train(again, teacher, name="parts", trainable=trainable) == whole  # finished: nothing is trained anew
     assert equal(weights(again), weights(student))
     assert not starts
+
+
+def test_processor_time_adds_up_over_interruptions(toy, tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "process_time", lambda: now[0])
+    parameters, journal = dict(toy()[0].named_parameters()), Journal(tmp_path, "key")
+    journal.open(resume=True)
+
+    def new():
+        return Training(parameters, RecoveryConfig(steps=9), 1e-3, 1.0)
+
+    def step(training, seconds):
+        for parameter in parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        training.step()
+        now[0] += seconds
+
+    first = new()
+    for seconds in (3.0, 2.0):
+        step(first, seconds)
+        first.save(journal, {})
+    now[0] = 7.0  # another process
+    second = new()
+    now[0] += 50.0
+    second.load(journal)
+    assert second.cpu_seconds == 5.0
+    step(second, 4.0)
+    second.save(journal, {})
+    assert (second.done, second.cpu_seconds) == (3, 9.0)
 
 
 def test_a_checkpoint_of_another_run_is_not_taken_up(toy, train):
