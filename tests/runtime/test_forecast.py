@@ -212,7 +212,9 @@ def test_a_scheduler_without_sigmas_is_followed_by_its_timesteps_and_that_is_sai
     assert [abscissa(Predictor(x=x), state) for x in ("sigma", "call")] == [500.0, 3.0]
     pipe = unet_pipeline()
     installed(pipe, {CUT: "CCFF"}, predict={"deep": Predictor(x="sigma")})
-    monkeypatch.setattr("dacc.runtime.clockwork.read_grid", lambda scheduler: (tuple(scheduler.timesteps.tolist()), None))
+    monkeypatch.setattr(
+        "dacc.runtime.clockwork.read_grid", lambda scheduler: (tuple(scheduler.timesteps.tolist()), None)
+    )
     with pytest.warns(CachePlanWarning, match="no sigmas"):
         sample(pipe, request_of(pipe))
 
