@@ -25,6 +25,7 @@ from ..core.tensor_file import content_hash
 from ..runtime.cached import install_plan_, no_cache
 from ..runtime.compare import compare
 from ..runtime.correction import Correction
+from ..runtime.decode_ahead import has_step_scales
 from ..runtime.plan import planned_macs
 from ..runtime.request import RunRequest
 from ..runtime.timing import measure_in_turns
@@ -103,6 +104,11 @@ def search_component(
         chosen |= more
     else:
         plan = planned(blank, places, method, settings)
+    if plan.decode_ahead > 1 and has_step_scales(denoiser):
+        reporter.notice(
+            f"{component}: calls are decoded one by one, its layers have scales of their own for every call"
+        )
+        plan = plan.model_copy(update={"decode_ahead": 1})
     tables = {}
     if getattr(settings, "correct", False) and REUSE in plan.codes[unit.id]:
         tables = fit_correction(pipe, component, plan, request, reporter, reference)

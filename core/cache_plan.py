@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from .config import Config
 from .schedule_id import ScheduleId, StepRule
@@ -108,6 +108,9 @@ class CorrectionId(Config):
     sha256: str  # of names, types, shapes and values of its tensors
 
 
+_LATER: Final = {"decode_ahead": 1}  # field of a plan -> the value with which it is not written
+
+
 class CachePlan(Config):
     """One plan for one denoiser on one grid. A unit inside a skipped one is not evaluated and keeps its own value."""
 
@@ -125,6 +128,8 @@ class CachePlan(Config):
     gates: dict[str, Gate] = Field(default_factory=dict)  # unit -> when it is skipped, for units that ask
     macs: UnitMacs
     correction: CorrectionId | None = None  # what is done to reused values on the plan's own grid
+    # calls in a row that reuse the encoder of a UNet and run as one batch; larger: fewer batches, more memory
+    decode_ahead: int = Field(1, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> CachePlan:
@@ -151,7 +156,15 @@ class CachePlan(Config):
         unit = self.units[0]
         if self.gates and (len(names) > 1 or not isinstance(unit, BlockRange) or unit.first < 1):
             raise ValueError("a gate is for a plan of one unit, a range of blocks with a block before it")
+        if self.decode_ahead > 1 and (len(names) > 1 or not isinstance(unit, UnetEncoder)):
+            raise ValueError("several calls are decoded at once by a plan of one unit, the encoder of a UNet")
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the fields that came later, where they say nothing: so older plans keep their hash."""
+        found: dict[str, Any] = write(self)
+        return {key: value for key, value in found.items() if key not in _LATER or value != _LATER[key]}
 
     @property
     def calls(self) -> int:

@@ -36,6 +36,7 @@ class Frame:
     decide: Callable[[str, float | None], str] | None = None  # (unit, change of what its gate sees) -> action
     entered: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # block range -> the streams that entered it
     correct: Callable[[str, str, Any], Any] | None = None  # (unit, module, kept) -> what is given back in its place
+    ahead: Callable[..., Any] | None = None  # stands before the denoiser: it evaluates later calls too
 
     def keep(self, unit: str, path: str, value: Any) -> None:
         """Hold on to what a module of a computed unit gave."""
