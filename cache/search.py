@@ -33,6 +33,7 @@ from ..runtime.trajectory import call_pipeline, sample
 from .budget import computed_calls
 from .config import SearchCacheConfig
 from .correct import fit_correction
+from .correct_layers import fit_layers, layers_to_correct
 from .cost import feature_costs, output_cost
 from .gating import gated_plan
 from .planned import blank_plan, planned
@@ -111,14 +112,32 @@ def search_component(
         plan = plan.model_copy(update={"decode_ahead": 1})
     tables = {}
     if getattr(settings, "correct", False) and REUSE in plan.codes[unit.id]:
-        tables = fit_correction(pipe, component, plan, request, reporter, reference)
-        plan = plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables))})
+        plan, tables = _corrected(pipe, component, plan, settings, request, reporter, reference)
     ratio = count_plan(pipe, component, plan, request, reporter)
     if plan.gates:
         partial = 1 - macs.units[unit.id] / macs.full
         chosen["computed"] = round(count * (ratio - partial) / (1 - partial), 1)
     record = CacheRecord.of(config.method, plan, ratio, chosen)
     return Found(record, cost, tables)
+
+
+def _corrected(
+    pipe: Any,
+    component: str,
+    plan: CachePlan,
+    settings: Any,
+    request: RunRequest,
+    reporter: Reporter,
+    reference: Any | None,
+) -> tuple[CachePlan, dict[str, Tensor]]:
+    """The plan with the correction of what it reuses, and of the quantized layers that read it, and its tables."""
+    tables = fit_correction(pipe, component, plan, request, reporter, reference)
+    plan = plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables))})
+    layers = layers_to_correct(pipe.components[component], plan) if reference and settings.layers else ()
+    if layers:
+        tables |= fit_layers(pipe, component, plan, tables, request, reporter, reference)
+        plan = plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables), layers=layers)})
+    return plan, tables
 
 
 def count_plan(pipe: Any, component: str, plan: CachePlan, request: RunRequest, reporter: Reporter) -> float:

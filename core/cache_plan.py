@@ -21,6 +21,7 @@ ECAD_FILE: Final = "dacc_ecad_{}.json"  # a plan as a schedule file of ECAD, by 
 FRONT_FILES: Final = ("dacc_front_{}.json", "dacc_front_{}.png")  # of a search for many plans
 COMPUTE, REUSE, FORECAST, GATE = "C", "R", "F", "G"  # the codes of a call
 SKIPPING = frozenset({REUSE, FORECAST})  # those of a call that does not run the unit
+_LATER: Final = {"decode_ahead": (1,), "layers": ((), [])}  # field -> values with which it is not written
 Abscissa = Literal["call", "sigma", "timestep"]
 
 
@@ -100,15 +101,22 @@ class UnitMacs(Config):
     units: dict[str, int]  # unit -> what a call saves that skips it alone
 
 
+def _said(written: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in written.items() if key not in _LATER or value not in _LATER[key]}
+
+
 class CorrectionId(Config):
     """Tables in a file of the component's folder by which reused values are corrected, one affine map for each denoiser
     call and channel."""
 
     file: Literal["dacc_cache.safetensors"] = CORRECTION_NAME
     sha256: str  # of names, types, shapes and values of its tensors
+    layers: tuple[str, ...] = ()  # dotted names of quantized layers behind the unit whose outputs are corrected too
 
-
-_LATER: Final = {"decode_ahead": 1}  # field of a plan -> the value with which it is not written
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As `CachePlan` is written."""
+        return _said(write(self))
 
 
 class CachePlan(Config):
@@ -158,13 +166,14 @@ class CachePlan(Config):
             raise ValueError("a gate is for a plan of one unit, a range of blocks with a block before it")
         if self.decode_ahead > 1 and (len(names) > 1 or not isinstance(unit, UnetEncoder)):
             raise ValueError("several calls are decoded at once by a plan of one unit, the encoder of a UNet")
+        if self.correction and self.correction.layers and (len(names) > 1 or not isinstance(unit, UnetCut)):
+            raise ValueError("layers behind a unit are corrected by a plan of one unit, a cut of a UNet")
         return self
 
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the fields that came later, where they say nothing: so older plans keep their hash."""
-        found: dict[str, Any] = write(self)
-        return {key: value for key, value in found.items() if key not in _LATER or value != _LATER[key]}
+        return _said(write(self))
 
     @property
     def calls(self) -> int:

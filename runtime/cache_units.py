@@ -39,7 +39,7 @@ def layout_of(denoiser: nn.Module, unit: Unit) -> Layout:
         UnsupportedError: the denoiser is not built in a way that this kind of unit knows.
     """
     if isinstance(unit, ModuleUnit):
-        return Layout(unit, (_checked(denoiser, unit.path, unit.id),), frozenset({unit.path}))
+        return Layout(unit, (checked_path(denoiser, unit.path, unit.id),), frozenset({unit.path}))
     if isinstance(unit, BlockRange):
         blocks = block_names(denoiser, unit.stacks)
         if unit.end > len(blocks):
@@ -92,6 +92,23 @@ def skips_per_group(denoiser: nn.Module) -> list[int]:
     if counts != [len(block.resnets) for block in reversed(up)]:  # type: ignore[arg-type]
         raise _no_unet(denoiser, "its down and up blocks do not mirror each other")
     return counts
+
+
+def readers_of(denoiser: nn.Module, unit: UnetCut) -> tuple[str, ...]:
+    """The convolutions that read first what a skipped cut gives back, beside what is fresh: those of one residual layer
+    that stand behind its first norm, and around it all.
+
+    Raises:
+        ModelError: the denoiser has no such cut.
+        UnsupportedError: not a UNet of plain blocks.
+    """
+    _cut(denoiser, unit)
+    _, up = _unet_blocks(denoiser)
+    layer = skips_per_group(denoiser)[unit.block] - 1 - unit.layer
+    stem = f"up_blocks.{len(up) - 1 - unit.block}.resnets.{layer}"
+    residual = denoiser.get_submodule(stem)
+    names = ("conv1", "conv_shortcut")
+    return tuple(f"{stem}.{name}" for name in names if isinstance(getattr(residual, name, None), nn.Module))
 
 
 def _encoder(denoiser: nn.Module, unit: UnetEncoder) -> Layout:
@@ -165,10 +182,15 @@ def _stack(denoiser: nn.Module, name: str) -> nn.ModuleList:
     return stack
 
 
-def _checked(denoiser: nn.Module, path: str, unit: str) -> str:
+def checked_path(denoiser: nn.Module, path: str, unit: str) -> str:
+    """The name of a module that a unit is or corrects, once it is there.
+
+    Raises:
+        ModelError: it is not.
+    """
     if path not in dict(denoiser.named_modules()):
         raise ModelError(
-            f"cached unit {unit!r} is the module {path!r}, which this {type(denoiser).__name__} does not have.",
+            f"cached unit {unit!r} has the module {path!r}, which this {type(denoiser).__name__} does not have.",
             mend="Make a plan for this model with dacc search-cache.",
         )
     return path

@@ -80,7 +80,7 @@ class CachedUnits:
         self._told: set[str] = set()
         self._gated = next(iter(plan.gates), None) if plan else None
         self._predictors = predictors_of(plan, self.layouts, denoiser) if plan else {}
-        hook_units_(self, denoiser, self.layouts, self.containers, plan.gates if plan else {})
+        hook_units_(self, denoiser, self.layouts, self.containers, plan)
         _registry(denoiser).register_hook(_RootHook(self), HOOK)
 
     @property

@@ -8,9 +8,9 @@ from typing import Final
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from ..core.cache_plan import BlockRange, Gate
-from .cache_hooks import BlockHook, SkipHook, block_metadata
-from .cache_units import Layout
+from ..core.cache_plan import BlockRange, CachePlan
+from .cache_hooks import BlockHook, LayerHook, SkipHook, block_metadata
+from .cache_units import Layout, checked_path
 from .gate import GateHook, probe_of
 from .plan import Containers
 
@@ -22,14 +22,17 @@ def hook_units_(
     denoiser: nn.Module,
     layouts: Mapping[str, Layout],
     containers: Containers,
-    gates: Mapping[str, Gate],
+    plan: CachePlan | None,
 ) -> None:
-    """Register a hook before every module that a unit skips or a gate looks at: those of outer units last, so that they
-    stand outside.
+    """Register a hook before every module that a unit skips, a gate looks at or a plan corrects: those of outer units
+    last, so that they stand outside.
 
     Args:
         owner: the runner whose frames count.
-        gates: unit -> its gate.
+        plan: for its gates and the layers that it corrects.
+
+    Raises:
+        ModelError: the denoiser has no such layer.
     """
     modules = dict(denoiser.named_modules())
     skipping: dict[str, dict[str, bool]] = {}
@@ -45,7 +48,10 @@ def hook_units_(
                 skipping.setdefault(path, {})[unit.id] = path in layout.kept
     for path, units in skipping.items():
         _register(modules[path], SkipHook(owner, path, units), HOOK)
-    for name, gate in gates.items():
+    for path in plan.correction.layers if plan and plan.correction else ():
+        name = plan.units[0].id
+        _register(modules[checked_path(denoiser, path, name)], LayerHook(owner, name, path), HOOK)
+    for name, gate in plan.gates.items() if plan else ():
         probe = probe_of(layouts[name], denoiser)
         hook = GateHook(owner, name, gate, probe, block_metadata(modules[probe]))
         _register(modules[probe], hook, f"{HOOK}.gate")
