@@ -9,17 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
 
 from ..core.cache_plan import BlockRange, ModuleUnit, UnetCut, UnetEncoder, Unit
 from ..core.errors import ModelError, UnsupportedError
+from ..core.families import find_family
 
-# whose forward is the plain one: residual layers, attentions and motion modules in turn, then the sampler
+# whose forward is the plain one: residual layers and what stands behind each of them in turn, then the sampler
 DOWN_BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"}
-DOWN_BLOCKS |= {"DownBlockMotion", "CrossAttnDownBlockMotion"}
+DOWN_BLOCKS |= {"DownBlockMotion", "CrossAttnDownBlockMotion", "DownBlock3D", "CrossAttnDownBlock3D"}
+DOWN_BLOCKS |= {"DownBlockSpatioTemporal", "CrossAttnDownBlockSpatioTemporal"}
 UP_BLOCKS = {"UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D"}
-UP_BLOCKS |= {"UpBlockMotion", "CrossAttnUpBlockMotion"}
-BEHIND = ("attentions", "motion_modules")  # what runs behind every residual layer, where a block has it
+UP_BLOCKS |= {"UpBlockMotion", "CrossAttnUpBlockMotion", "UpBlock3D", "CrossAttnUpBlock3D"}
+UP_BLOCKS |= {"UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"}
+SINGLE_LAST = ("transformer_blocks", "single_transformer_blocks")
+# what runs behind every residual layer, where a block has it, in this order
+BEHIND = ("temp_convs", "attentions", "motion_modules", "temp_attentions")
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,26 @@ def block_names(denoiser: nn.Module, stacks: Iterable[str]) -> list[str]:
     return [f"{stack}.{number}" for stack in stacks for number in range(len(_stack(denoiser, stack)))]
 
 
+def stacks_of(denoiser: nn.Module) -> tuple[str, ...]:
+    """A denoiser's lists of transformer blocks, in the order in which they run: those that its family names, else its
+    one list whose blocks diffusers describes, or the two of a network that goes on with single blocks; else none."""
+    if known := find_family(type(denoiser).__name__)[0].stacks:
+        return known
+    own = ((name, child) for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList))
+    found = tuple(name for name, blocks in own if len(blocks) and all(map(_is_described, blocks)))
+    if set(found) == set(SINGLE_LAST):
+        return SINGLE_LAST
+    return found if len(found) == 1 else ()  # of several the order is not known
+
+
+def _is_described(block: nn.Module) -> bool:
+    try:
+        TransformerBlockRegistry.get(type(block))
+    except ValueError:
+        return False
+    return True
+
+
 def skips_per_group(denoiser: nn.Module) -> list[int]:
     """Skip connections of every down block of a UNet, what enters it included: the layers that a cut can name.
 
@@ -113,7 +139,8 @@ def readers_of(denoiser: nn.Module, unit: UnetCut) -> tuple[str, ...]:
 
 def _encoder(denoiser: nn.Module, unit: UnetEncoder) -> Layout:
     down, _ = _unet_blocks(denoiser)
-    names = ("conv_in", *(f"down_blocks.{number}" for number in range(len(down))), *_middle(denoiser))
+    first = [name for name in ("conv_in", "transformer_in") if getattr(denoiser, name, None) is not None]
+    names = (*first, *(f"down_blocks.{number}" for number in range(len(down))), *_middle(denoiser))
     return Layout(unit, names, frozenset(names))
 
 
