@@ -21,7 +21,8 @@ ECAD_FILE: Final = "dacc_ecad_{}.json"  # a plan as a schedule file of ECAD, by 
 FRONT_FILES: Final = ("dacc_front_{}.json", "dacc_front_{}.png")  # of a search for many plans
 COMPUTE, REUSE, FORECAST, GATE = "C", "R", "F", "G"  # the codes of a call
 SKIPPING = frozenset({REUSE, FORECAST})  # those of a call that does not run the unit
-_LATER: Final = {"decode_ahead": (1,), "layers": ((), [])}  # field -> values with which it is not written
+# field -> values with which it is not written
+_LATER: Final[dict[str, tuple[Any, ...]]] = {"decode_ahead": (1,), "layers": ((), [])}
 Abscissa = Literal["call", "sigma", "timestep"]
 
 
