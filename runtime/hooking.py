@@ -48,10 +48,12 @@ def hook_units_(
                 skipping.setdefault(path, {})[unit.id] = path in layout.kept
     for path, units in skipping.items():
         _register(modules[path], SkipHook(owner, path, units), HOOK)
-    for path in plan.correction.layers if plan and plan.correction else ():
-        name = plan.units[0].id
+    if plan is None:
+        return
+    name = plan.units[0].id
+    for path in plan.correction.layers if plan.correction else ():
         _register(modules[checked_path(denoiser, path, name)], LayerHook(owner, name, path), HOOK)
-    for name, gate in plan.gates.items() if plan else ():
+    for name, gate in plan.gates.items():
         probe = probe_of(layouts[name], denoiser)
         hook = GateHook(owner, name, gate, probe, block_metadata(modules[probe]))
         _register(modules[probe], hook, f"{HOOK}.gate")
