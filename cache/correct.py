@@ -3,8 +3,8 @@ been computed, by least squares over samples, guidance branches and space.
 
 The first part of the decoupled error correction of CacheQuant: Accelerating Diffusion Models Jointly with Quantization
 and Caching (2025), arXiv 2503.01323. The paper corrects the errors of reuse and of rounding one after the other, the
-second at the outputs of the layers that read the value. Here the target is what the float network computes, where it is
-known, so that one map takes both errors in and its shift is added once.
+second at the outputs of the layers that read the value (`correct_layers.py`). Here the target is what the float network
+computes, where it is known, so that this map takes in what rounding did to the reused value itself.
 
     scale = cov(x, y) / var(x),    shift = mean(y) - scale mean(x)
 
@@ -99,7 +99,7 @@ def fit_correction(
                     for name, pair in _pairs(units, unit, kept[unit], target):
                         found = Moments.of(*pair)
                         moments[name, call] = moments[name, call] + found if (name, call) in moments else found
-    return _tables(moments, plan.calls)
+    return tables_of(moments, plan.calls)
 
 
 def corrected(units: CachedUnits, unit: str, kept: list[Values], target: list[Values]) -> list[Values]:
@@ -132,7 +132,8 @@ def _pairs(
                     yield table_name(unit, path, number), (reused, computed)
 
 
-def _tables(moments: dict[tuple[str, int], Moments], calls: int) -> dict[str, Tensor]:
+def tables_of(moments: dict[tuple[str, int], Moments], calls: int) -> dict[str, Tensor]:
+    """The fitted maps, by name with `.scale` and `.shift`: (C, N), 1 and 0 where nothing was seen."""
     tables: dict[str, Tensor] = {}
     for (name, call), found in moments.items():
         channels = found.sums.shape[1]

@@ -10,9 +10,8 @@ from torch import nn
 from ..core.cache_plan import COMPUTE, ECAD_FILE, REUSE, CachePlan, CacheRecord
 from ..core.config import build_config
 from ..core.errors import UnsupportedError
-from ..core.families import find_family
 from ..core.reporter import Reporter
-from ..runtime.cache_units import containers_of, layout_of
+from ..runtime.cache_units import containers_of, layout_of, stacks_of
 from ..runtime.plan import planned_macs
 from ..runtime.request import RunRequest
 from .config import SearchCacheConfig
@@ -64,11 +63,6 @@ def schedule_file(component: str, denoiser: nn.Module, plan: CachePlan) -> dict[
     if document is None:
         return {}
     return {ECAD_FILE.format(component): (json.dumps(document, indent=1) + "\n").encode()}
-
-
-def stacks_of(denoiser: nn.Module) -> tuple[str, ...]:
-    """A denoiser's lists of blocks, where its family is known."""
-    return find_family(type(denoiser).__name__)[0].stacks
 
 
 def trimmed(plan: CachePlan) -> CachePlan:

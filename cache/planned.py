@@ -52,7 +52,8 @@ def planned(
 
     Args:
         blank: a plan of one unit, for everything but its codes.
-        method: a file of `methods`; its function `predictor`, if it has one, tells how to forecast.
+        method: a file of `methods`; its function `predictor`, if it has one, tells how to forecast, `decode_ahead` how
+            many calls that reuse are decoded as one batch.
         settings: the fields of the method.
         gates: the gate of the unit, if it has one.
     """
@@ -61,4 +62,6 @@ def planned(
     skipping = GATE if gates else REUSE if predictor is None else FORECAST
     codes = "".join(COMPUTE if call in places else skipping for call in range(blank.calls))
     predict = {} if predictor is None else {unit: predictor}
-    return blank.model_copy(update={"codes": {unit: codes}, "predict": predict, "gates": dict(gates or {})})
+    ahead = method.decode_ahead(settings) if hasattr(method, "decode_ahead") else 1
+    update = {"codes": {unit: codes}, "predict": predict, "gates": dict(gates or {}), "decode_ahead": ahead}
+    return blank.model_copy(update=update)

@@ -25,6 +25,7 @@ from ..core.tensor_file import content_hash
 from ..runtime.cached import install_plan_, no_cache
 from ..runtime.compare import compare
 from ..runtime.correction import Correction
+from ..runtime.decode_ahead import has_step_scales
 from ..runtime.plan import planned_macs
 from ..runtime.request import RunRequest
 from ..runtime.timing import measure_in_turns
@@ -32,6 +33,7 @@ from ..runtime.trajectory import call_pipeline, sample
 from .budget import computed_calls
 from .config import SearchCacheConfig
 from .correct import fit_correction
+from .correct_layers import fit_layers, layers_to_correct
 from .cost import feature_costs, output_cost
 from .forecast_cost import forecast_cost
 from .gating import gated_plan
@@ -106,16 +108,39 @@ def search_component(
         chosen |= more
     else:
         plan = planned(blank, places, method, settings)
+    if plan.decode_ahead > 1 and has_step_scales(denoiser):
+        reporter.notice(
+            f"{component}: calls are decoded one by one, its layers have scales of their own for every call"
+        )
+        plan = plan.model_copy(update={"decode_ahead": 1})
     tables = {}
     if getattr(settings, "correct", False) and REUSE in plan.codes[unit.id]:
-        tables = fit_correction(pipe, component, plan, request, reporter, reference)
-        plan = plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables))})
+        plan, tables = _corrected(pipe, component, plan, settings, request, reporter, reference)
     ratio = count_plan(pipe, component, plan, request, reporter)
     if plan.gates:
         partial = 1 - macs.units[unit.id] / macs.full
         chosen["computed"] = round(count * (ratio - partial) / (1 - partial), 1)
     record = CacheRecord.of(config.method, plan, ratio, chosen)
     return Found(record, cost, tables)
+
+
+def _corrected(
+    pipe: Any,
+    component: str,
+    plan: CachePlan,
+    settings: Any,
+    request: RunRequest,
+    reporter: Reporter,
+    reference: Any | None,
+) -> tuple[CachePlan, dict[str, Tensor]]:
+    """The plan with the correction of what it reuses, and of the quantized layers that read it, and its tables."""
+    tables = fit_correction(pipe, component, plan, request, reporter, reference)
+    plan = plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables))})
+    layers = layers_to_correct(pipe.components[component], plan) if reference and settings.layers else ()
+    if layers:
+        tables |= fit_layers(pipe, component, plan, tables, request, reporter, reference)
+        plan = plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables), layers=layers)})
+    return plan, tables
 
 
 def count_plan(pipe: Any, component: str, plan: CachePlan, request: RunRequest, reporter: Reporter) -> float:

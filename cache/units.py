@@ -10,8 +10,7 @@ from torch import nn
 from ..core.cache_plan import ModuleUnit, Unit
 from ..core.config import nearest
 from ..core.errors import ConfigError, DaccError, UnsupportedError
-from ..core.families import find_family
-from ..runtime.cache_units import block_names, containers_of, layout_of
+from ..runtime.cache_units import block_names, containers_of, layout_of, stacks_of
 from .config import UNIT_FORMS, parse_unit
 
 # of a transformer block, in the order in which they run; what they give is scaled and added by the block itself
@@ -32,7 +31,7 @@ def choose_unit(denoiser: nn.Module, text: str, *, whole: bool = False) -> Unit:
         ConfigError: the denoiser has no such part.
         UnsupportedError: no part of this denoiser is known that could be cached.
     """
-    stacks = find_family(type(denoiser).__name__)[0].stacks
+    stacks = stacks_of(denoiser)
     if text.startswith("blocks:") and not stacks:
         raise UnsupportedError(
             f"it is not known which lists of blocks a {type(denoiser).__name__} runs in which order.",
@@ -75,7 +74,7 @@ def choose_units(denoiser: nn.Module, text: str) -> tuple[Unit, ...]:
 
 
 def _parts(denoiser: nn.Module) -> tuple[Unit, ...]:
-    stacks = find_family(type(denoiser).__name__)[0].stacks
+    stacks = stacks_of(denoiser)
     unet = hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks")
     cut = (choose_unit(denoiser, "auto"),) if unet else ()
     blocks = block_names(denoiser, stacks) if stacks else []

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from .config import Config
 from .schedule_id import ScheduleId, StepRule
@@ -21,6 +21,8 @@ ECAD_FILE: Final = "dacc_ecad_{}.json"  # a plan as a schedule file of ECAD, by 
 FRONT_FILES: Final = ("dacc_front_{}.json", "dacc_front_{}.png")  # of a search for many plans
 COMPUTE, REUSE, FORECAST, GATE = "C", "R", "F", "G"  # the codes of a call
 SKIPPING = frozenset({REUSE, FORECAST})  # those of a call that does not run the unit
+# field -> values with which it is not written
+_LATER: Final[dict[str, tuple[Any, ...]]] = {"decode_ahead": (1,), "layers": ((), [])}
 Abscissa = Literal["call", "sigma", "timestep"]
 
 
@@ -100,12 +102,22 @@ class UnitMacs(Config):
     units: dict[str, int]  # unit -> what a call saves that skips it alone
 
 
+def _said(written: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in written.items() if key not in _LATER or value not in _LATER[key]}
+
+
 class CorrectionId(Config):
     """Tables in a file of the component's folder by which reused values are corrected, one affine map for each denoiser
     call and channel."""
 
     file: Literal["dacc_cache.safetensors"] = CORRECTION_NAME
     sha256: str  # of names, types, shapes and values of its tensors
+    layers: tuple[str, ...] = ()  # dotted names of quantized layers behind the unit whose outputs are corrected too
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As `CachePlan` is written."""
+        return _said(write(self))
 
 
 class CachePlan(Config):
@@ -125,6 +137,8 @@ class CachePlan(Config):
     gates: dict[str, Gate] = Field(default_factory=dict)  # unit -> when it is skipped, for units that ask
     macs: UnitMacs
     correction: CorrectionId | None = None  # what is done to reused values on the plan's own grid
+    # calls in a row that reuse the encoder of a UNet and run as one batch; larger: fewer batches, more memory
+    decode_ahead: int = Field(1, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> CachePlan:
@@ -151,7 +165,16 @@ class CachePlan(Config):
         unit = self.units[0]
         if self.gates and (len(names) > 1 or not isinstance(unit, BlockRange) or unit.first < 1):
             raise ValueError("a gate is for a plan of one unit, a range of blocks with a block before it")
+        if self.decode_ahead > 1 and (len(names) > 1 or not isinstance(unit, UnetEncoder)):
+            raise ValueError("several calls are decoded at once by a plan of one unit, the encoder of a UNet")
+        if self.correction and self.correction.layers and (len(names) > 1 or not isinstance(unit, UnetCut)):
+            raise ValueError("layers behind a unit are corrected by a plan of one unit, a cut of a UNet")
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the fields that came later, where they say nothing: so older plans keep their hash."""
+        return _said(write(self))
 
     @property
     def calls(self) -> int:

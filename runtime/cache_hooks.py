@@ -15,7 +15,7 @@ from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..core.cache_plan import COMPUTE, FORECAST, SKIPPING, BlockRange
+from ..core.cache_plan import COMPUTE, FORECAST, REUSE, SKIPPING, BlockRange
 from ..core.errors import UnsupportedError
 from .clock import RunState
 from .forecast import History
@@ -36,6 +36,7 @@ class Frame:
     decide: Callable[[str, float | None], str] | None = None  # (unit, change of what its gate sees) -> action
     entered: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # block range -> the streams that entered it
     correct: Callable[[str, str, Any], Any] | None = None  # (unit, module, kept) -> what is given back in its place
+    ahead: Callable[..., Any] | None = None  # stands before the denoiser: it evaluates later calls too
 
     def keep(self, unit: str, path: str, value: Any) -> None:
         """Hold on to what a module of a computed unit gave."""
@@ -88,6 +89,27 @@ class SkipHook(ModelHook):
             elif unit in frame.storing:
                 frame.values[unit, self.path] = tree_map(_hollow, output)
         return output
+
+
+class LayerHook(ModelHook):
+    """Corrects what a layer behind a unit gives in the calls that correct what the unit gives back.
+
+    Args:
+        owner: the runner whose frames count.
+        unit: the unit.
+        path: name of the layer.
+    """
+
+    def __init__(self, owner: object, unit: str, path: str) -> None:
+        super().__init__()
+        self.owner, self.unit, self.path = owner, unit, path
+
+    def new_forward(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = original_of(self)(*args, **kwargs)
+        frame = FRAME.get()
+        if frame is None or frame.owner is not self.owner or frame.correct is None:
+            return output
+        return frame.correct(self.unit, self.path, output) if frame.actions[self.unit] == REUSE else output
 
 
 class BlockHook(ModelHook):

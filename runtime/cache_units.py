@@ -9,17 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
 
 from ..core.cache_plan import BlockRange, ModuleUnit, UnetCut, UnetEncoder, Unit
 from ..core.errors import ModelError, UnsupportedError
+from ..core.families import find_family
 
-# whose forward is the plain one: residual layers, attentions and motion modules in turn, then the sampler
+# whose forward is the plain one: residual layers and what stands behind each of them in turn, then the sampler
 DOWN_BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"}
-DOWN_BLOCKS |= {"DownBlockMotion", "CrossAttnDownBlockMotion"}
+DOWN_BLOCKS |= {"DownBlockMotion", "CrossAttnDownBlockMotion", "DownBlock3D", "CrossAttnDownBlock3D"}
+DOWN_BLOCKS |= {"DownBlockSpatioTemporal", "CrossAttnDownBlockSpatioTemporal"}
 UP_BLOCKS = {"UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D"}
-UP_BLOCKS |= {"UpBlockMotion", "CrossAttnUpBlockMotion"}
-BEHIND = ("attentions", "motion_modules")  # what runs behind every residual layer, where a block has it
+UP_BLOCKS |= {"UpBlockMotion", "CrossAttnUpBlockMotion", "UpBlock3D", "CrossAttnUpBlock3D"}
+UP_BLOCKS |= {"UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"}
+SINGLE_LAST = ("transformer_blocks", "single_transformer_blocks")
+# what runs behind every residual layer, where a block has it, in this order
+BEHIND = ("temp_convs", "attentions", "motion_modules", "temp_attentions")
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ def layout_of(denoiser: nn.Module, unit: Unit) -> Layout:
         UnsupportedError: the denoiser is not built in a way that this kind of unit knows.
     """
     if isinstance(unit, ModuleUnit):
-        return Layout(unit, (_checked(denoiser, unit.path, unit.id),), frozenset({unit.path}))
+        return Layout(unit, (checked_path(denoiser, unit.path, unit.id),), frozenset({unit.path}))
     if isinstance(unit, BlockRange):
         blocks = block_names(denoiser, unit.stacks)
         if unit.end > len(blocks):
@@ -81,6 +87,26 @@ def block_names(denoiser: nn.Module, stacks: Iterable[str]) -> list[str]:
     return [f"{stack}.{number}" for stack in stacks for number in range(len(_stack(denoiser, stack)))]
 
 
+def stacks_of(denoiser: nn.Module) -> tuple[str, ...]:
+    """A denoiser's lists of transformer blocks, in the order in which they run: those that its family names, else its
+    one list whose blocks diffusers describes, or the two of a network that goes on with single blocks; else none."""
+    if known := find_family(type(denoiser).__name__)[0].stacks:
+        return known
+    own = ((name, child) for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList))
+    found = tuple(name for name, blocks in own if len(blocks) and all(map(_is_described, blocks)))
+    if set(found) == set(SINGLE_LAST):
+        return SINGLE_LAST
+    return found if len(found) == 1 else ()  # of several the order is not known
+
+
+def _is_described(block: nn.Module) -> bool:
+    try:
+        TransformerBlockRegistry.get(type(block))
+    except ValueError:
+        return False
+    return True
+
+
 def skips_per_group(denoiser: nn.Module) -> list[int]:
     """Skip connections of every down block of a UNet, what enters it included: the layers that a cut can name.
 
@@ -94,9 +120,27 @@ def skips_per_group(denoiser: nn.Module) -> list[int]:
     return counts
 
 
+def readers_of(denoiser: nn.Module, unit: UnetCut) -> tuple[str, ...]:
+    """The convolutions that read first what a skipped cut gives back, beside what is fresh: those of one residual layer
+    that stand behind its first norm, and around it all.
+
+    Raises:
+        ModelError: the denoiser has no such cut.
+        UnsupportedError: not a UNet of plain blocks.
+    """
+    _cut(denoiser, unit)
+    _, up = _unet_blocks(denoiser)
+    layer = skips_per_group(denoiser)[unit.block] - 1 - unit.layer
+    stem = f"up_blocks.{len(up) - 1 - unit.block}.resnets.{layer}"
+    residual = denoiser.get_submodule(stem)
+    names = ("conv1", "conv_shortcut")
+    return tuple(f"{stem}.{name}" for name in names if isinstance(getattr(residual, name, None), nn.Module))
+
+
 def _encoder(denoiser: nn.Module, unit: UnetEncoder) -> Layout:
     down, _ = _unet_blocks(denoiser)
-    names = ("conv_in", *(f"down_blocks.{number}" for number in range(len(down))), *_middle(denoiser))
+    first = [name for name in ("conv_in", "transformer_in") if getattr(denoiser, name, None) is not None]
+    names = (*first, *(f"down_blocks.{number}" for number in range(len(down))), *_middle(denoiser))
     return Layout(unit, names, frozenset(names))
 
 
@@ -165,10 +209,15 @@ def _stack(denoiser: nn.Module, name: str) -> nn.ModuleList:
     return stack
 
 
-def _checked(denoiser: nn.Module, path: str, unit: str) -> str:
+def checked_path(denoiser: nn.Module, path: str, unit: str) -> str:
+    """The name of a module that a unit is or corrects, once it is there.
+
+    Raises:
+        ModelError: it is not.
+    """
     if path not in dict(denoiser.named_modules()):
         raise ModelError(
-            f"cached unit {unit!r} is the module {path!r}, which this {type(denoiser).__name__} does not have.",
+            f"cached unit {unit!r} has the module {path!r}, which this {type(denoiser).__name__} does not have.",
             mend="Make a plan for this model with dacc search-cache.",
         )
     return path

@@ -20,20 +20,21 @@ import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from ..core.cache_plan import COMPUTE, GATE, REUSE, SKIPPING, BlockRange, CachePlan, Unit
+from ..core.cache_plan import COMPUTE, GATE, REUSE, SKIPPING, CachePlan, Unit
 from ..core.pipeline import denoisers
 from ..core.schedule_id import NoiseGrid, same_levels
-from .cache_hooks import FRAME, BlockHook, Frame, SkipHook, Values, block_metadata, computing, drop, original_of
+from .cache_hooks import FRAME, Frame, Values, computing, drop, original_of
 from .cache_units import Layout, containers_of, layout_of
 from .clock import current_grid, current_run, run_storage, running_order
 from .clockwork import attach_clock
 from .correction import Correction
+from .decode_ahead import DecodeAhead, has_step_scales
 from .ending import ending_its_run
 from .forecast import History
-from .gate import GateHook, GateState, predictors_of, probe_of
+from .gate import GateState, predictors_of
+from .hooking import HOOK, hook_units_
 from .plan import Row, check_model, codes_on, plan_rows
 
-HOOK = "dacc_cache"
 _OFF: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("dacc_no_cache", default=frozenset())
 _FORCED: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("dacc_forced_frame", default=None)
 
@@ -50,6 +51,7 @@ class _Branch:
     history: History
     values: Values = field(default_factory=dict)
     strays: set[str] = field(default_factory=set)  # units whose values come from a call that the plan let reuse
+    ahead: DecodeAhead | None = None  # decodes several calls at once, for plans that do
 
 
 class CachedUnits:
@@ -79,7 +81,8 @@ class CachedUnits:
         self._told: set[str] = set()
         self._gated = next(iter(plan.gates), None) if plan else None
         self._predictors = predictors_of(plan, self.layouts, denoiser) if plan else {}
-        self._hook()
+        hook_units_(self, denoiser, self.layouts, self.containers, plan)
+        _registry(denoiser).register_hook(_RootHook(self), HOOK)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -140,6 +143,8 @@ class CachedUnits:
         frame = Frame(self, actions, storing, branch.values, branch.history, state)
         frame.correct = self._correcting(grid, state.call, branch)
         frame.decide = partial(gate.decide, self.plan, state.call) if self.plan.gates else None
+        if self.plan.decode_ahead > 1 and not SKIPPING.isdisjoint(actions.values()):
+            frame.ahead = self._decoding(rows, grid, state.call, branch)
         return frame, row
 
     def close(self, frame: Frame, row: Row | None) -> None:
@@ -161,6 +166,19 @@ class CachedUnits:
             return value if unit in strays else correction.apply(unit, path, call, value)
 
         return correct
+
+    def _decoding(self, rows: list[Row], grid: NoiseGrid, call: int, branch: _Branch) -> Callable[..., Any]:
+        """How a call that reuses is evaluated together with those behind it that reuse the same."""
+        assert self.plan is not None
+        if branch.ahead is None:
+            branch.ahead = DecodeAhead(self.denoiser, self._tell)
+            if has_step_scales(self.denoiser):
+                branch.ahead.give_up("its layers have scales of their own for every call")
+        end = call
+        while end < min(len(rows), call + self.plan.decode_ahead) and rows[end].actions == rows[call].actions:
+            end += 1
+        corrections = [self._correcting(grid, later, branch) for later in range(call, end)]
+        return partial(branch.ahead, branch.values, call, grid.timesteps[call:end], corrections)
 
     def _rows(self, plan: CachePlan, grid: NoiseGrid) -> list[Row] | None:
         """What each call of the run that begins does; None when the plan does not serve its grid.
@@ -198,28 +216,6 @@ class CachedUnits:
         finally:
             _FORCED.reset(token)
 
-    def _hook(self) -> None:
-        """Register the hooks: those of outer units last, so that they stand outside."""
-        modules = dict(self.denoiser.named_modules())
-        skipping: dict[str, dict[str, bool]] = {}
-        for layout in sorted(self.layouts.values(), key=lambda layout: -len(self.containers[layout.unit.id])):
-            unit = layout.unit
-            for number, path in enumerate(layout.skipped):
-                if isinstance(unit, BlockRange):
-                    first, last = number == 0, number == len(layout.skipped) - 1
-                    metadata = block_metadata(modules[path])
-                    hook: ModelHook = BlockHook(self, unit, path, metadata, first=first, last=last)
-                    _registry(modules[path]).register_hook(hook, f"{HOOK}.{unit.id}")
-                else:
-                    skipping.setdefault(path, {})[unit.id] = path in layout.kept
-        for path, units in skipping.items():
-            _registry(modules[path]).register_hook(SkipHook(self, path, units), HOOK)
-        for name, gate in self.plan.gates.items() if self.plan else ():
-            probe = probe_of(self.layouts[name], self.denoiser)
-            hook = GateHook(self, name, gate, probe, block_metadata(modules[probe]))
-            _registry(modules[probe]).register_hook(hook, f"{HOOK}.gate")
-        _registry(self.denoiser).register_hook(_RootHook(self), HOOK)
-
 
 class _RootHook(ModelHook):
     """Stands before the denoiser: opens and closes the frame of every evaluation."""
@@ -234,9 +230,10 @@ class _RootHook(ModelHook):
         if opened is None:
             return original_of(self)(*args, **kwargs)
         frame, row = opened
+        forward = original_of(self) if frame.ahead is None else partial(frame.ahead, original_of(self))
         token = FRAME.set(frame)
         try:
-            output = original_of(self)(*args, **kwargs)
+            output = forward(*args, **kwargs)
         except BaseException:
             frame.values.clear()
             frame.history.clear()

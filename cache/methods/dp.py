@@ -25,6 +25,7 @@ class DPConfig(Config):
     # the final sample; feature: L1 distance of the reused values, as published, which needs no further evaluations
     joint: bool = True  # on a quantized source: against what the float network computes, rounding errors included
     correct: bool = True  # fit an affine map per call and channel to what is reused
+    layers: bool = True  # on a quantized source: and to the outputs of the layers that read it, against the float ones
     bounds: bool = False  # groups of ceil(N / 2) to 2 N calls only, N = ceil(C / K), as the authors' program
 
 

@@ -6,13 +6,17 @@ scaled      K key calls that lie as densely at the start as those of the paper, 
 paper       its 9 key calls of 50, as they are
 interval    0, N, 2N, ... with the smallest whole N that gives no more than K calls
 
-Not here: its noise injection, which changes the sampler and not the network, and decoding several calls as one batch.
+What a call gives that reuses does not depend on its noisy sample, so several calls in a row can be decoded as one batch
+(the paper's parallel processing): `runtime/decode_ahead.py`. Its noise injection changes the sampler, not the network,
+and is not here.
 Letters: C calls of a run, K calls that compute.
 """
 
 from __future__ import annotations
 
 from typing import Literal
+
+from pydantic import Field
 
 from ...core.config import Config
 from ...core.errors import ConfigError
@@ -25,6 +29,7 @@ class EncoderConfig(Config):
     """Fields of `--set`."""
 
     form: Literal["scaled", "paper", "interval"] = "scaled"  # where the key calls stand
+    ahead: int = Field(1, ge=1)  # calls that are decoded as one batch; larger: fewer launches, more memory
 
 
 CONFIG = EncoderConfig
@@ -53,6 +58,11 @@ def schedule(calls: int, computed: int, config: EncoderConfig) -> tuple[int, ...
             mend="Leave --set form=paper out: scaled places any number among any.",
         )
     return PAPER
+
+
+def decode_ahead(config: EncoderConfig) -> int:
+    """How many calls that reuse are decoded as one batch."""
+    return config.ahead
 
 
 def _scaled(calls: int, computed: int) -> tuple[int, ...]:

@@ -1,0 +1,63 @@
+"""Where the hooks of cached units stand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from diffusers.hooks.hooks import HookRegistry, ModelHook
+from torch import nn
+
+from ..core.cache_plan import BlockRange, CachePlan
+from .cache_hooks import BlockHook, LayerHook, SkipHook, block_metadata
+from .cache_units import Layout, checked_path
+from .gate import GateHook, probe_of
+from .plan import Containers
+
+HOOK: Final = "dacc_cache"  # names of hooks begin so
+
+
+def hook_units_(
+    owner: object,
+    denoiser: nn.Module,
+    layouts: Mapping[str, Layout],
+    containers: Containers,
+    plan: CachePlan | None,
+) -> None:
+    """Register a hook before every module that a unit skips, a gate looks at or a plan corrects: those of outer units
+    last, so that they stand outside.
+
+    Args:
+        owner: the runner whose frames count.
+        plan: for its gates and the layers that it corrects.
+
+    Raises:
+        ModelError: the denoiser has no such layer.
+    """
+    modules = dict(denoiser.named_modules())
+    skipping: dict[str, dict[str, bool]] = {}
+    for layout in sorted(layouts.values(), key=lambda layout: -len(containers[layout.unit.id])):
+        unit = layout.unit
+        for number, path in enumerate(layout.skipped):
+            if isinstance(unit, BlockRange):
+                first, last = number == 0, number == len(layout.skipped) - 1
+                metadata = block_metadata(modules[path])
+                hook: ModelHook = BlockHook(owner, unit, path, metadata, first=first, last=last)
+                _register(modules[path], hook, f"{HOOK}.{unit.id}")
+            else:
+                skipping.setdefault(path, {})[unit.id] = path in layout.kept
+    for path, units in skipping.items():
+        _register(modules[path], SkipHook(owner, path, units), HOOK)
+    if plan is None:
+        return
+    name = plan.units[0].id
+    for path in plan.correction.layers if plan.correction else ():
+        _register(modules[checked_path(denoiser, path, name)], LayerHook(owner, name, path), HOOK)
+    for name, gate in plan.gates.items():
+        probe = probe_of(layouts[name], denoiser)
+        hook = GateHook(owner, name, gate, probe, block_metadata(modules[probe]))
+        _register(modules[probe], hook, f"{HOOK}.gate")
+
+
+def _register(module: nn.Module, hook: ModelHook, name: str) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
