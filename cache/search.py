@@ -113,7 +113,7 @@ def search_component(
             f"{component}: calls are decoded one by one, its layers have scales of their own for every call"
         )
         plan = plan.model_copy(update={"decode_ahead": 1})
-    tables = {}
+    tables: dict[str, Tensor] = {}
     if getattr(settings, "correct", False) and REUSE in plan.codes[unit.id]:
         plan, tables = _corrected(pipe, component, plan, settings, request, reporter, reference)
     ratio = count_plan(pipe, component, plan, request, reporter)
