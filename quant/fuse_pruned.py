@@ -103,8 +103,8 @@ def _pruned(model: Any, record: PruningRecord) -> Pruned:
     config |= {key: change.before for key, change in record.config.items()}
     with init_empty_weights():
         whole = type(model).from_config(config)
-    names = (frozenset(name for name, _ in one.named_modules()) for one in (whole, model))
-    return Pruned(record.keep, frozenset(record.identity_modules), *names, config=whole.config)
+    before, after = (frozenset(name for name, _ in one.named_modules()) for one in (whole, model))
+    return Pruned(record.keep, frozenset(record.identity_modules), before, after, whole.config)
 
 
 @contextmanager

@@ -187,7 +187,7 @@ def test_a_row_of_linears_is_there_where_convolutions_are_too():
 
 
 def test_rows_of_svdquant_are_every_combination_and_can_be_asked_for():
-    swept = {name: row for name, row in ROWS.items() if row.swept}
+    swept = {name: row for name, row in ROWS.items() if row.swept and row.options["method"] == "svdquant"}
     seen = set()
     for name, row in swept.items():
         assert row.settings == ("W8A8", "W4A8", "W4A4")
