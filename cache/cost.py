@@ -38,8 +38,10 @@ def feature_costs(
     total = {unit.id: torch.zeros(plan.calls, plan.calls, dtype=torch.float64) for unit in plan.units}
     with both_hooked(pipe, reference, component, plan) as (units, targets):
         for _, calls in capture_batches(reference or pipe, component, request, reporter, "profiling"):
-            features = [flat_values(units, evaluations) for evaluations in calls]
-            goals = features if reference is None else [flat_values(targets, evaluations) for evaluations in calls]
+            features = [flat_values(units, record(units, evaluations)) for evaluations in calls]
+            goals = features
+            if reference is not None:
+                goals = [flat_values(targets, record(targets, evaluations)) for evaluations in calls]
             for unit, distances in total.items():
                 for first, reused in enumerate(features):
                     for call in range(first, len(calls)):
@@ -149,9 +151,20 @@ def _distance(found: list[Tensor], wanted: list[Tensor]) -> float:
     return math.sqrt(sum(squares))
 
 
-def flat_values(units: CachedUnits, evaluations: list[DenoiserCall]) -> dict[str, Tensor]:
+def errors_of_reuse(units: CachedUnits, calls: list[list[DenoiserCall]], kept: list[list[Values]]) -> list[float]:
+    """(C,): error of the output (root mean square) at each call with what the units gave at the call before; 0 first.
+
+    Args:
+        kept: (C,) what they give at each call.
+    """
+    found = [0.0]
+    for evaluations, before in zip(calls[1:], kept, strict=False):
+        found.append(_distance(_reusing(units, evaluations, before), _outputs(units, evaluations)))
+    return found
+
+
+def flat_values(units: CachedUnits, recorded: list[Values]) -> dict[str, Tensor]:
     """What each unit keeps at one call, all guidance branches in one row, on the CPU."""
-    recorded = record(units, evaluations)
     return {
         unit: torch.cat(
             [

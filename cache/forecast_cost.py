@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ..core.cache_plan import CachePlan, Predictor
 from ..core.reporter import Reporter
-from ..runtime.cached import CachedUnits
 from ..runtime.forecast import abscissa, weights
 from ..runtime.request import RunRequest
-from .capture import capture_batches
-from .cost import flat_values, output_cost
+from .capture import capture_batches, record
+from .correct import both_hooked
+from .cost import errors_of_reuse, flat_values, sensitivity
 
 AT_ONCE = 1 << 18  # values of each call in double precision
 
@@ -66,20 +66,20 @@ def forecast_cost(
     Args:
         plan: for its one unit and its grid.
     """
-    reused = output_cost(pipe, component, plan, request, reporter, longest=2)
     (unit,) = plan.units
     distances, places = torch.zeros(plan.calls, plan.calls, dtype=torch.float64), [0.0] * plan.calls
-    hooked = CachedUnits(pipe.components[component], plan.units)
-    try:
-        for _, calls in capture_batches(pipe, component, request, reporter, "measuring distances"):
-            values = [flat_values(hooked, evaluations)[unit.id] for evaluations in calls]
+    errors = torch.zeros(plan.calls, dtype=torch.float64)
+    with both_hooked(pipe, None, component, plan) as (units, _):
+        for share, calls in capture_batches(pipe, component, request, reporter, "profiling"):
+            kept = [record(units, evaluations) for evaluations in calls]
+            values = [flat_values(units, recorded)[unit.id] for recorded in kept]
             shortest = min(map(len, values))  # guidance may end before the run does
             distances += squared_distances(torch.stack([one[:shortest] for one in values]))
+            errors += share * torch.tensor(errors_of_reuse(units, calls, kept), dtype=torch.float64)
             places = [abscissa(predictor, evaluations[0].state) for evaluations in calls if evaluations[0].state]
-    finally:
-        hooked.remove_()
     moved = [math.sqrt(float(distances[call - 1, call])) if call else 0.0 for call in range(plan.calls)]
-    worth = [reused[call - 1][call] / far if far else 0.0 for call, far in enumerate(moved)]
+    answers = sensitivity(pipe, component, plan, request, errors.tolist(), reporter)
+    worth = [answers[call] * float(errors[call]) / far if far else 0.0 for call, far in enumerate(moved)]
     return ForecastCost(distances.tolist(), places, worth, predictor.form)
 
 
