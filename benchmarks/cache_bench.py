@@ -16,7 +16,7 @@ from dacc.benchmarks.ptq_measure import Seen
 from dacc.benchmarks.study import fingerprint
 from dacc.cache.api import search_cache
 from dacc.cache.config import SearchCacheConfig
-from dacc.cache.search import loop_seconds
+from dacc.cache.measuring import loop_seconds
 from dacc.core.config import build_config
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import silent

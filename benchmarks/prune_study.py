@@ -39,7 +39,7 @@ from dacc.benchmarks.prune_table import write_prune_tables
 from dacc.benchmarks.ptq_bench import Bench, pipeline_facts
 from dacc.benchmarks.ptq_measure import Seen
 from dacc.benchmarks.study import add_options, attempt, fingerprint, is_finished, provenance, read_study, record_cell
-from dacc.cache.search import loop_seconds
+from dacc.cache.measuring import loop_seconds
 from dacc.core.config import build_config
 from dacc.core.manifest import RUN_NAME, ComponentRecord, read_manifest
 from dacc.core.pipeline import denoiser_names

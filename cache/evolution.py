@@ -108,12 +108,16 @@ class _Search:
             for unit, column in zip(self.objective.blank.units, columns, strict=True)
         }
 
+    def plan(self, name: str) -> CachePlan:
+        """The table as a plan."""
+        return self.objective.blank.model_copy(update={"codes": self.codes(name)})
+
     def evaluate(self, names: list[str]) -> dict[str, Pair]:
         """Error and MAC ratio of some tables; those that were tried in this process are not run again."""
         for name in names:
             if name not in self.evaluated:
-                codes = self.codes(name)
-                self.evaluated[name] = self.objective.error(codes), self.objective.macs_ratio(codes)
+                plan = self.plan(name)
+                self.evaluated[name] = self.objective.error(plan), self.objective.macs_ratio(plan)
         return {name: self.evaluated[name] for name in names}
 
     def begin(self, seeds: Any) -> State:
@@ -187,7 +191,7 @@ def evolve_component(
     front = search.front(state.known)
     fitting = [name for name in front if state.known[name][1] <= limit]
     chosen = min(fitting, key=lambda name: state.known[name])
-    plan = trimmed(blank.model_copy(update={"codes": search.codes(chosen)}))
+    plan = trimmed(search.plan(chosen))
     files = front_files(
         component,
         [Candidate(*state.known[name], search.codes(name)) for name in front],
@@ -232,7 +236,8 @@ def _limit(config: SearchCacheConfig, objective: PlanObjective, cost: CallCost |
         UnsupportedError: skipping everything after the first call is still too dear.
     """
     blank = objective.blank
-    cheapest = objective.macs_ratio(dict.fromkeys(blank.codes, COMPUTE + REUSE * (blank.calls - 1)))
+    codes = dict.fromkeys(blank.codes, COMPUTE + REUSE * (blank.calls - 1))
+    cheapest = objective.macs_ratio(blank.model_copy(update={"codes": codes}))
     if cost is None:
         assert config.macs_ratio is not None
         limit, told = config.macs_ratio, f"a MAC ratio of {config.macs_ratio:g}"

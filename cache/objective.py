@@ -22,27 +22,29 @@ class PlanObjective:
     Args:
         blank: a plan with these units that computes everything.
         request: the samples; all are run in one batch.
+        reference: the pipeline whose runs are what is wanted; None: the same one without a plan.
     """
 
-    def __init__(self, pipe: Any, component: str, blank: CachePlan, request: RunRequest) -> None:
-        self._pipe, self._request = pipe, request.model_copy(update={"batch_size": len(request.seeds)})
-        self._units = install_plan_(pipe, component, blank)
+    def __init__(
+        self, pipe: Any, component: str, blank: CachePlan, request: RunRequest, reference: Any | None = None
+    ) -> None:
+        self._pipe, self._component = pipe, component
+        self._request = request.model_copy(update={"batch_size": len(request.seeds)})
         self.blank, self._steps = blank, 0
-        self.containers = self._units.containers
+        self.containers = install_plan_(pipe, component, blank).containers
         with no_cache(pipe):
-            self._wanted = self._final()
+            self._wanted = self._final(reference or pipe)
 
-    def error(self, codes: dict[str, str]) -> float:
-        """Mean relative L2 of the final samples."""
-        self._units.plan = self.blank.model_copy(update={"codes": codes})
-        return float(relative_l2(self._wanted, self._final()).mean())
+    def error(self, plan: CachePlan) -> float:
+        """Mean relative L2 of the final samples of a plan of these units."""
+        install_plan_(self._pipe, self._component, plan)
+        return float(relative_l2(self._wanted, self._final(self._pipe)).mean())
 
-    def macs_ratio(self, codes: dict[str, str]) -> float:
+    def macs_ratio(self, plan: CachePlan) -> float:
         """Predicted multiply-accumulates of a run over those without plan; nothing is run."""
-        plan = self.blank.model_copy(update={"codes": codes})
         return planned_macs(plan, self.containers) / (plan.macs.full * plan.calls)
 
-    def _final(self) -> Tensor:
+    def _final(self, pipe: Any) -> Tensor:
         """The sample after the last step. What follows it in the pipeline is left out once the steps are known."""
         seen: list[Tensor] = []
 
@@ -52,10 +54,10 @@ class PlanObjective:
                 raise _LastStep
 
         with suppress(_LastStep):
-            call_pipeline(self._pipe, self._request, range(len(self._request.seeds)), on_step=watch)
+            call_pipeline(pipe, self._request, range(len(self._request.seeds)), on_step=watch)
         if not seen:
             raise UnsupportedError(
-                f"the scheduler of {type(self._pipe).__name__} made no step.", "Runs are compared by its samples."
+                f"the scheduler of {type(pipe).__name__} made no step.", "Runs are compared by its samples."
             )
         self._steps = len(seen)
         return seen[-1][: len(self._request.seeds)].detach().float().cpu()  # guidance may have doubled the batch

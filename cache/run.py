@@ -19,7 +19,8 @@ from .evolution import Keeper, evolve_component
 from .files import parse_cost
 from .floats import FloatReference, wants_reference
 from .given import import_component
-from .search import Found, check_promise, measure_plan, measure_speedup, search_component
+from .measuring import check_promise, measure_plan, measure_speedup
+from .search import Found, search_component
 
 
 @dataclass(frozen=True)

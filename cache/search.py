@@ -1,13 +1,11 @@
-"""The search for one denoiser: profile, budget, method, plan; then what the plan does, measured.
+"""The search for one denoiser: profile, budget, method, plan, and what a run with it costs, counted.
 
 Letters: C calls of a run, K calls that compute.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from contextlib import nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -16,20 +14,14 @@ from torch import Tensor, nn
 
 from ..core.cache_plan import REUSE, CachePlan, CacheRecord, CorrectionId, Unit, UnitMacs
 from ..core.config import build_config
-from ..core.errors import ConfigError, UnsupportedError
-from ..core.manifest import Effect
-from ..core.pipeline import denoisers
+from ..core.errors import ConfigError
 from ..core.reporter import Reporter
-from ..core.seeds import seed_stream
 from ..core.tensor_file import content_hash
 from ..runtime.cached import install_plan_, no_cache
-from ..runtime.compare import compare
 from ..runtime.correction import Correction
 from ..runtime.decode_ahead import has_step_scales
 from ..runtime.plan import planned_macs
 from ..runtime.request import RunRequest
-from ..runtime.timing import measure_in_turns
-from ..runtime.trajectory import call_pipeline, sample
 from .budget import computed_calls
 from .config import SearchCacheConfig
 from .correct import fit_correction
@@ -37,15 +29,13 @@ from .correct_layers import fit_layers, layers_to_correct
 from .cost import feature_costs, output_cost
 from .forecast_cost import forecast_cost
 from .gating import gated_plan
+from .moving import Choice, Trial, best_choice
+from .objective import PlanObjective
 from .planned import blank_plan, planned
 from .profile import CallCost, count_unit_macs, counted_macs, first_calls, time_calls, told
 from .units import choose_unit, unit_text
 
 REACH = 4  # groups are looked for up to this many times their mean length, where evaluations have to be paid for
-KEPT_PROMISE = 0.95  # of the speed-up that was asked for must be measured
-TIMED_RUNS = 3
-EFFECT_SEEDS = 4
-BUDGET_SECONDS = 60.0  # for the comparison
 
 
 @dataclass(frozen=True)
@@ -101,8 +91,16 @@ def search_component(
         method.check(count, computed, settings)  # before the profile, which takes its time
     blank = blank_plan(denoiser, (unit,), macs, schedule, weights, config)
     profile = _profile(pipe, component, blank, method, settings, request, computed, reporter, reference)
-    places = method.schedule(count, computed, settings, *profile)
-    chosen: dict[str, int | float | str] = {"calls": count, "computed": len(places)}
+    chosen: dict[str, int | float | str] = {"calls": count}
+    if profile and getattr(settings, "trials", 0):
+        candidates = method.candidates(count, computed, settings, *profile)
+        trial = _run_trials(pipe, component, blank, method, settings, candidates, request, reporter, reference)
+        assert trial.best is not None
+        settings, places = trial.best.settings, trial.best.places
+        chosen |= {"trials": trial.made, "relative_l2": round(trial.least, 6)}
+    else:
+        places = method.schedule(count, computed, settings, *profile)
+    chosen["computed"] = len(places)
     if hasattr(method, "gate"):
         plan, more = gated_plan(pipe, component, blank, places, computed, method, settings, request, reporter)
         chosen |= more
@@ -122,6 +120,28 @@ def search_component(
         chosen["computed"] = round(count * (ratio - partial) / (1 - partial), 1)
     record = CacheRecord.of(config.method, plan, ratio, chosen)
     return Found(record, cost, tables)
+
+
+def _run_trials(
+    pipe: Any,
+    component: str,
+    blank: CachePlan,
+    method: ModuleType,
+    settings: Any,
+    candidates: list[Choice],
+    request: RunRequest,
+    reporter: Reporter,
+    reference: Any | None,
+) -> Trial:
+    """The candidate whose runs are nearest to those without a plan, its calls moved for as long as that helps."""
+    objective = PlanObjective(pipe, component, blank, request, reference)
+    with closing(reporter.progress(range(max(settings.trials, len(candidates))), "running")) as runs:
+
+        def error(choice: Choice) -> float:
+            next(runs)
+            return objective.error(planned(blank, choice.places, method, choice.settings))
+
+        return best_choice(candidates, error, calls=blank.calls, fixed=settings.warmup, trials=settings.trials)
 
 
 def _corrected(
@@ -161,67 +181,6 @@ def count_plan(pipe: Any, component: str, plan: CachePlan, request: RunRequest, 
     if (full, cached) != (plan.macs.full * plan.calls, predicted):
         reporter.notice(f"{component}: a run counts {cached} of {full} MACs; the plan predicts {predicted}")
     return cached / full
-
-
-def measure_plan(pipe: Any, request: RunRequest, seconds_per_run: float, seed: int, reporter: Reporter) -> Effect:
-    """Difference of a run with the installed plans to one without, from the same noise."""
-    expected = 2 * EFFECT_SEEDS * seconds_per_run
-    if expected > BUDGET_SECONDS:
-        reporter.say(f"measuring would take about {expected:.0f} s")
-        why = f"it would take more than {BUDGET_SECONDS:.0f} s"
-        reporter.notice(f"the effect on images was not measured: {why}")
-        return Effect(not_measured=why)
-    seeds = seed_stream("effect", seed, EFFECT_SEEDS)
-    runs = request.model_copy(update={"seeds": seeds, "batch_size": EFFECT_SEEDS})
-    with reporter.stage("comparing with the source without plan"):
-        with no_cache(pipe):
-            reference = sample(pipe, runs)
-        return compare(reference, sample(pipe, runs), steps=request.num_inference_steps)
-
-
-def measure_speedup(pipe: Any, request: RunRequest, reporter: Reporter) -> tuple[float, float]:
-    """Seconds of the denoiser loop without the plans over those with them, and seconds without: medians in turns."""
-    one = request.model_copy(update={"seeds": request.seeds[:1], "batch_size": 1})
-    loops: dict[bool, list[float]] = {True: [], False: []}
-
-    def run(without: bool) -> None:
-        with no_cache(pipe) if without else nullcontext():
-            loops[without].append(loop_seconds(pipe, one))
-
-    measure_in_turns([lambda: run(True), lambda: run(False)], TIMED_RUNS, reporter)
-    full, cached = (statistics.median(loops[without][1:]) for without in (True, False))  # the first runs warm up
-    return full / cached, full
-
-
-def check_promise(asked: float, measured: float) -> None:
-    """Refuse a plan that is slower than was asked for.
-
-    Raises:
-        UnsupportedError: less than 0.95 of the speed-up was measured.
-    """
-    if measured < KEPT_PROMISE * asked:
-        raise UnsupportedError(
-            f"a speed-up of {asked:g} was asked for and {measured:.2f} measured.",
-            "The time of a call was measured before; a busy machine, or work between the calls, makes the difference.",
-            "Try again on a quiet machine, ask for more, or use --macs-ratio.",
-        )
-
-
-def loop_seconds(pipe: Any, request: RunRequest) -> float:
-    """From the first call of a denoiser to the last step of the solver."""
-    marks: list[float] = []
-
-    def mark(_: Any = None, *__: Any) -> None:
-        marks.append(time.perf_counter())
-
-    handles = [found.register_forward_pre_hook(mark, prepend=True) for found in denoisers(pipe).values()]
-    last: list[float] = []
-    try:
-        call_pipeline(pipe, request, [0], on_step=lambda _: last.append(time.perf_counter()))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return last[-1] - marks[0]
 
 
 def _budget(config: SearchCacheConfig, calls: int, macs: UnitMacs, unit: Unit, cost: CallCost | None) -> int:

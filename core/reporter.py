@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -75,8 +75,8 @@ class Reporter:
 
     def progress(
         self, items: Iterable[Item], title: str | Callable[[], str], total: int | None = None
-    ) -> Iterator[Item]:
-        """Iterate with a bar (terminal) or an occasional line (log).
+    ) -> Generator[Item, None, None]:
+        """Iterate with a bar (terminal) or an occasional line (log). Close it where it does not come to its end.
 
         Args:
             title: of the work; a function is asked again after every item, to tell how it goes.

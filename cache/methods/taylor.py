@@ -2,7 +2,8 @@
 compute everything; between them what is skipped is forecast from the last computed ones. Published are calls at fixed
 distances; here they are searched for, unless those are asked for.
 
-searched    0 ... w - 1, then where the forecasts between do least to the final sample, see `cache/placing.py`
+searched    0 ... w - 1, then where the forecasts between do least to the final sample, see `cache/placing.py`; whole
+            runs choose the order of the forecasts, and move calls by one place, see `cache/moving.py`
 even        0 ... w - 1, then w - 1 + floor(i (C - w + 1) / (K - w + 1)), i = 1 ... K - w
 interval    0 ... w - 1, then w - 1 + N, w - 1 + 2 N, ... with the smallest whole N that gives no more than K calls
 
@@ -21,6 +22,7 @@ from pydantic import Field, model_validator
 from ...core.cache_plan import Abscissa, Predictor
 from ...core.config import Config
 from ...core.errors import ConfigError
+from ..moving import Choice
 from ..placing import Cost, place_calls
 
 SEARCHED_ORDERS = (1, 2, 3)
@@ -29,22 +31,25 @@ SEARCHED_ORDERS = (1, 2, 3)
 class TaylorConfig(Config):
     """Fields of `--set`."""
 
-    order: int = Field(2, ge=1, le=6)  # of the polynomial; larger: follows bends, and carries noise further
+    order: int | None = Field(None, ge=1, le=6)  # of the polynomial; larger: follows bends, and carries noise further.
+    # None: searched tries 1, 2 and 3; the others take 2
     form: Literal["newton", "published"] = "newton"  # exact for polynomials, or the recurrence of the paper
     x: Abscissa = "call"  # what the polynomial runs over
     warmup: int = Field(1, ge=1)  # calls at the start that all compute
     spacing: Literal["searched", "even", "interval"] = "searched"  # of the others: the K whose forecasts cost least in
     # profiled runs, K in all, or every N-th as published
+    trials: int = Field(40, ge=0)  # for searched: whole runs with other orders and calls; more: better, longer
 
     @model_validator(mode="after")
     def _check_order(self) -> TaylorConfig:
-        if self.spacing == "searched" and self.order not in SEARCHED_ORDERS:
+        if self.spacing == "searched" and self.order not in (None, *SEARCHED_ORDERS):
             raise ValueError(f"spacing=searched places forecasts of order 1 to 3, not {self.order}; even knows all")
         return self
 
 
 CONFIG = TaylorConfig
 WHOLE = True
+ORDER = 2  # where none is asked for and none is searched
 REACH = 3  # distances are searched up to so many times their mean
 
 
@@ -80,7 +85,7 @@ def schedule(calls: int, computed: int, config: TaylorConfig, cost: Cost | None 
     check(calls, computed, config)
     if cost is not None:
         longest = REACH * -(-calls // computed)
-        return place_calls(calls, computed, config.order, cost, warmup=config.warmup, longest=longest)
+        return place_calls(calls, computed, config.order or ORDER, cost, warmup=config.warmup, longest=longest)
     last, later = config.warmup - 1, computed - config.warmup  # of the warm-up; calls to place behind it
     if config.spacing == "even":
         places = [last + number * (calls - last) // (later + 1) for number in range(1, later + 1)]
@@ -90,6 +95,19 @@ def schedule(calls: int, computed: int, config: TaylorConfig, cost: Cost | None 
     return (*range(config.warmup), *places)
 
 
+def candidates(calls: int, computed: int, config: TaylorConfig, cost: Cost) -> list[Choice]:
+    """What whole runs choose from: for each order the placement that is cheapest, and equal distances.
+
+    Arguments as for `schedule`.
+    """
+    found = []
+    for order in SEARCHED_ORDERS if config.order is None else (config.order,):
+        own = config.model_copy(update={"order": order})
+        even = own.model_copy(update={"spacing": "even"})
+        found += [Choice(own, schedule(calls, computed, own, cost)), Choice(own, schedule(calls, computed, even))]
+    return found
+
+
 def predictor(config: TaylorConfig) -> Predictor:
     """How the calls between are forecast."""
-    return Predictor(order=config.order, form=config.form, x=config.x)
+    return Predictor(order=config.order or ORDER, form=config.form, x=config.x)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 from pydantic import ValidationError
 
-from dacc.cache.methods.taylor import TaylorConfig, check, needs, predictor, schedule
+from dacc.cache.methods.taylor import TaylorConfig, candidates, check, needs, predictor, schedule
 from dacc.core.errors import ConfigError
 
 
@@ -40,6 +40,20 @@ def test_searched_calls_are_those_whose_forecasts_cost_least():
     assert schedule(10, 3, TaylorConfig(warmup=2), cost)[:2] == (0, 1)
     assert needs(TaylorConfig()) == ("forecasts",)
     assert needs(TaylorConfig(spacing="even")) == ()
+
+
+def test_runs_choose_between_orders_and_between_searched_and_equal_distances():
+    def cost(history: tuple[int, ...], call: int) -> float:
+        return (5.0 - len(history) if call > 5 else 1.0) * (call - history[-1])
+
+    found = candidates(10, 4, TaylorConfig(), cost)
+    assert [choice.settings.order for choice in found] == [1, 1, 2, 2, 3, 3]
+    assert len({choice.places for choice in found[::2]}) > 1
+    assert {choice.places for choice in found[1::2]} == {schedule(10, 4, TaylorConfig(spacing="even"))}
+    for choice in found[::2]:
+        assert choice.places == schedule(10, 4, choice.settings, cost)
+    assert [choice.settings.order for choice in candidates(10, 4, TaylorConfig(order=2), cost)] == [2, 2]
+    assert predictor(TaylorConfig()).order == 2  # where nothing chooses
 
 
 def test_a_search_for_forecasts_of_many_values_is_refused():

@@ -1,0 +1,95 @@
+"""Which of some plans of a unit is best, and moving its computed calls for as long as whole runs get better.
+
+What a placement does is predicted call by call, with the inputs of runs that compute everything (`cache/placing.py`,
+`cache/cost.py`); a run adds up what its forecasts do to each other. So runs decide at the end: those of all candidates,
+then of neighbours of the best, that have one computed call one place earlier or later.
+
+Letters: C calls of a run, K calls that compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+Places = tuple[int, ...]  # calls that compute, ascending
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One placement of K calls, and the fields of the method that it is for."""
+
+    settings: Any
+    places: Places
+
+
+@dataclass
+class Trial:
+    """The runs that were made: the best choice so far, its error, how many are allowed and were made."""
+
+    error: Callable[[Choice], float]
+    allowed: int
+    best: Choice | None = None
+    least: float = float("inf")
+    made: int = 0
+    _seen: set[tuple[str, Places]] = field(default_factory=set)
+
+    def improves(self, choice: Choice) -> bool:
+        """Run it, unless it was or no run is left; whether it is the best now."""
+        name = repr(choice.settings), choice.places
+        if name in self._seen or self.made == self.allowed:
+            return False
+        self._seen.add(name)
+        self.made += 1
+        error = self.error(choice)
+        if self.best is not None and error >= self.least:
+            return False
+        self.best, self.least = choice, error
+        return True
+
+
+def best_choice(
+    candidates: Sequence[Choice], error: Callable[[Choice], float], *, calls: int, fixed: int, trials: int
+) -> Trial:
+    """Run all candidates, then move calls of the best, up to `trials` runs in all (of all candidates in any case).
+
+    Args:
+        candidates: at least one.
+        error: of a run, less is better.
+        calls: C.
+        fixed: so many calls at the start stay.
+
+    Returns:
+        The runs; `best` is set.
+    """
+    trial = Trial(error, max(trials, len(candidates)))
+    for choice in candidates:
+        trial.improves(choice)
+    while trial.made < trial.allowed and _sweep(trial, calls, fixed):
+        pass
+    return trial
+
+
+def _sweep(trial: Trial, calls: int, fixed: int) -> bool:
+    """Try to move every call, from the last on, each time it helps twice as far; whether anything did."""
+    helped = False
+    assert trial.best is not None
+    for number in reversed(range(fixed, len(trial.best.places))):
+        for by in (-1, 1):
+            moved = False
+            while (places := shifted(trial.best.places, number, by, calls)) and trial.improves(
+                replace(trial.best, places=places)
+            ):
+                moved, by = True, 2 * by
+            helped |= moved
+            if moved:
+                break
+    return helped
+
+
+def shifted(places: Places, number: int, by: int, calls: int) -> Places | None:
+    """The places with one moved; None where another call or the end of the run is in its way."""
+    place = places[number] + by
+    before, after = places[number - 1] if number else -1, (*places, calls)[number + 1]
+    return (*places[:number], place, *places[number + 1 :]) if before < place < after else None
