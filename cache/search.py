@@ -92,7 +92,7 @@ def search_component(
     blank = blank_plan(denoiser, (unit,), macs, schedule, weights, config)
     profile = _profile(pipe, component, blank, method, settings, request, computed, reporter, reference)
     chosen: dict[str, int | float | str] = {"calls": count}
-    if profile and getattr(settings, "trials", 0):
+    if profile and getattr(settings, "trials", 0) > 0:
         candidates = method.candidates(count, computed, settings, *profile)
         trial = _run_trials(pipe, component, blank, method, settings, candidates, request, reporter, reference)
         assert trial.best is not None
