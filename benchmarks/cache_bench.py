@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 
+from dacc.benchmarks.cache_peers import PEERS, CachePeer, fit_strength
 from dacc.benchmarks.cache_rows import FEWER, FLOAT, ROWS, SOURCES, TARGETS
 from dacc.benchmarks.ptq_bench import Bench
 from dacc.benchmarks.ptq_measure import Seen
@@ -27,6 +28,7 @@ from dacc.runtime.clockwork import attach_clock
 from dacc.runtime.request import RunRequest
 from dacc.runtime.timing import measure_in_turns
 
+COUNTED = 8  # samples whose multiply-accumulates are counted with a cache of others
 TIMED_RUNS = 4  # in turns; the first of each warms up
 NO_PLAN = "no plan"
 IMAGES = "seen.safetensors"
@@ -39,6 +41,8 @@ def cell_options(bench: Bench, target: str, row: str) -> dict[str, Any]:
         return {"steps": steps}
     if row in FEWER:
         return {"steps": max(2, round(steps / TARGETS[target])), "solver": FEWER[row]}
+    if row in PEERS:
+        return {"peer": PEERS[row].package, "macs_ratio": round(1 / TARGETS[target], 6), "steps": steps}
     wanted = ROWS[row]
     ratio = round(1 / TARGETS[target], 6)
     return {"method": wanted.method, "settings": wanted.settings, "macs_ratio": ratio, "steps": steps}
@@ -51,6 +55,8 @@ def treat(bench: Bench, source: str, row: str, options: dict[str, Any], folder: 
         return {"macs_ratio": 1.0}, seen
     if row in FEWER:
         return _fewer(bench, source, options, folder)
+    if row in PEERS:
+        return _by_peer(bench, PEERS[row], options, folder)
     return _searched(bench, source, options, folder)
 
 
@@ -99,6 +105,20 @@ def _fewer(bench: Bench, source: str, options: dict[str, Any], folder: Path) -> 
     request = bench.request.model_copy(update={"num_inference_steps": steps})
     seen = bench.see(lambda: pipe, folder / IMAGES, request)
     return {"macs_ratio": steps / full, "speedup": ratio}, seen
+
+
+def _by_peer(bench: Bench, peer: CachePeer, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Seen]:
+    """Another library's cache, as strong as the target asks for."""
+
+    def make() -> Any:
+        return bench.load(f"zoo:{bench.name}")
+
+    fitted = fit_strength(make, peer, bench.ask("calibration", COUNTED), options["macs_ratio"])
+    plain, cached, one = make(), make(), _one(bench)
+    peer.switch_on_(cached, fitted.strength)
+    ratio = speedup(lambda: loop_seconds(plain, one), lambda: loop_seconds(cached, one))
+    facts = {"macs_ratio": fitted.macs_ratio, "strength": str(fitted.strength), "speedup": ratio}
+    return facts, bench.see(lambda: cached, folder / IMAGES, bench.request)
 
 
 def speedup(full: Any, short: Any) -> float:

@@ -24,6 +24,7 @@ class CacheCell(Config):
     macs_ratio: float | None = None  # of a run, over one of the full steps without a plan
     speedup: float | None = None  # of the denoiser loop, likewise, medians of interleaved runs
     codes: dict[str, str] = Field(default_factory=dict)
+    strength: str = ""  # interval or threshold of another library's cache
     seconds: float | None = None  # of the processor, to search
     steps: int = 0  # of the solver in full
     seeds: int = 0

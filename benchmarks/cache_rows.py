@@ -7,7 +7,7 @@ from typing import Any
 
 from dacc.benchmarks.ptq_rows import PIPELINES, WITH_FID
 
-__all__ = ["FEWER", "PIPELINES", "ROWS", "SOURCES", "TARGETS", "WITH_FID", "Row"]
+__all__ = ["CACHE_PEERS", "FEWER", "PIPELINES", "ROWS", "SOURCES", "TARGETS", "WITH_FID", "Row"]
 
 UNETS, TRANSFORMERS = ("digits-unet", "shapes-sd"), ("digits-dit", "shapes-mmdit")
 TARGETS = {"1.5x": 1.5, "2x": 2.0, "3x": 3.0, "5x": 5.0}  # of the multiply-accumulates of a run
@@ -44,6 +44,16 @@ ROWS: dict[str, Row] = {
     "dp, by features": Row("dp", {"cost": "feature"}),
     "gated": Row("gated", pipelines=TRANSFORMERS),
     "evolve": Row("evolve", slow=True),
+}
+# caches of other libraries (`cache_peers.py`), and the pipelines that each runs on: diffusers' hooks want a transformer
+# with `enable_cache`, which that of DiT has not
+CACHE_PEERS: dict[str, tuple[str, ...]] = {
+    "DeepCache (package)": UNETS,
+    "first-block cache (diffusers)": ("shapes-mmdit",),
+    "TaylorSeer (diffusers)": ("shapes-mmdit",),
+    "TaylorSeer, lite (diffusers)": ("shapes-mmdit",),
+    "DBCache (cache-dit)": TRANSFORMERS,
+    "DBCache, TaylorSeer (cache-dit)": TRANSFORMERS,
 }
 # simply fewer solver steps: with the pipeline's own solver, or with this one in its place
 FEWER: dict[str, str | None] = {"fewer steps": None, "fewer steps, DPM++": "DPMSolverMultistepScheduler"}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dacc.benchmarks.cache_cells import CacheCell, CacheStudy
-from dacc.benchmarks.cache_rows import FEWER, ROWS, SOURCES, TARGETS
+from dacc.benchmarks.cache_rows import CACHE_PEERS, FEWER, ROWS, SOURCES, TARGETS
 from dacc.benchmarks.ptq_table import figure, heading
 from dacc.benchmarks.study import write_between
 from dacc.evaluate.table import human_seconds
@@ -58,14 +58,14 @@ def _row(cell: CacheCell, judged: Sequence[str]) -> list[str]:
 
 
 def _order(cell: CacheCell) -> tuple[int, int, int]:
-    places = [list(SOURCES), [*("-",), *TARGETS], [NO_PLAN, *FEWER, *ROWS]]
+    places = [list(SOURCES), [*("-",), *TARGETS], [NO_PLAN, *FEWER, *CACHE_PEERS, *ROWS]]
     found = zip(places, (cell.source, cell.target, cell.row), strict=True)
     source, target, row = (names.index(name) if name in names else len(names) for names, name in found)
     return source, target, row
 
 
 def _comparisons(cells: Sequence[CacheCell]) -> list[str]:
-    """For each source and target the best searched plan beside the best that looks at nothing."""
+    """For each source and target the best searched plan beside the best that looks at nothing, and the best peer."""
     lines = []
     for source in SOURCES:
         for target in TARGETS:
@@ -74,15 +74,21 @@ def _comparisons(cells: Sequence[CacheCell]) -> list[str]:
                 for cell in cells
                 if (cell.source, cell.target) == (source, target) and "relative_l2" in cell.metrics
             ]
-            searched = min((cell for cell in here if cell.row not in NAIVE), key=_error, default=None)
-            naive = min((cell for cell in here if cell.row in NAIVE), key=_error, default=None)
-            if searched and naive:
-                share = _error(searched) / _error(naive)
-                lines.append(
-                    f"{source}, {target}: {searched.row} at {_error(searched):.4g} with {_ratio_of(searched)} of the "
-                    f"MACs, {share:.2f} times {naive.row} with {_ratio_of(naive)}."
-                )
+            others = (NAIVE, tuple(CACHE_PEERS))
+            searched = _best(cell for cell in here if not any(cell.row in rows for rows in others))
+            beside = [found for rows in others if (found := _best(cell for cell in here if cell.row in rows))]
+            if searched and beside:
+                shares = [
+                    f"{_error(searched) / _error(found):.2f} times {found.row} with {_ratio_of(found)}"
+                    for found in beside
+                ]
+                own = f"{searched.row} at {_error(searched):.4g} with {_ratio_of(searched)} of the MACs"
+                lines.append(f"{source}, {target}: {own}, {' and '.join(shares)}.")
     return lines
+
+
+def _best(cells: Iterable[CacheCell]) -> CacheCell | None:
+    return min(cells, key=_error, default=None)
 
 
 def _ratio_of(cell: CacheCell) -> str:

@@ -1,19 +1,21 @@
 """The study of cache plans measures cells for real, goes on where it stopped, makes its tables from the JSON alone."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dacc.benchmarks import cache_bench, cache_study
 from dacc.benchmarks.cache_cells import CacheCell, CacheStudy
-from dacc.benchmarks.cache_rows import FEWER, PIPELINES, ROWS, SOURCES, TARGETS
+from dacc.benchmarks.cache_peers import PEERS, CachePeer, fit_strength
+from dacc.benchmarks.cache_rows import CACHE_PEERS, FEWER, PIPELINES, ROWS, SOURCES, TARGETS
 from dacc.benchmarks.cache_table import cache_block, write_cache_tables
 from dacc.benchmarks.ptq_bench import Bench
 from dacc.benchmarks.study import RESULTS, read_study, record_cell
 from dacc.cache.config import METHODS, SearchCacheConfig
 from dacc.core.config import build_config
-from dacc.core.errors import UnsupportedError
+from dacc.core.errors import ConfigError, UnsupportedError
 from dacc.core.reporter import silent
 from dacc.evaluate.result import Metric
 
@@ -69,6 +71,45 @@ def test_what_breaks_in_one_cell_is_on_record(bench, monkeypatch):
     cache_study.fill(bench, "float", "5x", "dp")
     (found,) = read_study(bench.options.json, CacheStudy).cells
     assert found.status == "failed: out of reach. Ask for less."
+
+
+def test_a_peer_is_as_strong_as_the_target_asks_for(bench):
+    def switch_on_(pipe, strength):
+        for block in list(pipe.transformer.transformer_blocks)[:strength]:
+            block.forward = lambda hidden_states, *_, **__: hidden_states
+
+    def make():
+        return bench.load("zoo:digits-dit")
+
+    peer, request = CachePeer("torch", switch_on_, (1, 2, 3, 4)), bench.ask("calibration", 1)
+    ratios = [
+        fit_strength(make, replace(peer, strengths=(number,)), request, 1.0).macs_ratio for number in (1, 2, 3, 4)
+    ]
+    assert ratios == sorted(ratios, reverse=True)
+    found = fit_strength(make, peer, request, ratios[2] + 1e-6)
+    assert (found.strength, found.macs_ratio) == (3, ratios[2])
+    with pytest.raises(UnsupportedError, match="even 4 costs more"):
+        fit_strength(make, peer, request, ratios[3] / 2)
+    with pytest.raises(ConfigError, match="nowhere is not installed"):
+        fit_strength(make, replace(peer, package="nowhere"), request, 0.5)
+
+
+def test_a_row_of_diffusers_own_cache_is_measured(bench, monkeypatch):
+    bench.options.steps, name = 12, "TaylorSeer, lite (diffusers)"
+    own = Bench("shapes-mmdit", bench.options, silent())
+    monkeypatch.setattr(cache_bench, "COUNTED", 1)
+    monkeypatch.setitem(PEERS, name, replace(PEERS[name], strengths=(2, 3)))
+    cache_study.fill(own, "float", "1.5x", name)
+    (found,) = read_study(bench.options.json, CacheStudy).cells
+    assert found.status == "measured"
+    assert 0 < found.macs_ratio <= 0.6667
+    assert found.strength == "2"
+    assert 0 < found.metrics["relative_l2"].value < 1
+
+
+def test_peers_have_their_places_in_the_table():
+    assert set(PEERS) == set(CACHE_PEERS)
+    assert {name for names in CACHE_PEERS.values() for name in names} <= set(PIPELINES)
 
 
 def test_every_row_can_be_asked_for(bench):
