@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
@@ -81,6 +82,12 @@ class SearchCacheConfig(Config):
             )
         speedup = DEFAULT_SPEEDUP if aimless and method != GIVEN else self.speedup
         return self.model_copy(update={"speedup": speedup})
+
+
+def needs_of(method: ModuleType, settings: Any) -> tuple[str, ...]:
+    """What a method, with these fields, has to know of the model; nothing: it looks at none."""
+    found: tuple[str, ...] = method.needs(settings) if hasattr(method, "needs") else method.NEEDS
+    return found
 
 
 def parse_unit(text: str, stacks: tuple[str, ...]) -> Unit:

@@ -11,7 +11,7 @@ from ..core.manifest import read_manifest
 from ..core.reporter import Reporter
 from ..runtime.load import load_source
 from .api import Job
-from .config import SearchCacheConfig
+from .config import SearchCacheConfig, needs_of
 
 
 def wants_reference(method: ModuleType, config: SearchCacheConfig) -> bool:
@@ -20,7 +20,8 @@ def wants_reference(method: ModuleType, config: SearchCacheConfig) -> bool:
     Raises:
         ConfigError: the method's fields.
     """
-    return bool(getattr(build_config(method.CONFIG, **config.settings), "joint", False))
+    settings = build_config(method.CONFIG, **config.settings)
+    return bool(needs_of(method, settings) and getattr(settings, "joint", False))
 
 
 class FloatReference:

@@ -23,7 +23,7 @@ from ..runtime.decode_ahead import has_step_scales
 from ..runtime.plan import planned_macs
 from ..runtime.request import RunRequest
 from .budget import computed_calls
-from .config import SearchCacheConfig
+from .config import SearchCacheConfig, needs_of
 from .correct import fit_correction
 from .correct_layers import fit_layers, layers_to_correct
 from .cost import feature_costs, output_cost
@@ -218,7 +218,7 @@ def _profile(
     reference: Any | None,
 ) -> tuple[Any, ...]:
     """What the method needs to know of the model."""
-    needs = method.needs(settings) if hasattr(method, "needs") else method.NEEDS
+    needs = needs_of(method, settings)
     if "forecasts" in needs:
         predictor = method.predictor(settings)
         return (forecast_cost(pipe, component, plan, request, predictor, reporter),)

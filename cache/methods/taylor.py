@@ -39,6 +39,7 @@ class TaylorConfig(Config):
     spacing: Literal["searched", "even", "interval"] = "searched"  # of the others: the K whose forecasts cost least in
     # profiled runs, K in all, or every N-th as published
     trials: int = Field(40, ge=0)  # for searched: whole runs with other orders and calls; more: better, longer
+    joint: bool = True  # on a quantized source: these runs against those of the float pipeline
 
     @model_validator(mode="after")
     def _check_order(self) -> TaylorConfig:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,8 +170,6 @@ def test_quantizing_keeps_the_correction_and_another_search_drops_it(corrected_b
 
 
 def test_a_quantized_source_is_compared_with_the_float_one_where_that_is_found(unet_folder, bundle_of, tmp_path):
-    import shutil
-
     quantized = bundle_of(unet_folder, bits=3)
     shutil.copytree(quantized, tmp_path / "near")
     shutil.copytree(unet_folder, tmp_path / unet_folder.name)
@@ -195,3 +194,19 @@ def test_a_quantized_source_is_compared_with_the_float_one_where_that_is_found(u
         for name in found
     }
     assert errors["joint"] < errors["naive"]
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_runs_of_forecasts_on_a_quantized_source_are_compared_with_the_float_one(
+    unet_folder, bundle_of, tmp_path, joint
+):
+    source = shutil.copytree(bundle_of(unet_folder, bits=3), tmp_path / "near")
+    shutil.copytree(unet_folder, tmp_path / unet_folder.name)
+    settings = {"joint": joint, "trials": 2, "order": 1}
+    config = SearchCacheConfig(**{**QUICK, "method": "taylor"}, settings=settings)
+    bundle = search_cache(source, config, output=tmp_path / "found", device="cpu")
+    told = read_manifest(bundle).components["unet"].cache.chosen["relative_l2"]
+    request = RunRequest(seeds=seed_stream("search", 0, QUICK["samples"]), num_inference_steps=8)
+    reference = dacc.load(unet_folder if joint else source, device="cpu")
+    wanted, found = (sample(pipe, request).latents for pipe in (reference, dacc.load(bundle, device="cpu")))
+    assert told == pytest.approx(float(relative_l2(wanted, found).mean()), rel=1e-3)
