@@ -53,7 +53,7 @@ def planned(
     Args:
         blank: a plan of one unit, for everything but its codes.
         method: a file of `methods`; its function `predictor`, if it has one, tells how to forecast, `decode_ahead` how
-            many calls that reuse are decoded as one batch.
+            many calls that reuse are decoded as one batch, `prior_noise` what share of the first sample is added again.
         settings: the fields of the method.
         gates: the gate of the unit, if it has one.
     """
@@ -63,5 +63,7 @@ def planned(
     codes = "".join(COMPUTE if call in places else skipping for call in range(blank.calls))
     predict = {} if predictor is None else {unit: predictor}
     ahead = method.decode_ahead(settings) if hasattr(method, "decode_ahead") else 1
-    update = {"codes": {unit: codes}, "predict": predict, "gates": dict(gates or {}), "decode_ahead": ahead}
+    noise = method.prior_noise(settings) if hasattr(method, "prior_noise") else 0
+    update = {"codes": {unit: codes}, "predict": predict, "gates": dict(gates or {})}
+    update |= {"decode_ahead": ahead, "prior_noise": noise}
     return blank.model_copy(update=update)

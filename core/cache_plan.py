@@ -22,7 +22,8 @@ FRONT_FILES: Final = ("dacc_front_{}.json", "dacc_front_{}.png")  # of a search 
 COMPUTE, REUSE, FORECAST, GATE = "C", "R", "F", "G"  # the codes of a call
 SKIPPING = frozenset({REUSE, FORECAST})  # those of a call that does not run the unit
 # field -> values with which it is not written
-_LATER: Final[dict[str, tuple[Any, ...]]] = {"decode_ahead": (1,), "layers": ((), [])}
+MOST_NOISE = 0.1
+_LATER: Final[dict[str, tuple[Any, ...]]] = {"decode_ahead": (1,), "prior_noise": (0,), "layers": ((), [])}
 Abscissa = Literal["call", "sigma", "timestep"]
 
 
@@ -139,6 +140,8 @@ class CachePlan(Config):
     correction: CorrectionId | None = None  # what is done to reused values on the plan's own grid
     # calls in a row that reuse the encoder of a UNet and run as one batch; larger: fewer batches, more memory
     decode_ahead: int = Field(1, ge=1)
+    # of the first sample, added before every step in the later half; more: more detail, less like the run without
+    prior_noise: float = Field(0, ge=0, le=MOST_NOISE)
 
     @model_validator(mode="after")
     def _check(self) -> CachePlan:

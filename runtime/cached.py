@@ -25,7 +25,7 @@ from ..core.pipeline import denoisers
 from ..core.schedule_id import NoiseGrid, same_levels
 from .cache_hooks import FRAME, Frame, Values, computing, drop, original_of
 from .cache_units import Layout, containers_of, layout_of
-from .clock import current_grid, current_run, run_storage, running_order
+from .clock import change_samples, current_grid, current_run, run_storage, running_order
 from .clockwork import attach_clock
 from .correction import Correction
 from .decode_ahead import DecodeAhead, has_step_scales
@@ -34,6 +34,7 @@ from .forecast import History
 from .gate import GateState, predictors_of
 from .hooking import HOOK, hook_units_
 from .plan import Row, check_model, codes_on, plan_rows
+from .prior_noise import PriorNoise
 
 _OFF: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("dacc_no_cache", default=frozenset())
 _FORCED: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("dacc_forced_frame", default=None)
@@ -126,6 +127,9 @@ class CachedUnits:
         rows: list[Row] | None = storage[self, "rows"]
         if rows is None:
             return None
+        if self.plan.prior_noise and (self, "noise") not in storage:
+            storage[self, "noise"] = True
+            change_samples(PriorNoise(self.plan.prior_noise))
         row, signature = rows[state.call], _signature(args, kwargs)
         key = (self, state.branch, state.evaluation)
         branch: _Branch | None = storage.get(key)

@@ -6,7 +6,7 @@ pipelines share a denoiser. What moves it is in clockwork.py.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -46,6 +46,8 @@ class Run:
     evaluated: bool = False  # a denoiser was evaluated in this call
     doubled: bool = False  # inputs hold both guidance branches
     storage: dict[Any, Any] = field(default_factory=dict)  # what others keep for the length of this run
+    # (sample, state, timesteps of training) -> what a step is made from in its place
+    before_step: Callable[[Tensor, RunState, int | None], Tensor] | None = None
 
 
 RUN: contextvars.ContextVar[Run | None] = contextvars.ContextVar("dacc_run", default=None)  # clockwork.py sets it
@@ -72,6 +74,12 @@ def run_storage() -> dict[Any, Any] | None:
     """A place for what has to live as long as the run in this thread; None outside runs and in a fixed one."""
     run = RUN.get()
     return run.storage if run and _FIXED.get() is None else None
+
+
+def change_samples(change: Callable[[Tensor, RunState, int | None], Tensor]) -> None:
+    """Let `change` stand before every step of the run in this thread; outside runs nothing happens."""
+    if (run := RUN.get()) is not None and _FIXED.get() is None:
+        run.before_step = change
 
 
 def running_order() -> int:

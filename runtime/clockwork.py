@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,13 +114,19 @@ def _scale_model_input(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _step(method: Callable[..., Any]) -> Callable[..., Any]:
     names = list(inspect.signature(method).parameters)[1:]
-    place = names.index("timestep") if "timestep" in names else len(names)
+    place, from_place = (names.index(name) if name in names else len(names) for name in ("timestep", "sample"))
 
     @functools.wraps(method)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         run = _active_run(self)
         timestep = kwargs.get("timestep", args[place] if len(args) > place else None)
         call = _locate(self, run, timestep) if run else 0
+        if run and run.before_step:
+            change = partial(run.before_step, state=run.state, trained_steps=self.config.get("num_train_timesteps"))
+            if "sample" in kwargs:
+                kwargs["sample"] = change(kwargs["sample"])
+            elif len(args) > from_place:
+                args = (*args[:from_place], change(args[from_place]), *args[from_place + 1 :])
         result = method(self, *args, **kwargs)
         if observer := _OBSERVER.get():
             observer(result[0] if isinstance(result, tuple) else result.prev_sample)

@@ -7,8 +7,7 @@ paper       its 9 key calls of 50, as they are
 interval    0, N, 2N, ... with the smallest whole N that gives no more than K calls
 
 What a call gives that reuses does not depend on its noisy sample, so several calls in a row can be decoded as one batch
-(the paper's parallel processing): `runtime/decode_ahead.py`. Its noise injection changes the sampler, not the network,
-and is not here.
+(the paper's parallel processing): `runtime/decode_ahead.py`. Its noise injection: `runtime/prior_noise.py`.
 Letters: C calls of a run, K calls that compute.
 """
 
@@ -18,6 +17,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ...core.cache_plan import MOST_NOISE
 from ...core.config import Config
 from ...core.errors import ConfigError
 
@@ -30,6 +30,8 @@ class EncoderConfig(Config):
 
     form: Literal["scaled", "paper", "interval"] = "scaled"  # where the key calls stand
     ahead: int = Field(1, ge=1)  # calls that are decoded as one batch; larger: fewer launches, more memory
+    prior_noise: float = Field(0.0, ge=0, le=MOST_NOISE)  # of the first sample, added again before late steps; the
+    # paper has 0.003. More: more detail, less like the run without a plan
 
 
 CONFIG = EncoderConfig
@@ -63,6 +65,11 @@ def schedule(calls: int, computed: int, config: EncoderConfig) -> tuple[int, ...
 def decode_ahead(config: EncoderConfig) -> int:
     """How many calls that reuse are decoded as one batch."""
     return config.ahead
+
+
+def prior_noise(config: EncoderConfig) -> float:
+    """The share of the first sample that is added again before late steps."""
+    return config.prior_noise
 
 
 def _scaled(calls: int, computed: int) -> tuple[int, ...]:
