@@ -64,6 +64,6 @@ def planned(
     predict = {} if predictor is None else {unit: predictor}
     ahead = method.decode_ahead(settings) if hasattr(method, "decode_ahead") else 1
     noise = method.prior_noise(settings) if hasattr(method, "prior_noise") else 0
-    update = {"codes": {unit: codes}, "predict": predict, "gates": dict(gates or {})}
+    update: dict[str, Any] = {"codes": {unit: codes}, "predict": predict, "gates": dict(gates or {})}
     update |= {"decode_ahead": ahead, "prior_noise": noise}
     return blank.model_copy(update=update)

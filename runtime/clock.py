@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.schedule_id import NoiseGrid
 
 Branch = Literal["cond", "uncond", "both"]
+Change = Callable[[Tensor, "RunState", int | None], Tensor]  # of a sample at a call; last the timesteps of training
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ class Run:
     evaluated: bool = False  # a denoiser was evaluated in this call
     doubled: bool = False  # inputs hold both guidance branches
     storage: dict[Any, Any] = field(default_factory=dict)  # what others keep for the length of this run
-    # (sample, state, timesteps of training) -> what a step is made from in its place
-    before_step: Callable[[Tensor, RunState, int | None], Tensor] | None = None
+    before_step: Change | None = None  # gives what a step is made from in place of the sample
 
 
 RUN: contextvars.ContextVar[Run | None] = contextvars.ContextVar("dacc_run", default=None)  # clockwork.py sets it
@@ -76,7 +76,7 @@ def run_storage() -> dict[Any, Any] | None:
     return run.storage if run and _FIXED.get() is None else None
 
 
-def change_samples(change: Callable[[Tensor, RunState, int | None], Tensor]) -> None:
+def change_samples(change: Change) -> None:
     """Let `change` stand before every step of the run in this thread; outside runs nothing happens."""
     if (run := RUN.get()) is not None and _FIXED.get() is None:
         run.before_step = change

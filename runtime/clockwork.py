@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -122,11 +121,12 @@ def _step(method: Callable[..., Any]) -> Callable[..., Any]:
         timestep = kwargs.get("timestep", args[place] if len(args) > place else None)
         call = _locate(self, run, timestep) if run else 0
         if run and run.before_step:
-            change = partial(run.before_step, state=run.state, trained_steps=self.config.get("num_train_timesteps"))
+            trained = self.config.get("num_train_timesteps")
             if "sample" in kwargs:
-                kwargs["sample"] = change(kwargs["sample"])
+                kwargs["sample"] = run.before_step(kwargs["sample"], run.state, trained)
             elif len(args) > from_place:
-                args = (*args[:from_place], change(args[from_place]), *args[from_place + 1 :])
+                changed = run.before_step(args[from_place], run.state, trained)
+                args = (*args[:from_place], changed, *args[from_place + 1 :])
         result = method(self, *args, **kwargs)
         if observer := _OBSERVER.get():
             observer(result[0] if isinstance(result, tuple) else result.prev_sample)
