@@ -31,6 +31,7 @@ from ..core.reporter import Reporter, silent
 from ..core.safe_read import combined_hash, file_sha256, weight_hash
 from ..core.source import PIPELINE_INDEX, Source, component_entries, resolve_source, zoo_entry_of
 from .config import STRATEGIES, CalibrateConfig
+from .picture_folder import PictureFolder, read_folder
 
 if TYPE_CHECKING:
     from .collect import Collected
@@ -46,6 +47,7 @@ class Job:
     components: list[str]
     weights: dict[str, str]  # component -> weight hash
     request: str  # names what was asked for
+    pictures: PictureFolder | None = None  # in place of what runs would draw
 
 
 def calibrate_pipeline(
@@ -101,7 +103,9 @@ def calibrate_pipeline(
         overwrite=overwrite,
         resume=resume,
     ) as writer:
-        collected = collect(pipe, job.config, job.components, writer, reporter)
+        collected = collect(
+            pipe, job.config, job.components, writer, reporter, job.pictures.files if job.pictures else ()
+        )
         writer.commit(
             [batch.name for batch in collected.batches],
             lambda shards: _record(job, pipe, collected, writer, shards, reporter.notices[earlier:]),
@@ -132,17 +136,22 @@ def prepare(source: str | Path | Source | None, config: CalibrateConfig, dtype: 
         raise ConfigError(f"{others[0]} is not called at every step.", mend=f"Choose from {', '.join(known)}.")
     if any(record.quantization for record in _treated(found).values()):
         reporter.notice(f"{found.name} is quantized: the inputs of its float source differ a little from these")
+    pictures = read_folder(config.images) if config.images else None
+    if pictures and pictures.captions and config.prompts is None:
+        config = config.model_copy(update={"prompts": pictures.captions})
     config = config.resolved(zoo_entry_of(found))
     weights = {name: weight_hash(found.path / name) for name in _weighty(found)}
     asked = {
         "format": FORMAT,
         "weights": weights,
         "settings": combined_hash(_settings_files(found)),
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude={"images"}),
         "components": components,
         "dtype": dtype,
     }
-    return Job(found, config, components, weights, _hash(asked))
+    if pictures:
+        asked["images"] = pictures.sha256()
+    return Job(found, config, components, weights, _hash(asked), pictures)
 
 
 def _record(
@@ -160,7 +169,9 @@ def _record(
             branches.setdefault(entry["component"], Counter())[entry["state"]["branch"] or "none"] += 1
     samples = _samples(pipe, collected)
     dealt = {"prompts", "negative_prompt", "class_labels"}  # to be found with the samples
-    recipe = job.config.model_dump(mode="json", exclude={*dealt, "budget_gb", "component"})
+    recipe = job.config.model_dump(mode="json", exclude={*dealt, "budget_gb", "component", "images"})
+    if job.pictures:
+        recipe["images"] = {"count": len(job.pictures.files), "sha256": job.pictures.sha256()}
     dtype = str(pipe.components[job.components[0]].dtype)
     facts = {"samples": len(samples), "components": job.components, "dtype": dtype.removeprefix("torch.")}
     return CalibrationRecord(

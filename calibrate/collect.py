@@ -7,10 +7,11 @@ can be labelled with a timestep that it did not have.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..runtime.request import DEFAULT_PROMPTS, RunRequest, call_arguments
 from ..runtime.trajectory import call_pipeline
 from .arguments import Packer
 from .config import STRATEGIES, CalibrateConfig
+from .pictures import Pictures, check_pictures
 from .store import SetWriter
 
 Watcher = Callable[[str, tuple[Any, ...], dict[str, Any]], None]
@@ -58,26 +60,35 @@ class _Enough(Exception):
 
 
 def collect(
-    pipe: Any, config: CalibrateConfig, components: Sequence[str], writer: SetWriter, reporter: Reporter
+    pipe: Any,
+    config: CalibrateConfig,
+    components: Sequence[str],
+    writer: SetWriter,
+    reporter: Reporter,
+    files: Sequence[Path] = (),
 ) -> Collected:
     """Run all batches that the journal lacks.
 
     Args:
         pipe: in full precision, with the clock attached.
         config: with its defaults filled in.
+        files: pictures that take the place of what runs would draw.
 
     Raises:
         ConfigError: the pipeline does not take what was asked, or not even one batch fits the budget.
         CalibrationError: NaN or infinity entered a denoiser, or nothing was kept.
-        UnsupportedError: an argument that cannot be stored, or a pipeline without steps.
+        UnsupportedError: an argument that cannot be stored, a pipeline without steps, or one without pictures.
     """
     request = _request(config)
+    if files:
+        check_pictures(pipe)
+    pictures = Pictures(pipe, files, request) if files else None
     schedule = find_schedule(pipe, request, components)
     _tell_defaults(pipe, config, request, len(schedule.timesteps), reporter)
 
     def run(batch: Batch) -> None:
         if batch.name not in writer.finished_units():
-            record_batch(pipe, request, batch, components, config.store_dtype, writer)
+            record_batch(pipe, request, batch, components, config.store_dtype, writer, pictures)
 
     batches = plan_batches(config, schedule)
     largest = max(batches, key=lambda batch: len(batch.samples))
@@ -123,7 +134,13 @@ def find_schedule(pipe: Any, request: RunRequest, components: Collection[str]) -
 
 
 def record_batch(
-    pipe: Any, request: RunRequest, batch: Batch, components: Collection[str], store_dtype: str, writer: SetWriter
+    pipe: Any,
+    request: RunRequest,
+    batch: Batch,
+    components: Collection[str],
+    store_dtype: str,
+    writer: SetWriter,
+    pictures: Pictures | None = None,
 ) -> None:
     """Run one batch up to its last kept call and save what entered the denoisers."""
     packer = Packer(store_dtype)
@@ -147,7 +164,8 @@ def record_batch(
         state = current_run()
         return state is not None and state.run == run and state.call >= batch.calls[-1]
 
-    _run_until(done, keep, pipe, request, batch.samples, components)
+    change = partial(pictures.noised_, positions=batch.samples) if pictures else None
+    _run_until(done, keep, pipe, request, batch.samples, components, change)
     if not records:
         raise CalibrationError(
             f"{' and '.join(components)} were not called at {batch.calls} of the run.",
@@ -163,21 +181,28 @@ def _run_until(
     request: RunRequest,
     samples: Sequence[int],
     components: Collection[str],
+    change: Callable[[Tensor], None] | None = None,
 ) -> None:
-    """Run some samples, watch what enters the denoisers, and stop after the scheduler step at which we are done."""
+    """Run some samples, watch what enters the denoisers, and stop after the scheduler step at which we are done.
+
+    Args:
+        change: what to do to the sample after every other step.
+    """
 
     def hook(component: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watch(component, args, kwargs)
 
-    def on_step(_: Tensor) -> None:
+    def on_step(sample: Tensor) -> None:
         if done():
             raise _Enough
+        if change:
+            change(sample)
 
     with ExitStack() as stack:
         stack.enter_context(suppress(_Enough))
         for name, module in denoisers(pipe).items():
             if name in components:
-                handle = module.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True)
+                handle = module.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
                 stack.callback(handle.remove)
         call_pipeline(pipe, request, samples, on_step=on_step)
 

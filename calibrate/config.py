@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ..core.config import Config, build_config
 from ..core.errors import ConfigError
@@ -28,6 +28,7 @@ class CalibrateConfig(Config):
     guidance_scale: float | None = None  # None: the zoo's own, else the pipeline's
     class_labels: tuple[int, ...] | None = None  # None: all classes in turn
     prompts: tuple[str, ...] | None = None  # None: the zoo's calibration prompts, else a few neutral ones
+    images: Path | None = None  # a folder of pictures that take the place of what runs would draw; NAME.txt: captions
     negative_prompt: str | tuple[str, ...] | None = None  # what guidance leads away from; several are dealt in turn
     height: int | None = Field(None, ge=1)  # pixels; None: the zoo's own, else the pipeline's default
     width: int | None = Field(None, ge=1)
@@ -44,6 +45,11 @@ class CalibrateConfig(Config):
         if () in (self.class_labels, self.prompts, self.negative_prompt):
             raise ValueError("class_labels, prompts and negative_prompt must not be empty")
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the field that came later, where it says nothing: so requests keep their hash."""
+        return {name: value for name, value in write(self).items() if name != "images" or value is not None}
 
     def resolved(self, entry: ZooEntry | None) -> CalibrateConfig:
         """The same with everything filled in that a zoo pipeline or the strategy knows.

@@ -24,6 +24,7 @@ def mount(app: typer.Typer) -> None:
         "dacc calibrate zoo:digits-dit -o inputs",
         "dacc calibrate zoo:digits-dit --samples 64 --timesteps 10 --seed 1",
         "dacc calibrate zoo:digits-unet --strategy ndtc --samples 256 --set form=paper",
+        "dacc calibrate zoo:shapes-sd --images my-pictures --samples 64 -o mine",
         "dacc calibrate owner/name --prompts captions.txt --store-dtype bfloat16 --budget-gb 8",
     )
     app.command("calibrate", epilog=epilog)(calibrate)
@@ -63,6 +64,14 @@ def calibrate(
             "--inputs",
             metavar="FILE.jsonl",
             help='One {"prompt": ..., "negative_prompt": ...} or {"class": ...} on each line; they take turns.',
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            "--images",
+            metavar="FOLDER",
+            help="Pictures that take the place of what the runs would draw; NAME.txt beside NAME.png is its prompt.",
         ),
     ] = None,
     negative_prompt: options.NegativePromptOption = None,
@@ -129,6 +138,7 @@ def calibrate(
         timesteps=timesteps,
         samples=samples,
         steps=steps,
+        images=images,
         guidance_scale=guidance_scale,
         height=height,
         width=width,
