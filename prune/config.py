@@ -18,7 +18,7 @@ from .stacks import UNETS
 METHODS = Registry("pruning method", f"{__package__}.methods", Path(__file__).parent / "methods")
 DEFAULT_RATIO = 0.25
 KEPT_PROMISE = 0.95  # of the ratio that was asked for must be reached: units are coarse
-ALWAYS, OF_TRANSFORMERS = "scores", "scores of transformers"  # what NEEDS of a method may hold
+ALWAYS, OF_TRANSFORMERS, MASKS = "scores", "scores of transformers", "masks"  # what NEEDS of a method may hold
 ON_THE_FLY_GB = 4.0
 RECOVERY_SAMPLES, RECOVERY_TIMESTEPS = 64, 16  # at least, of a set that is trained on and made on the fly
 
@@ -81,7 +81,7 @@ class PruneConfig(Config):
     def scores(self, class_name: str) -> bool:
         """Whether the method judges the units of this class of denoisers, for which it needs a calibration set."""
         needs = METHODS.fact(self.method, "NEEDS", ())
-        return ALWAYS in needs or (OF_TRANSFORMERS in needs and class_name not in UNETS)
+        return ALWAYS in needs or MASKS in needs or (OF_TRANSFORMERS in needs and class_name not in UNETS)
 
 
 def on_the_fly(config: PruneConfig, samples: int, timesteps: int, components: Iterable[str]) -> CalibrateConfig:

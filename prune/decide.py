@@ -20,11 +20,12 @@ from ..runtime.macs import count_macs
 from ..runtime.passthrough import skipping
 from ..runtime.timing import measure_in_turns
 from .config import PruneConfig
+from .masks import learn_masks
 from .remove import Removal, plan_removal
 from .request import Request
 from .scores import UnitScore, score_units
 from .select import greedily, permitted
-from .settings import ScoredConfig, parse_groups
+from .settings import MaskConfig, ScoredConfig, parse_groups
 from .teacher import Teacher
 from .unet import Modules
 from .units import Unit, find_units, sizes_of
@@ -72,8 +73,7 @@ def decide(
     scores: dict[str, UnitScore] = {}
     latency: dict[str, float] | None = None
     costs, whole = {unit.name: unit.parameters for unit in units}, total
-    if teacher is not None:
-        assert isinstance(settings, ScoredConfig)
+    if teacher is not None and isinstance(settings, ScoredConfig):
         scores = score_units(settings.score, teacher, units, known, named_seed(config.seed, "task"), reporter)
         if settings.by == "latency":
             costs, whole, latency = _latencies(teacher, units, reporter)
@@ -93,9 +93,15 @@ def decide(
         whole,
         scores,
     )
-    removed: tuple[str, ...] = method.select(request, settings)
+    removed: tuple[str, ...]
     error: float | None = None
     additivity: float | None = None
+    if teacher is not None and isinstance(settings, MaskConfig):
+        masks = learn_masks(teacher, method.groups(request, settings), settings, request.seed, known, reporter)
+        removed, error = masks.removed, teacher.errors(masks.removed).relative
+        scores = {name: UnitScore(kept) for name, kept in masks.kept.items()}
+    else:
+        removed = method.select(request, settings)
     if teacher is not None and isinstance(settings, ScoredConfig):
         removed, error, additivity = _checked(teacher, request, removed, known, method, settings, reporter)
     removal = plan_removal(request.class_name, request.config, sizes, removed)

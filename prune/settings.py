@@ -34,6 +34,15 @@ class ScoredConfig(MethodConfig):
         return value
 
 
+class MaskConfig(MethodConfig):
+    """Of methods that learn what goes."""
+
+    group: int = Field(4, ge=2, le=8)  # units in a row that are one choice; larger: more patterns, slower to learn
+    mask_updates: int = Field(300, ge=1)  # of masks and low-rank updates; more: a surer choice, longer
+    mask_learning_rate: float = Field(2e-3, gt=0)  # of the masks; larger: they decide earlier
+    mask_rank: int = Field(8, ge=1)  # of the low-rank updates, which are thrown away afterwards
+
+
 def parse_groups(text: str) -> tuple[int, int]:
     """N and M of "N:M".
 

@@ -52,6 +52,9 @@ class Lessons:
         self._room = cache_gb * GIGABYTE
         self._rounded, self._kept = cache_gb > 0, dict[int, Answer]()
 
+    def __len__(self) -> int:
+        return len(self._calls)
+
     def draw(self, number: int) -> int:
         """Which call comes at some place of the training."""
         turn, place = divmod(number, len(self._calls))
