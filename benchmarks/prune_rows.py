@@ -12,6 +12,7 @@ from dacc.core.config import Config, Document
 from dacc.evaluate.result import Metric
 
 VIDEOS = ("digits-video",)
+TRANSFORMERS = ("digits-dit", "shapes-mmdit")
 PIPELINES = IMAGES + VIDEOS
 RECOVERY = 400  # training steps
 Cuts = dict[str, dict[str, Any]]  # name -> options of `dacc prune`
@@ -46,6 +47,7 @@ ROWS: dict[str, Row] = {
     "score": Row("score"),
     "block influence": Row("score", {"score": "bi"}),
     "bksdm": Row("bksdm"),
+    "tinyfusion": Row("tinyfusion", pipelines=TRANSFORMERS),
     "random": Row("random"),
     "vdmini": Row("vdmini", pipelines=VIDEOS),
     "vdmini (deep)": Row("vdmini", {"deep": True}, pipelines=VIDEOS),  # the negative control
