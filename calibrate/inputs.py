@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from ..core.calibration import existing_set
-from ..core.errors import BundleError, ModelError
+from ..core.errors import BundleError, BusyError, ModelError
+from ..core.lock import wait_for_writer
 from ..core.reporter import Reporter
 from ..core.source import Source
 from .api import calibrate_pipeline, prepare
@@ -60,10 +61,19 @@ def _on_the_fly(
         calibrate_pipeline(source, config, output=folder, overwrite=overwrite, device=device, reporter=reporter)
         return open_calibration(folder, weights=weights, reporter=reporter)
 
-    try:
-        found = open_calibration(folder, weights=weights) if existing_set(folder, request) else make()
-    except BundleError:  # in a way that sizes do not show
-        found = make()
+    found: CalibrationSet | None = None
+    damaged = False  # in a way that sizes do not show
+    while found is None:
+        try:
+            kept = existing_set(folder, request) and not damaged
+            found = open_calibration(folder, weights=weights) if kept else make()
+        except BundleError:
+            if damaged:
+                raise
+            damaged = True
+        except BusyError:
+            reporter.say(f"another run is making {folder.name}; waiting for it")
+            wait_for_writer(folder)
     for notice in found.record.notices:  # the same whether the set was made now or in an earlier run
         reporter.notice(notice)
     return found

@@ -50,6 +50,10 @@ class ResourceError(DaccError):
     exit_code = 5
 
 
+class BusyError(ResourceError):
+    """Another run holds the lock of an output."""
+
+
 class QualityError(DaccError):
     """A floor given with --require was missed."""
 

@@ -6,7 +6,24 @@ import fcntl
 import os
 from pathlib import Path
 
-from .errors import ResourceError
+from .errors import BusyError, ResourceError
+
+
+def lock_of(output: Path) -> Path:
+    """The lock file of an output folder."""
+    return output.with_name(f".{output.name}.lock")
+
+
+def wait_for_writer(output: Path) -> None:
+    """Return once no other run writes an output."""
+    try:
+        descriptor = os.open(lock_of(output), os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # given when the descriptor is closed
+    finally:
+        os.close(descriptor)
 
 
 class WriterLock:
@@ -20,7 +37,8 @@ class WriterLock:
         """Take the lock or refuse at once.
 
         Raises:
-            ResourceError: another run holds it.
+            BusyError: another run holds it.
+            ResourceError: the file system has no locks.
         """
         while self._descriptor is None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -57,7 +75,7 @@ class WriterLock:
                 f"{self.path} cannot be locked ({error.strerror}).", mend="Write to a file system that has locks."
             )
         who = f" (process {holder})" if holder else ""
-        return ResourceError(
+        return BusyError(
             f"another run{who} writes this output; it holds {self.path}.",
             mend="Wait for it, or choose another --output.",
         )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .errors import ConfigError, DaccError, ResourceError
 from .folder import check_replaceable, restore_interrupted_swap, swap_in
 from .journal import Journal
-from .lock import WriterLock
+from .lock import WriterLock, lock_of
 from .reporter import Reporter
 from .tensor_file import StoredTensor
 
@@ -72,7 +72,7 @@ class OutputWriter:
         self.folder = self._partial / "bundle"  # the output as it grows
         self._journal = Journal(self._partial / "units", run_key)
         self._workplaces: list[Path] = []
-        self._lock = WriterLock(self.output.with_name(f".{self.output.name}.lock"))
+        self._lock = WriterLock(lock_of(self.output))
         self._closed = False
 
     def __enter__(self: Writer) -> Writer:

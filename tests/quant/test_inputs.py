@@ -11,6 +11,7 @@ import torch
 from dacc import CalibrateConfig, QuantizeConfig, calibrate_pipeline, load, quantize_pipeline, verify_bundle
 from dacc.core.calibration import read_calibration
 from dacc.core.errors import BundleError, ConfigError, ModelError
+from dacc.core.lock import WriterLock, lock_of
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import Reporter, silent
 from dacc.core.source import resolve_source
@@ -73,6 +74,26 @@ def test_without_a_set_one_is_made_once_and_kept(unet_folder: Path, tmp_path: Pa
     assert (kept / "dacc_calibration.json").stat().st_mtime_ns == written
     assert files_of(one) == files_of(two)
     assert not [line for line in said if "no --calib given" in line]
+
+
+def test_a_set_that_another_run_is_making_is_waited_for(unet_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    use_small_sets(monkeypatch, SMALL)
+    one = quantize_pipeline(unet_folder, GPTQ, output=tmp_path / "one")
+    (kept,) = (tmp_path / "cache" / "calibration").iterdir()
+    aside = kept.rename(tmp_path / "aside")
+    lock, reporter, said = WriterLock(lock_of(kept)), Reporter(quiet=True), list[str]()
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "waiting" in text:  # the other run comes to its end
+            aside.rename(kept)
+            lock.release()
+
+    monkeypatch.setattr(reporter, "say", say)
+    lock.acquire()
+    two = quantize_pipeline(unet_folder, GPTQ, output=tmp_path / "two", reporter=reporter)
+    assert any(f"another run is making {kept.name}; waiting for it" in line for line in said)
+    assert files_of(two) == files_of(one)
 
 
 def test_a_damaged_set_in_the_cache_is_made_anew(unet_folder: Path, tmp_path: Path, monkeypatch) -> None:
