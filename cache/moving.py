@@ -2,7 +2,8 @@
 
 What a placement does is predicted call by call, with the inputs of runs that compute everything (`cache/placing.py`,
 `cache/cost.py`); a run adds up what its forecasts do to each other. So runs decide at the end: those of all candidates,
-then of neighbours of the best, that have one computed call one place earlier or later.
+then of neighbours of the best, that have a computed call earlier or later; then fitted forecasts are tried, and
+neighbours again.
 
 Letters: C calls of a run, K calls that compute.
 """
@@ -18,10 +19,11 @@ Places = tuple[int, ...]  # calls that compute, ascending
 
 @dataclass(frozen=True)
 class Choice:
-    """One placement of K calls, and the fields of the method that it is for."""
+    """One placement of K calls, the fields of the method that it is for, and how far its forecasts are fitted."""
 
     settings: Any
     places: Places
+    ridge: float | None = None  # None: not at all
 
 
 @dataclass
@@ -33,11 +35,11 @@ class Trial:
     best: Choice | None = None
     least: float = float("inf")
     made: int = 0
-    _seen: set[tuple[str, Places]] = field(default_factory=set)
+    _seen: set[tuple[str, Places, float | None]] = field(default_factory=set)
 
     def improves(self, choice: Choice) -> bool:
         """Run it, unless it was or no run is left; whether it is the best now."""
-        name = repr(choice.settings), choice.places
+        name = repr(choice.settings), choice.places, choice.ridge
         if name in self._seen or self.made == self.allowed:
             return False
         self._seen.add(name)
@@ -50,7 +52,13 @@ class Trial:
 
 
 def best_choice(
-    candidates: Sequence[Choice], error: Callable[[Choice], float], *, calls: int, fixed: int, trials: int
+    candidates: Sequence[Choice],
+    error: Callable[[Choice], float],
+    *,
+    calls: int,
+    fixed: int,
+    trials: int,
+    ridges: Sequence[float] = (),
 ) -> Trial:
     """Run all candidates, then move calls of the best, up to `trials` runs in all (of all candidates in any case).
 
@@ -58,17 +66,30 @@ def best_choice(
         candidates: at least one.
         error: of a run, less is better.
         calls: C.
+        ridges: of fits that are tried once two thirds of the runs are made.
         fixed: so many calls at the start stay.
 
     Returns:
         The runs; `best` is set.
     """
-    trial = Trial(error, max(trials, len(candidates)))
+    allowed = max(trials, len(candidates))
+    later = (allowed - len(candidates)) // 3 if ridges else 0  # runs for fits, and moves with the best of them
+    trial = Trial(error, allowed - later)
     for choice in candidates:
         trial.improves(choice)
+    _move(trial, calls, fixed)
+    trial.allowed = allowed
+    assert trial.best is not None
+    for choice in [replace(trial.best, ridge=ridge) for ridge in ridges]:
+        trial.improves(choice)
+    _move(trial, calls, fixed)
+    return trial
+
+
+def _move(trial: Trial, calls: int, fixed: int) -> None:
+    """Sweep over the calls for as long as that helps and runs are left."""
     while trial.made < trial.allowed and _sweep(trial, calls, fixed):
         pass
-    return trial
 
 
 def _sweep(trial: Trial, calls: int, fixed: int) -> bool:

@@ -11,6 +11,7 @@ from ..core.cache_plan import CachePlan
 from ..core.errors import UnsupportedError
 from ..runtime.cached import install_plan_, no_cache
 from ..runtime.compare import relative_l2
+from ..runtime.correction import Correction
 from ..runtime.plan import planned_macs
 from ..runtime.request import RunRequest
 from ..runtime.trajectory import call_pipeline
@@ -35,9 +36,9 @@ class PlanObjective:
         with no_cache(pipe):
             self._wanted = self._final(reference or pipe)
 
-    def error(self, plan: CachePlan) -> float:
+    def error(self, plan: CachePlan, correction: Correction | None = None) -> float:
         """Mean relative L2 of the final samples of a plan of these units."""
-        install_plan_(self._pipe, self._component, plan)
+        install_plan_(self._pipe, self._component, plan, correction)
         return float(relative_l2(self._wanted, self._final(self._pipe)).mean())
 
     def macs_ratio(self, plan: CachePlan) -> float:

@@ -27,6 +27,7 @@ from .config import SearchCacheConfig, needs_of
 from .correct import fit_correction
 from .correct_layers import fit_layers, layers_to_correct
 from .cost import feature_costs, output_cost
+from .fitting import RIDGES, Grams, fitted_plan
 from .forecast_cost import forecast_cost
 from .gating import gated_plan
 from .moving import Choice, Trial, best_choice
@@ -92,11 +93,12 @@ def search_component(
     blank = blank_plan(denoiser, (unit,), macs, schedule, weights, config)
     profile = _profile(pipe, component, blank, method, settings, request, computed, reporter, reference)
     chosen: dict[str, int | float | str] = {"calls": count}
+    grams, ridge = None, None
     if profile and getattr(settings, "trials", 0) > 0:
-        candidates = method.candidates(count, computed, settings, *profile)
-        trial = _run_trials(pipe, component, blank, method, settings, candidates, request, reporter, reference)
+        candidates, grams = method.candidates(count, computed, settings, *profile), profile[0].grams
+        trial = _run_trials(pipe, component, blank, method, settings, candidates, request, reporter, reference, grams)
         assert trial.best is not None
-        settings, places = trial.best.settings, trial.best.places
+        settings, places, ridge = trial.best.settings, trial.best.places, trial.best.ridge
         chosen |= {"trials": trial.made, "relative_l2": round(trial.least, 6)}
     else:
         places = method.schedule(count, computed, settings, *profile)
@@ -112,7 +114,10 @@ def search_component(
         )
         plan = plan.model_copy(update={"decode_ahead": 1})
     tables: dict[str, Tensor] = {}
-    if getattr(settings, "correct", False) and REUSE in plan.codes[unit.id]:
+    if grams is not None and ridge is not None:
+        plan, tables = fitted_plan(plan, grams, ridge)
+        chosen["ridge"] = ridge
+    elif getattr(settings, "correct", False) and REUSE in plan.codes[unit.id]:
         plan, tables = _corrected(pipe, component, plan, settings, request, reporter, reference)
     ratio = count_plan(pipe, component, plan, request, reporter)
     if plan.gates:
@@ -132,6 +137,7 @@ def _run_trials(
     request: RunRequest,
     reporter: Reporter,
     reference: Any | None,
+    grams: Grams | None,
 ) -> Trial:
     """The candidate whose runs are nearest to those without a plan, its calls moved for as long as that helps."""
     objective = PlanObjective(pipe, component, blank, request, reference)
@@ -139,9 +145,20 @@ def _run_trials(
 
         def error(choice: Choice) -> float:
             next(runs)
-            return objective.error(planned(blank, choice.places, method, choice.settings))
+            plan = planned(blank, choice.places, method, choice.settings)
+            if grams is None or choice.ridge is None:
+                return objective.error(plan)
+            plan, tables = fitted_plan(plan, grams, choice.ridge)
+            return objective.error(plan, Correction(tables, plan))
 
-        return best_choice(candidates, error, calls=blank.calls, fixed=settings.warmup, trials=settings.trials)
+        return best_choice(
+            candidates,
+            error,
+            calls=blank.calls,
+            fixed=settings.warmup,
+            trials=settings.trials,
+            ridges=RIDGES if grams else (),
+        )
 
 
 def _corrected(
@@ -221,7 +238,8 @@ def _profile(
     needs = needs_of(method, settings)
     if "forecasts" in needs:
         predictor = method.predictor(settings)
-        return (forecast_cost(pipe, component, plan, request, predictor, reporter),)
+        fit = settings.correct
+        return (forecast_cost(pipe, component, plan, request, predictor, reporter, fit=fit, reference=reference),)
     if "cost" not in needs:
         return ()
     if settings.cost == "feature":

@@ -36,6 +36,8 @@ class Frame:
     decide: Callable[[str, float | None], str] | None = None  # (unit, change of what its gate sees) -> action
     entered: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # block range -> the streams that entered it
     correct: Callable[[str, str, Any], Any] | None = None  # (unit, module, kept) -> what is given back in its place
+    # (unit, module) -> its forecast by fitted weights; None where they are not for what is there
+    fitted: Callable[[str, str], Any] | None = None
     ahead: Callable[..., Any] | None = None  # stands before the denoiser: it evaluates later calls too
 
     def keep(self, unit: str, path: str, value: Any) -> None:
@@ -53,7 +55,8 @@ class Frame:
     def give(self, unit: str, path: str) -> Any:
         """What a module of a skipped unit gives in this call."""
         if self.actions[unit] == FORECAST and self.state is not None:
-            return self.history.forecast((unit, path), self.state)
+            found = self.fitted(unit, path) if self.fitted else None
+            return self.history.forecast((unit, path), self.state) if found is None else found
         value = self.values[unit, path]
         return value if self.correct is None else self.correct(unit, path, value)
 

@@ -33,7 +33,7 @@ from .ending import ending_its_run
 from .forecast import History
 from .gate import GateState, predictors_of
 from .hooking import HOOK, hook_units_
-from .plan import Row, check_model, codes_on, plan_rows
+from .plan import Row, check_model, codes_on, computed_before, plan_rows
 from .prior_noise import PriorNoise
 
 _OFF: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("dacc_no_cache", default=frozenset())
@@ -146,6 +146,7 @@ class CachedUnits:
         branch.strays |= {unit for unit in storing if row.actions[unit] != COMPUTE}
         frame = Frame(self, actions, storing, branch.values, branch.history, state)
         frame.correct = self._correcting(grid, state.call, branch)
+        frame.fitted = self._fitting(grid, state.call, branch)
         frame.decide = partial(gate.decide, self.plan, state.call) if self.plan.gates else None
         if self.plan.decode_ahead > 1 and not SKIPPING.isdisjoint(actions.values()):
             frame.ahead = self._decoding(rows, grid, state.call, branch)
@@ -170,6 +171,20 @@ class CachedUnits:
             return value if unit in strays else correction.apply(unit, path, call, value)
 
         return correct
+
+    def _fitting(self, grid: NoiseGrid, call: int, branch: _Branch) -> Callable[[str, str], Any] | None:
+        """How a call forecasts by fitted weights: on the plan's own grid, from the calls that the plan means."""
+        correction, plan = self.correction, self.plan
+        if correction is None or plan is None or not plan.predict or not same_levels(plan.schedule, grid):
+            return None
+
+        def fitted(unit: str, path: str) -> Any:
+            points = branch.history.points((unit, path))
+            if [point.call for point in points] != computed_before(plan, unit, call):
+                return None
+            return correction.forecast(unit, path, call, [point.value for point in points])
+
+        return fitted
 
     def _decoding(self, rows: list[Row], grid: NoiseGrid, call: int, branch: _Branch) -> Callable[..., Any]:
         """How a call that reuses is evaluated together with those behind it that reuse the same."""
@@ -198,7 +213,7 @@ class CachedUnits:
             return None
         dropped = self.correction is not None and not same_levels(plan.schedule, grid)
         if codes != plan.codes or dropped:
-            without = ", without the correction of what it reuses" if dropped else ""
+            without = ", without the correction of what it skips" if dropped else ""
             self._tell(f"{searched}; this run of {calls} calls on another grid follows its noise levels{without}")
         if grid.sigmas is None and any(predictor.x == "sigma" for predictor in plan.predict.values()):
             self._tell("this scheduler has no sigmas; forecasts of the cache plan run over its timesteps")

@@ -1,16 +1,20 @@
-"""Correction of reused values, after CacheQuant: Accelerating Diffusion Models Jointly with Quantization and Caching
-(2025), arXiv 2503.01323: what a denoiser call reuses becomes
+"""Correction of reused and of forecast values. What a denoiser call reuses becomes, after CacheQuant: Accelerating
+Diffusion Models Jointly with Quantization and Caching (2025), arXiv 2503.01323,
 
     scale[call, channel] * value + shift[call, channel]
 
+and what it forecasts is in the same way fitted to the last H computed values, in place of a polynomial through them:
+
+    sum over j of weights[call, j, channel] * value_j + shift[call, channel]
+
 Channels are the second axis of a feature map, the last one of a token sequence. The tables of a unit that keeps several
-tensors are one pair for each of them.
-Letters: C calls of the plan's grid, N channels.
+tensors are one pair for each of them. Early calls, that have fewer values, use the last rows of their weights.
+Letters: C calls of the plan's grid, H values that a forecast looks at, N channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +28,15 @@ from ..core.safe_read import read_header
 from ..core.tensor_file import StoredTensor, content_hash
 
 MAP_DIMENSIONS = 4  # tensors of so many and more are feature maps
-SCALE, SHIFT = "scale", "shift"
+SCALE, SHIFT, WEIGHTS = "scale", "shift", "weights"
+DIMENSIONS = {SCALE: 2, SHIFT: 2, WEIGHTS: 3}
 
 
 class Correction:
     """The tables of one plan.
 
     Args:
-        tables: `table_name` and `scale` or `shift`, with a dot between -> (C, N), float32.
+        tables: `table_name` and `scale` or `shift`, with a dot between -> (C, N), `weights` -> (C, H, N); float32.
         plan: whose reused values they are for.
 
     Raises:
@@ -55,6 +60,42 @@ class Correction:
         ]
         return tree_unflatten(found, form)
 
+    def forecast(self, unit: str, path: str, call: int, values: Sequence[Any]) -> Any:
+        """The output of a module at a call, from what it gave at the computed ones before, the newest last.
+
+        Raises:
+            BundleError: the tables are for other channels.
+        """
+        rows = [tree_flatten(value)[0] for value in values]
+        leaves, form = tree_flatten(values[-1])
+        found = [
+            self._combined(table_name(unit, path, number), call, [row[number] for row in rows])
+            if torch.is_tensor(leaf) and leaf.is_floating_point()
+            else leaf
+            for number, leaf in enumerate(leaves)
+        ]
+        return tree_unflatten(found, form)
+
+    def _combined(self, name: str, call: int, values: Sequence[Tensor]) -> Tensor:
+        newest = values[-1]
+        weights = self._table(f"{name}.{WEIGHTS}", newest)[call, -len(values) :]
+        shift = self._table(f"{name}.{SHIFT}", newest)[call]
+        shape = [1] * newest.ndim
+        shape[channel_axis(newest)] = -1
+        total = shift.reshape(shape)
+        for weight, value in zip(weights, values, strict=True):
+            total = torch.addcmul(total, value.float(), weight.reshape(shape))
+        return total.to(newest.dtype)
+
+    def _table(self, name: str, value: Tensor) -> Tensor:
+        """The table of one tensor, on its device."""
+        table = self.tables.get(name)
+        channels = value.shape[channel_axis(value)]
+        if table is None or table.shape[-1] != channels:
+            known = "none" if table is None else f"one for {table.shape[-1]} channels"
+            raise BundleError(f"{name} is for {channels} channels; there is {known}.", mend=_ANEW)
+        return table if table.device == value.device else self._moved(name, value.device)
+
     def _corrected(self, name: str, call: int, value: Tensor) -> Tensor:
         scale, shift = self.tables.get(f"{name}.{SCALE}"), self.tables.get(f"{name}.{SHIFT}")
         channels = value.shape[channel_axis(value)]
@@ -74,9 +115,10 @@ class Correction:
             raise BundleError("the correction of a cache plan is not what the plan says.", mend=_ANEW)
         for name, table in self.tables.items():
             stem, _, part = name.rpartition(".")
-            other = self.tables.get(f"{stem}.{SHIFT if part == SCALE else SCALE}")
-            fits = table.ndim == 2 and len(table) == plan.calls and table.dtype == torch.float32
-            if part not in (SCALE, SHIFT) or other is None or not fits or other.shape != table.shape:
+            factor = next((kind for kind in (SCALE, WEIGHTS) if f"{stem}.{kind}" in self.tables), "")
+            other = self.tables.get(f"{stem}.{SHIFT if part == factor else factor}")
+            fits = table.ndim == DIMENSIONS.get(part) and len(table) == plan.calls and table.dtype == torch.float32
+            if other is None or not fits or other.shape[-1] != table.shape[-1]:
                 raise BundleError(
                     f"the correction table {name!r} {tuple(table.shape)} does not fit a plan of {plan.calls} calls.",
                     mend=_ANEW,

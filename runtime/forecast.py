@@ -14,6 +14,7 @@ Letters: m order, n values that are there: v_1 ... v_n, at the places x_1 ... x_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import factorial, prod
 from typing import Any
 
@@ -27,6 +28,15 @@ from .clock import RunState
 Key = tuple[str, str]  # unit, module
 
 
+@dataclass(frozen=True)
+class Point:
+    """A computed value and where it stands."""
+
+    place: float  # x
+    call: int
+    value: Any
+
+
 class History:
     """The last computed values of the units of one guidance branch, with the places where they stand.
 
@@ -36,7 +46,7 @@ class History:
 
     def __init__(self, predictors: Mapping[Key, Predictor] | None = None) -> None:
         self.predictors = dict(predictors or {})
-        self._points: dict[Key, list[tuple[float, Any]]] = {}
+        self._points: dict[Key, list[Point]] = {}
 
     def add(self, key: Key, state: RunState, value: Any) -> None:
         """A computed value; it replaces an older one at the same place (second-order solvers come twice)."""
@@ -44,15 +54,19 @@ class History:
             return
         place = abscissa(self.predictors[key], state)
         points = self._points.setdefault(key, [])
-        points[:] = [*(point for point in points if point[0] != place), (place, value)]
+        points[:] = [*(point for point in points if point.place != place), Point(place, state.call, value)]
 
     def forecast(self, key: Key, state: RunState) -> Any:
         """The value at a call, of the order that the values which are there allow."""
         predictor = self.predictors[key]
         place = abscissa(predictor, state)
-        points = self._points[key][-predictor.order - 1 :]
-        numbers = weights([point[0] for point in points], place, predictor.form)
-        return combined(numbers, [point[1] for point in points])
+        points = self.points(key)
+        numbers = weights([point.place for point in points], place, predictor.form)
+        return combined(numbers, [point.value for point in points])
+
+    def points(self, key: Key) -> list[Point]:
+        """What a forecast looks at, the newest last."""
+        return self._points[key][-self.predictors[key].order - 1 :]
 
     def trim(self, needed: Mapping[str, int]) -> None:
         """Keep no more values than later calls look at: unit -> how many."""

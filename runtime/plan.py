@@ -157,6 +157,12 @@ def _needed_before(action: str, needed: int, depth: int) -> int:
     return max(needed, 1) if action == REUSE else needed
 
 
+def computed_before(plan: CachePlan, unit: str, call: int) -> list[int]:
+    """The calls whose values a forecast at `call` looks at, ascending."""
+    computed = [place for place, code in enumerate(plan.codes[unit][:call]) if code == COMPUTE]
+    return computed[-plan.predict[unit].order - 1 :]
+
+
 def planned_macs(plan: CachePlan, containers: Containers) -> int:
     """Multiply-accumulates of a run with the plan on its own grid, for one sample; as if all gates computed."""
     rows = plan_rows(plan.codes, containers)

@@ -3,7 +3,8 @@ compute everything; between them what is skipped is forecast from the last compu
 distances; here they are searched for, unless those are asked for.
 
 searched    0 ... w - 1, then where the forecasts between do least to the final sample, see `cache/placing.py`; whole
-            runs choose the order of the forecasts, and move calls by one place, see `cache/moving.py`
+            runs choose the order of the forecasts, whether they are fitted (`cache/fitting.py`), and move calls, see
+            `cache/moving.py`
 even        0 ... w - 1, then w - 1 + floor(i (C - w + 1) / (K - w + 1)), i = 1 ... K - w
 interval    0 ... w - 1, then w - 1 + N, w - 1 + 2 N, ... with the smallest whole N that gives no more than K calls
 
@@ -39,7 +40,8 @@ class TaylorConfig(Config):
     spacing: Literal["searched", "even", "interval"] = "searched"  # of the others: the K whose forecasts cost least in
     # profiled runs, K in all, or every N-th as published
     trials: int = Field(40, ge=0)  # for searched: whole runs with other orders and calls; more: better, longer
-    joint: bool = True  # on a quantized source: these runs against those of the float pipeline
+    correct: bool = True  # for trials: also forecasts that are fitted to the profiled runs, per call and channel
+    joint: bool = True  # on a quantized source: all this against the float pipeline
 
     @model_validator(mode="after")
     def _check_order(self) -> TaylorConfig:

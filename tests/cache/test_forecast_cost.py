@@ -27,9 +27,11 @@ def test_distances_are_those_of_the_values():
 def test_the_error_of_a_forecast_follows_from_distances(form, history):
     values = torch.randn(6, 40, generator=torch.Generator().manual_seed(1)).cumsum(0)
     places = [1.0, 0.7, 0.5, 0.3, 0.2, 0.1]
-    cost = ForecastCost(squared_distances(values).tolist(), places, [2.0] * 6, form)
+    targets = values + 0.1 * torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
+    squares = squared_distances(torch.cat([values, targets]))
+    cost = ForecastCost(squares[:6, :6].tolist(), squares[:6, 6:].tolist(), places, [2.0] * 6, form)
     numbers = weights([places[one] for one in history], places[4], form)
-    apart = combined(numbers, [values[one] for one in history]) - values[4]
+    apart = combined(numbers, [values[one] for one in history]) - targets[4]
     assert cost.squared_error(history, 4) == pytest.approx(float(apart.double().square().sum()), rel=1e-4)
     assert cost(history, 4) == pytest.approx(2 * float(apart.norm()), rel=1e-4)
 

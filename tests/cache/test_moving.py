@@ -66,3 +66,18 @@ def test_a_call_moves_between_its_neighbours_only():
     assert shifted(places, 3, 1, 10) == (0, 3, 4, 9)
     assert shifted((2, 3), 0, -3, 9) is None
     assert shifted((2, 3), 0, -2, 9) == (0, 3)
+
+
+def test_fits_are_tried_on_the_best_and_moved_with_where_they_help():
+    def error(choice):
+        far = sum((one - other) ** 2 for one, other in zip(choice.places, WANTED, strict=True))
+        return far + {None: 1.0, 0.1: 0.5, 1e-4: 2.0}[choice.ridge]
+
+    start = [Choice(None, (0, 1, 2, 3))]
+    found = best_choice(start, error, calls=15, fixed=1, trials=60, ridges=(0.1, 1e-4))
+    assert found.best == Choice(None, WANTED, 0.1)
+    assert found.made <= 60
+    few = best_choice(start, error, calls=15, fixed=1, trials=13, ridges=(0.1, 1e-4))
+    assert few.best.ridge == 0.1
+    assert few.made == 13
+    assert best_choice(start, error, calls=15, fixed=1, trials=60).best == Choice(None, WANTED)
