@@ -99,7 +99,7 @@ def search_component(
         trial = _run_trials(pipe, component, blank, method, settings, candidates, request, reporter, reference, grams)
         assert trial.best is not None
         settings, places, ridge = trial.best.settings, trial.best.places, trial.best.ridge
-        chosen |= {"trials": trial.made, "relative_l2": round(trial.least, 6)}
+        chosen |= {"trials": trial.made, "relative_l2": float(f"{trial.least:.4g}")}
     else:
         places = method.schedule(count, computed, settings, *profile)
     chosen["computed"] = len(places)
