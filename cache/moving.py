@@ -10,6 +10,7 @@ Letters: C calls of a run, K calls that compute.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,6 +46,7 @@ class Trial:
         self._seen.add(name)
         self.made += 1
         error = self.error(choice)
+        error = float("inf") if math.isnan(error) else error  # a run that overflows is no run to follow
         if self.best is not None and error >= self.least:
             return False
         self.best, self.least = choice, error

@@ -141,7 +141,7 @@ def _run_trials(
 ) -> Trial:
     """The candidate whose runs are nearest to those without a plan, its calls moved for as long as that helps."""
     objective = PlanObjective(pipe, component, blank, request, reference)
-    with closing(reporter.progress(range(max(settings.trials, len(candidates))), "running")) as runs:
+    with closing(reporter.progress(range(max(settings.trials, len(candidates))), "trying plans")) as runs:
 
         def error(choice: Choice) -> float:
             next(runs)

@@ -81,3 +81,11 @@ def test_fits_are_tried_on_the_best_and_moved_with_where_they_help():
     assert few.best.ridge == 0.1
     assert few.made == 13
     assert best_choice(start, error, calls=15, fixed=1, trials=60).best == Choice(None, WANTED)
+
+
+def test_a_run_that_is_no_number_is_never_the_best():
+    def error(choice):
+        return float("nan") if choice.places[1] < 4 else float(choice.places[1])
+
+    found = best_choice([Choice(1, (0, 2)), Choice(2, (0, 9))], error, calls=12, fixed=1, trials=20)
+    assert found.best == Choice(2, (0, 4))
