@@ -57,4 +57,4 @@ CACHE_PEERS: dict[str, tuple[str, ...]] = {
 }
 # simply fewer solver steps: with the pipeline's own solver, or with this one in its place
 FEWER: dict[str, str | None] = {"fewer steps": None, "fewer steps, DPM++": "DPMSolverMultistepScheduler"}
-NO_OTHER_SOLVER = ("shapes-mmdit",)  # its noise levels are those of a flow
+NO_OTHER_SOLVER = ("shapes-mmdit", "digits-unet")  # a flow; a pipeline that calls its solver as DDIM is called
