@@ -118,7 +118,8 @@ def test_on_other_calls_than_it_was_fitted_for_a_run_continues_by_the_polynomial
     pipe = unet_pipeline()
     plan = plan_of(pipe, unit=CUT)
     install_plan_(pipe, "unet", plan)
-    wanted, middle = drive(pipe, 12), drive(pipe, 8, start=1)
+    with pytest.warns(CachePlanWarning, match="follows its noise levels"):
+        wanted = drive(pipe, 12)
     corrected(pipe, plan, polynomial_tables(pipe, plan, shift=5.0))
     with pytest.warns(CachePlanWarning, match="without the correction of what it skips"):
         assert torch.equal(drive(pipe, 12), wanted)
@@ -126,7 +127,6 @@ def test_on_other_calls_than_it_was_fitted_for_a_run_continues_by_the_polynomial
     late = drive(pipe, 8, start=4)  # its first call has no history: nothing there was fitted for
     install_plan_(pipe, "unet", plan)
     assert torch.equal(late, drive(pipe, 8, start=4))
-    assert middle.shape == late.shape
 
 
 def test_tables_of_another_shape_are_refused(dit_pipeline):
