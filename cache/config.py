@@ -85,7 +85,7 @@ class SearchCacheConfig(Config):
 
 
 def needs_of(method: ModuleType, settings: Any) -> tuple[str, ...]:
-    """What a method, with these fields, has to know of the model; nothing: it looks at none."""
+    """What a method, with these fields, has to know of the model before it chooses; empty: nothing."""
     found: tuple[str, ...] = method.needs(settings) if hasattr(method, "needs") else method.NEEDS
     return found
 

@@ -150,7 +150,7 @@ def prepare(source: str | Path | Source | None, config: CalibrateConfig, dtype: 
         "dtype": dtype,
     }
     if pictures:
-        asked["images"] = pictures.sha256()
+        asked["images"] = pictures.sha256
     return Job(found, config, components, weights, _hash(asked), pictures)
 
 
@@ -171,7 +171,7 @@ def _record(
     dealt = {"prompts", "negative_prompt", "class_labels"}  # to be found with the samples
     recipe = job.config.model_dump(mode="json", exclude={*dealt, "budget_gb", "component", "images"})
     if job.pictures:
-        recipe["images"] = {"count": len(job.pictures.files), "sha256": job.pictures.sha256()}
+        recipe["images"] = {"count": len(job.pictures.files), "sha256": job.pictures.sha256}
     dtype = str(pipe.components[job.components[0]].dtype)
     facts = {"samples": len(samples), "components": job.components, "dtype": dtype.removeprefix("torch.")}
     return CalibrationRecord(

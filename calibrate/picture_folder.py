@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ..core.errors import ConfigError, ModelError
@@ -23,6 +24,7 @@ class PictureFolder:
     files: tuple[Path, ...]
     captions: tuple[str, ...]
 
+    @cached_property
     def sha256(self) -> str:
         """Hash of the pictures; captions are known as prompts."""
         return combined_hash({file.name: file_sha256(file) for file in self.files})

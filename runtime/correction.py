@@ -97,14 +97,8 @@ class Correction:
         return table if table.device == value.device else self._moved(name, value.device)
 
     def _corrected(self, name: str, call: int, value: Tensor) -> Tensor:
-        scale, shift = self.tables.get(f"{name}.{SCALE}"), self.tables.get(f"{name}.{SHIFT}")
-        channels = value.shape[channel_axis(value)]
-        if scale is None or shift is None or scale.shape[1] != channels:
-            known = "none" if scale is None else f"one for {scale.shape[1]} channels"
-            raise BundleError(f"{name} has {channels} channels; its correction is {known}.", mend=_ANEW)
-        if scale.device != value.device:
-            scale, shift = (self._moved(f"{name}.{part}", value.device) for part in (SCALE, SHIFT))
-        return affine(value, scale[call], shift[call])
+        scale, shift = (self._table(f"{name}.{part}", value)[call] for part in (SCALE, SHIFT))
+        return affine(value, scale, shift)
 
     def _moved(self, name: str, device: torch.device) -> Tensor:
         self.tables[name] = self.tables[name].to(device)

@@ -63,9 +63,12 @@ def test_a_search_gives_an_intact_bundle_whose_plan_the_loader_installs(request,
     assert set(codes) == {"C", "F" if method == "taylor" else "R"}
     assert record.cache.macs_ratio == pytest.approx(1 - saved * skipped / (full * 8), abs=1e-12)
     told = {"calls": 8, "computed": codes.count("C")}
-    assert record.cache.chosen.items() >= told.items()
-    more = {"trials", "relative_l2"} if method == "taylor" else set()
-    assert record.cache.chosen.keys() - told.keys() - {"ridge"} == more
+    chosen = dict(record.cache.chosen)
+    if method == "taylor":
+        chosen.pop("ridge", None)  # where fitted forecasts were better
+        assert chosen.pop("trials") <= 40
+        assert chosen.pop("relative_l2") > 0
+    assert chosen == told
     pipe: Any = dacc.load(bundle, device="cpu")
     cached_latents = sample(pipe, REQUEST).latents
     with dacc.no_cache(pipe):
