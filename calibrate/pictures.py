@@ -56,15 +56,18 @@ class Pictures:
         assert state is not None
         if state.call + 1 >= len(scheduler.timesteps):
             return
-        clean = torch.cat([self._clean(position % len(self.files)) for position in positions]).to(sample)
+        clean = torch.cat([self._clean(position % len(self.files)) for position in positions])
+        noise = torch.cat([self._noise(position, clean[:1].shape) for position in positions])
+        if len(sample) == 2 * len(positions):  # DiT steps from both guidance branches at once
+            clean, noise = torch.cat([clean, clean]), torch.cat([noise, noise])
         if clean.shape != sample.shape:
             raise UnsupportedError(
                 f"pictures have latents {tuple(clean.shape)}, {type(self.pipe).__name__} steps from "
                 f"{tuple(sample.shape)}.",
                 mend="Calibrate without --images.",
             )
-        noise = torch.cat([self._noise(position, clean[:1].shape) for position in positions]).to(sample)
-        timestep = scheduler.timesteps[state.call + 1].expand(len(positions))
+        clean, noise = clean.to(sample), noise.to(sample)
+        timestep = scheduler.timesteps[state.call + 1].expand(len(sample))
         if hasattr(scheduler, "scale_noise"):  # flows
             sample.copy_(scheduler.scale_noise(clean, timestep, noise))
         elif hasattr(scheduler, "add_noise"):

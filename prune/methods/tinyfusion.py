@@ -8,6 +8,7 @@ How many of each group go follows from the ratio: as evenly over a stack as whol
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from math import ceil
 
@@ -35,7 +36,7 @@ def groups(request: Request, config: TinyFusionConfig) -> list[Group]:
     total = sum(request.costs[unit.name] for unit in request.units)
     share = request.needed() / total
     if share > 1:
-        raise request.out_of_reach(total)
+        raise replace(request, allow_adjacent=True).out_of_reach(total)  # which they are
     found: list[Group] = []
     for stack in dict.fromkeys(unit.stack for unit in request.units):
         units = [unit for unit in request.units if unit.stack == stack]

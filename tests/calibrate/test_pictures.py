@@ -84,6 +84,21 @@ def test_latents_are_those_of_the_vae_and_captions_are_prompts(sd_folder, folder
     assert calls[0].kwargs["encoder_hidden_states"].shape[0] == 4
 
 
+def test_a_pipeline_that_steps_from_both_guidance_branches_gets_every_picture_twice(dit_folder, folder):
+    call = calls_of(dit_folder, folder, guidance_scale=2.0, samples=2)[3]
+    pipe: Any = dacc.load(dit_folder, device="cpu")
+    size = 8 * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    rows = []
+    with torch.no_grad():
+        for number in range(2):
+            pixels = read_picture(folder / f"{number}.png", size, size, gray=pipe.vae.config.in_channels == 1)[None]
+            rows.append(pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor)
+    noise = torch.cat([noise_of(position, rows[0].shape) for position in range(2)])
+    level = pipe.scheduler.alphas_cumprod[int(call.state.timestep)]
+    wanted = level.sqrt() * torch.cat(rows) + (1 - level).sqrt() * noise
+    torch.testing.assert_close(call.args[0], torch.cat([wanted, wanted]))
+
+
 @pytest.mark.parametrize(
     "solver", ["EulerDiscreteScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"]
 )
