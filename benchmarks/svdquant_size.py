@@ -50,7 +50,10 @@ def make(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     from dacc.benchmarks.full_size import make_pipeline_folder
 
     folder = make_pipeline_folder(MODEL, work / "pipeline", depth=options.depth)
-    transformer = PixArtTransformer2DModel.from_pretrained(folder / "transformer", dtype=torch.bfloat16)
+    # its pipeline takes the size nearest to the asked one out of a list that belongs to this number
+    transformer = PixArtTransformer2DModel.from_pretrained(
+        folder / "transformer", dtype=torch.bfloat16, sample_size=PIXELS // 8
+    )
     plant_(transformer)
     transformer.save_pretrained(folder / "transformer")
     return {"parameters": sum(parameter.numel() for parameter in transformer.parameters())}
@@ -59,6 +62,7 @@ def make(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 def calibrate(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     from dacc.calibrate.api import calibrate_pipeline
     from dacc.calibrate.config import CalibrateConfig
+    from dacc.calibrate.store import open_calibration
     from dacc.core.reporter import Reporter
 
     config = CalibrateConfig(
@@ -72,6 +76,8 @@ def calibrate(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     )
     reporter, place = Reporter(), {"output": work / "set", "overwrite": True, "device": "cpu"}
     calibrate_pipeline(work / "pipeline", config, dtype=options.dtype, reporter=reporter, **place)
+    latents = next(iter(open_calibration(work / "set"))).args[0]
+    assert latents.shape[-1] == PIXELS // 8, f"{latents.shape[-1]} x {latents.shape[-1]} latents were made"
     return {"notices": reporter.notices}
 
 

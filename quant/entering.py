@@ -56,7 +56,8 @@ class _Watched:
 
     def __init__(self, counted: int, kept: int) -> None:
         self._counted, self._kept_at_once = counted, kept
-        self._absmax = self._sums = torch.zeros(())
+        self._absmax = torch.zeros(())
+        self._sums: Tensor | None = None
         self._lowest = torch.tensor(float("inf"))
         self._count = 0
         self.kept: list[Tensor] = []
@@ -66,12 +67,15 @@ class _Watched:
         self._absmax = torch.maximum(self._absmax, x.abs().amax(0).float())
         self._lowest = torch.minimum(self._lowest.to(x.device), x.amin().float())
         rows = some_rows(layer, x, self._counted, seed=self._count).float()
-        self._sums = self._sums + rows.T @ rows
+        if self._sums is None:
+            self._sums = rows.new_zeros(rows.shape[1], rows.shape[1])
+        self._sums.addmm_(rows.T, rows)
         self._count += len(rows)
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self._count))
         self.kept.append(rows[chosen[: self._kept_at_once]])
 
     def result(self, name: str) -> Entering:
+        assert self._sums is not None
         check_finite(name, self._sums)
         rows = torch.cat(self.kept)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))

@@ -53,6 +53,8 @@ def some_rows(layer: nn.Module, x: Tensor, count: int, *, seed: int) -> Tensor:
     images = x.split(1) if isinstance(layer, nn.Conv2d) else [x]
     first = input_rows(layer, images[0])
     size, total = len(first), len(first) * len(images)
+    if len(images) == 1 and total <= count:
+        return first
     chosen = torch.arange(total)
     if total > count:
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]

@@ -91,11 +91,15 @@ def round_columns(rows: Tensor, gram: Tensor, grid: Grid, config: GPTQConfig) ->
 
 
 def _inverse_factor(gram: Tensor, damping: float, order: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped gram matrix, columns in `order`."""
+    """Upper Cholesky factor of the inverse of the damped gram matrix, columns in `order`.
+
+    H = R R^T with R upper triangular is what the decomposition of H read backwards gives, and U = R^-1.
+    """
     gram = gram[order][:, order].double()
     while True:
         damped = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+            inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
+            return inverse.flip(0, 1).float()
         damping *= DAMPING_GROWTH

@@ -114,8 +114,8 @@ def quantize_group(
     rank, smoothing = choose(list(layers.values()), entering.absmax, config, seed)
     found = {}
     for name, layer in layers.items():
-        parts = refined(layer, smoothing, rank, config.refinements, seed)
-        found[name] = _rounded(layer, parts, entering.gram, config)
+        parts, error = refined(layer, smoothing, rank, config.refinements, seed)
+        found[name] = _rounded(layer, parts, error, entering.gram, config)
     return found
 
 
@@ -206,8 +206,9 @@ def _mean_error(layers: Sequence[Layer], make: Callable[[Layer], Parts]) -> floa
     return sum(error_of(layer, make(layer)) for layer in layers) / len(layers)
 
 
-def refined(layer: Layer, smoothing: Tensor | None, rank: int, refinements: int, seed: int) -> Parts:
-    """The parts of a branch that makes up for the rounding of the residual before it, until that helps no more."""
+def refined(layer: Layer, smoothing: Tensor | None, rank: int, refinements: int, seed: int) -> tuple[Parts, float]:
+    """The parts of a branch that makes up for the rounding of the residual before it, until that helps no more, and the
+    error with them."""
     best = take_apart(layer, smoothing, rank, seed)
     least = error_of(layer, best)
     for _ in range(refinements if rank else 0):
@@ -215,14 +216,18 @@ def refined(layer: Layer, smoothing: Tensor | None, rank: int, refinements: int,
         if (error := error_of(layer, parts)) >= least:
             break
         best, least = parts, error
-    return best
+    return best, least
 
 
-def _rounded(layer: Layer, parts: Parts, gram: Tensor, config: SVDQuantConfig) -> Treated:
-    """The residual rounded as well as it can be, or the whole weight to nearest where that is no worse."""
+def _rounded(layer: Layer, parts: Parts, error: float, gram: Tensor, config: SVDQuantConfig) -> Treated:
+    """The residual rounded as well as it can be, or the whole weight to nearest where that is no worse.
+
+    Args:
+        error: with the residual rounded to nearest.
+    """
     whole = take_apart(layer, None, 0, 0)
     codes = parts.grid.nearest(parts.residual)
-    error, least = error_of(layer, parts), error_of(layer, whole)
+    least = error_of(layer, whole)
     if config.gptq:
         moved, _ = gptq.round_columns(
             parts.residual, smoothed_gram(gram, parts.smoothing), parts.grid, gptq.GPTQConfig()

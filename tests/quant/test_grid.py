@@ -95,6 +95,32 @@ def test_the_search_never_loses_to_the_full_range_on_any_group(bits, symmetric):
     assert best.sum() < (0.98 if bits < 8 else 1.0) * full.sum()
 
 
+@pytest.mark.parametrize(("bits", "symmetric"), CASES)
+@pytest.mark.parametrize("tails", [1, 3])
+def test_candidates_that_the_search_passes_over_change_nothing(bits, symmetric, tails):
+    groups = torch.randn(5, 3, 32, generator=torch.Generator().manual_seed(1)) ** tails
+    groups[0, 0] = 0
+    groups[1, 1] = groups[1, 1].abs()
+    limits = code_range(bits, symmetric)
+
+    def error(values, grid):
+        return float(squared_error(values, round_codes(values, *grid, limits), *grid))
+
+    for values in groups.flatten(0, 1)[:, None, None]:  # (1, 1, 32): one group at a time
+        best = minmax_grid(values, bits, symmetric=symmetric)
+        for step in range(1, 20):  # every one of them
+            other = minmax_grid(values, bits, symmetric=symmetric, shrink=1.0 - 0.02 * step)
+            best = other if error(values, other) < error(values, best) else best
+        for _ in range(2):
+            centred = round_codes(values, *best, limits) - best[1].unsqueeze(-1)
+            fitted = (values * centred).sum(-1) / centred.square().sum(-1).clamp(min=1e-12)
+            better = fitted > 0 and error(values, (fitted, best[1])) < error(values, best)
+            best = (fitted, best[1]) if better else best
+        found = search_grid(values, bits, symmetric=symmetric, code_range=limits)
+        assert torch.equal(found[0], best[0])
+        assert torch.equal(found[1], best[1])
+
+
 def test_the_search_finds_the_scale_of_weights_that_lie_on_a_grid():
     codes = torch.tensor([[-3.0, 3, 1, 0, 2, -1, 3, -2]]).unsqueeze(0)
     scale, zero = search_grid(0.37 * codes, 3, symmetric=True, code_range=(-4, 3))
