@@ -27,6 +27,8 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     sources: tuple[str, ...] = (FLOAT,)
     pipelines: tuple[str, ...] = PIPELINES
+    targets: tuple[str, ...] = tuple(TARGETS)
+    halved: bool = False  # half the steps, and a plan for what is left to save
     slow: bool = False  # measured when it is named
 
 
@@ -36,6 +38,7 @@ ROWS: dict[str, Row] = {
     "power law": Row("deepcache", {"form": "code"}),
     "encoder": Row("encoder", pipelines=UNETS),
     "taylor": Row("taylor", sources=EVERYWHERE),
+    "taylor, half the steps": Row("taylor", targets=("3x", "5x"), halved=True),
     "taylor, even": Row("taylor", {"spacing": "even", "warmup": 2, "order": 1}),
     "taylor, even, order 2": Row("taylor", {"spacing": "even", "warmup": 2}),
     "dp": Row("dp", sources=EVERYWHERE),

@@ -69,15 +69,16 @@ def wanted_cells(pipeline: str, options: argparse.Namespace) -> Iterator[tuple[s
         if NO_PLAN in named:
             yield source, "-", NO_PLAN
         for target in options.target or TARGETS:
-            yield from ((source, target, row) for row in named if _is_for(pipeline, source, row))
+            yield from ((source, target, row) for row in named if _is_for(pipeline, source, target, row))
 
 
-def _is_for(pipeline: str, source: str, row: str) -> bool:
+def _is_for(pipeline: str, source: str, target: str, row: str) -> bool:
     if row in FEWER:
         return source == FLOAT and not (FEWER[row] and pipeline in NO_OTHER_SOLVER)
     if row in CACHE_PEERS:
         return source == FLOAT and pipeline in CACHE_PEERS[row]
-    return row in ROWS and source in ROWS[row].sources and pipeline in ROWS[row].pipelines
+    found = ROWS.get(row)
+    return found is not None and source in found.sources and pipeline in found.pipelines and target in found.targets
 
 
 def fill(bench: Bench, source: str, target: str, row: str) -> None:
