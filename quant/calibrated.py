@@ -17,6 +17,7 @@ from torch import nn
 
 from ..core.errors import UnsupportedError
 from ..core.families import Family
+from ..core.memory import give_back_memory
 from ..core.reporter import Reporter
 from ..core.seeds import named_seed
 from ..runtime.trajectory import DenoiserCall
@@ -134,6 +135,7 @@ def _finish_unit(treatment: Treatment, block: Block, chosen: dict[str, Any]) -> 
             treatment.store(plan, block.layers[plan.name], treated[plan.name])
     for plan in block.plans:
         treatment.put_stored(plan, block.layers[plan.name], block.rounding)
+    give_back_memory()
 
 
 def _treat(treatment: Treatment, block: Block, chosen: dict[str, Any]) -> dict[str, Treated]:
