@@ -91,9 +91,13 @@ def calibrate_pipeline(
 
     from ..runtime.load import load_source
     from .collect import collect
+    from .pictures import check_pictures
     from .store import SetWriter
 
     pipe: Any = load_source(job.source, device=device, dtype=dtype, cached=False, reporter=reporter)
+    files = job.pictures.files if job.pictures else ()
+    if job.pictures:
+        check_pictures(pipe, captions=bool(job.pictures.captions))
     same_bytes = [job.request, str(pipe.device), str(torch.get_num_threads())]  # what a resumed run must agree in
     with SetWriter(
         job.source.path,
@@ -103,9 +107,7 @@ def calibrate_pipeline(
         overwrite=overwrite,
         resume=resume,
     ) as writer:
-        collected = collect(
-            pipe, job.config, job.components, writer, reporter, job.pictures.files if job.pictures else ()
-        )
+        collected = collect(pipe, job.config, job.components, writer, reporter, files)
         writer.commit(
             [batch.name for batch in collected.batches],
             lambda shards: _record(job, pipe, collected, writer, shards, reporter.notices[earlier:]),

@@ -27,7 +27,7 @@ from ..runtime.request import DEFAULT_PROMPTS, RunRequest, call_arguments
 from ..runtime.trajectory import call_pipeline
 from .arguments import Packer
 from .config import STRATEGIES, CalibrateConfig
-from .pictures import Pictures, check_pictures
+from .pictures import Pictures
 from .store import SetWriter
 
 Watcher = Callable[[str, tuple[Any, ...], dict[str, Any]], None]
@@ -77,11 +77,9 @@ def collect(
     Raises:
         ConfigError: the pipeline does not take what was asked, or not even one batch fits the budget.
         CalibrationError: NaN or infinity entered a denoiser, or nothing was kept.
-        UnsupportedError: an argument that cannot be stored, a pipeline without steps, or one without pictures.
+        UnsupportedError: an argument that cannot be stored, or a pipeline without steps.
     """
     request = _request(config)
-    if files:
-        check_pictures(pipe)
     pictures = Pictures(pipe, files, request) if files else None
     schedule = find_schedule(pipe, request, components)
     _tell_defaults(pipe, config, request, len(schedule.timesteps), reporter)

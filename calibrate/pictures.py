@@ -127,19 +127,27 @@ class Pictures:
         return height * scale, width * scale
 
 
-def check_pictures(pipe: Any) -> None:
+def check_pictures(pipe: Any, *, captions: bool = False) -> None:
     """Refuse pipelines that pictures cannot be brought into.
 
+    Args:
+        captions: whether texts lie beside the pictures.
+
     Raises:
-        UnsupportedError: it makes clips, or its VAE is not one of pictures.
+        UnsupportedError: it makes clips, its VAE is not one of pictures, or it takes no texts.
     """
-    vae = getattr(pipe, "vae", None)
-    clips = "num_frames" in inspect.signature(type(pipe).__call__).parameters
+    vae, arguments = getattr(pipe, "vae", None), inspect.signature(type(pipe).__call__).parameters
+    clips = "num_frames" in arguments
     if clips or (vae is not None and "block_out_channels" not in vae.config):
         raise UnsupportedError(
             f"pictures cannot be brought into the latents of {type(pipe).__name__}"
             + (", which makes clips." if clips else f": its VAE is {type(vae).__name__}."),
             mend="Calibrate without --images.",
+        )
+    if captions and "prompt" not in arguments:
+        raise UnsupportedError(
+            f"the pictures have captions, and {type(pipe).__name__} takes no prompt.",
+            mend="Take the .txt files out; of a pipeline with classes name them by --class, or in turn by --inputs.",
         )
 
 

@@ -170,6 +170,13 @@ def test_what_is_no_folder_of_pictures_is_refused(unet_folder, folder, spoil, er
         calls_of(unet_folder, folder)
 
 
+def test_captions_for_a_pipeline_without_prompts_are_refused(unet_folder, folder):
+    caption(folder, "a", "b")
+    with pytest.raises(UnsupportedError, match="have captions, and DDIMPipeline takes no prompt") as refused:
+        calls_of(unet_folder, folder)
+    assert "--inputs" in str(refused.value.mend)
+
+
 def test_a_pipeline_of_clips_takes_no_pictures(video_folder, folder):
     with pytest.raises(UnsupportedError, match="AnimateDiffPipeline, which makes clips"):
         calls_of(video_folder, folder, num_frames=2)
