@@ -83,7 +83,8 @@ def branch_of(weight: QuantizedWeight) -> Branch | None:
     down, up = weight.low_rank_down, weight.low_rank_up
     if down is None or up is None:
         return None
-    return lambda x: add_low_rank(x.new_zeros(()), smoothed(x, weight.smoothing), down, up)
+    smoothing = weight.smoothing  # by itself: the codes need not stay in memory
+    return lambda x: add_low_rank(x.new_zeros(()), smoothed(x, smoothing), down, up)
 
 
 def rounding_before(weight: QuantizedWeight, rounding: Rounding | None, axis: int = -1) -> Rounding | None:

@@ -71,7 +71,7 @@ def round_columns(rows: Tensor, gram: Tensor, grid: Grid, config: GPTQConfig) ->
     silent = power == 0  # inputs that are always zero: any code will do, the nearest is as good as another
     filled = 1.0 if silent.all() else power[~silent].mean()  # the mean, so that the damping of the others stays
     order = power.argsort(descending=True, stable=True) if config.act_order else torch.arange(features)
-    upper = _inverse_factor(gram + torch.diag(silent * filled), config.damping, order)
+    upper = _inverse_factor(gram, power + silent * filled, config.damping, order)
     remaining, codes, wanted = rows[:, order].clone(), torch.empty_like(rows), torch.empty_like(rows)
     scale, zero_point = grid.columns(features)
     scale, zero_point = scale[:, order], zero_point[:, order]
@@ -90,16 +90,22 @@ def round_columns(rows: Tensor, gram: Tensor, grid: Grid, config: GPTQConfig) ->
     return codes[:, back], wanted[:, back]
 
 
-def _inverse_factor(gram: Tensor, damping: float, order: Tensor) -> Tensor:
+def _inverse_factor(gram: Tensor, power: Tensor, damping: float, order: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped gram matrix, columns in `order`.
 
-    H = R R^T with R upper triangular is what the decomposition of H read backwards gives, and U = R^-1.
+    H = R R^T with R upper triangular is what the decomposition of H read backwards gives, and U = R^-1. Matrices are
+    changed in place: those of a wide layer are most of the memory of the pass.
+
+    Args:
+        power: (K,), the diagonal of the gram matrix that is meant.
     """
-    gram = gram[order][:, order].double()
+    backwards = order.flip(0)
+    gram, power = gram[backwards][:, backwards].double(), power[backwards].double()
     while True:
-        damped = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        gram.diagonal().copy_(power + damping * power.mean())
+        lower, failed = torch.linalg.cholesky_ex(gram)
         if not failed:
-            inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
-            return inverse.flip(0, 1).float()
+            inverse = torch.eye(len(lower), dtype=lower.dtype)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            return inverse.float().flip(0, 1)
         damping *= DAMPING_GROWTH
