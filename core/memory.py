@@ -1,8 +1,7 @@
 """Memory that was freed goes back to the system.
 
-The allocator of glibc keeps what lies between blocks that are still in use, and hardly uses it again for the aligned
-blocks that torch asks for: a network treated part by part, of each of which a few tensors stay, grew by 0.3 GB a part
-(PixArt-XL, 28 parts; what was in use grew by 0.02 GB).
+The allocator of glibc keeps what lies between blocks that are still in use. Of a network that is treated part by part a
+few tensors of each part stay, and what is freed between them adds up to several times what is in use.
 """
 
 from __future__ import annotations

@@ -133,18 +133,16 @@ def stored_scale(scale: Tensor) -> Tensor:
     return scale.half() if bool((scale >= low).all()) and bool((scale <= high).all()) else scale.float()
 
 
-def minmax_grid(groups: Tensor, bits: int, *, symmetric: bool, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+def minmax_grid(groups: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero point that cover the range of each group, which always includes 0.
 
     Args:
         groups: (O, G, N).
-        shrink: share of the range to cover; values outside are clipped.
 
     Returns:
         scale (O, G) float32 > 0 and zero_point (O, G) float32 (all zeros when symmetric).
     """
-    low, high = _range(groups)
-    return _covering(low * shrink, high * shrink, bits, symmetric=symmetric)
+    return _covering(*_range(groups), bits, symmetric=symmetric)
 
 
 def _range(groups: Tensor) -> tuple[Tensor, Tensor]:

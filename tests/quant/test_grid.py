@@ -109,7 +109,7 @@ def test_candidates_that_the_search_passes_over_change_nothing(bits, symmetric, 
     for values in groups.flatten(0, 1)[:, None, None]:  # (1, 1, 32): one group at a time
         best = minmax_grid(values, bits, symmetric=symmetric)
         for step in range(1, 20):  # every one of them
-            other = minmax_grid(values, bits, symmetric=symmetric, shrink=1.0 - 0.02 * step)
+            other = minmax_grid((1.0 - 0.02 * step) * values, bits, symmetric=symmetric)
             best = other if error(values, other) < error(values, best) else best
         for _ in range(2):
             centred = round_codes(values, *best, limits) - best[1].unsqueeze(-1)
