@@ -22,6 +22,9 @@ from torch.nn import functional
 
 from ..core.scheme import Scheme
 
+# processors without arithmetic for bfloat16 emulate it, and take many times as long as for float32
+_BFLOAT16_ON_CPU = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 LOW_RANK_NAMES = ("smoothing", "low_rank_down", "low_rank_up", "act_shift")
 
 
@@ -74,5 +77,7 @@ def add_low_rank(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor | None) -
     """y (..., O) plus the outputs of the branch for smoothed inputs x (..., K)."""
     if down is None or up is None:
         return y
+    emulated = x.dtype is torch.bfloat16 and x.device.type == "cpu" and not _BFLOAT16_ON_CPU
+    x = x.float() if emulated else x
     inner = functional.linear(x, down.to(x.dtype))  # (..., r)
-    return y + functional.linear(inner, up.to(x.dtype))
+    return y + functional.linear(inner, up.to(x.dtype)).to(y.dtype)

@@ -15,6 +15,7 @@ from dacc.core.config import build_config
 from dacc.core.errors import BundleError, ConfigError
 from dacc.core.scheme import Scheme
 from dacc.quant.grid import find_grid
+from dacc.runtime import low_rank
 from dacc.runtime.activation import ActivationScale, activation_shapes, round_static
 from dacc.runtime.layers import LAYER_CLASSES, count_parameters, set_prefer_, swap_layers_
 from dacc.runtime.low_rank import LOW_RANK_NAMES, low_rank_shapes
@@ -130,6 +131,26 @@ def test_narrow_inputs_give_the_same_up_to_their_own_precision(scheme, prefer, d
     found = layer(x.to(dtype))
     assert found.dtype == dtype
     assert distance(found, reference(plain, layer, x.to(dtype))) < (0.05 if scheme.act_bits == 4 else 0.01)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_branch_is_multiplied_in_float32_where_the_processor_emulates_bfloat16(native, monkeypatch):
+    seen, linear = [], functional.linear
+
+    def watched(x, weight):
+        seen.append((x.dtype, weight.dtype))
+        return linear(x, weight)
+
+    monkeypatch.setattr(low_rank.functional, "linear", watched)
+    monkeypatch.setattr(low_rank, "_BFLOAT16_ON_CPU", native)
+    x, down, up = torch.randn(3, 16), torch.randn(4, 16).half(), torch.randn(8, 4).half()
+    y = torch.randn(3, 8)
+    found = low_rank.add_low_rank(y.bfloat16(), x.bfloat16(), down, up)
+    assert found.dtype == torch.bfloat16
+    assert set(seen) == {(torch.bfloat16 if native else torch.float32,) * 2}
+    expected = y.bfloat16().double() + x.bfloat16().double() @ down.double().T @ up.double().T
+    assert distance(found, expected) < 0.01
+    assert low_rank.add_low_rank(y, x, down, up).dtype == torch.float32
 
 
 @EACH
