@@ -49,7 +49,7 @@ class Group:
     """Units in a row and the choices of what goes of them.
 
     Args:
-        patterns: places in `units` that go, each as many.
+        patterns: places in `units` that go.
     """
 
     units: tuple[Unit, ...]

@@ -3,18 +3,22 @@ in a row, and of every group a fixed number, so that a choice is one of few patt
 together with low-rank updates of the weights: by how well the network does once it is trained, not by what it loses at
 once. See `prune/masks.py`.
 
-How many of each group go follows from the ratio: as evenly over a stack as whole numbers allow. Neighbours may go.
+How many of each group go follows from the ratio: as evenly over all stacks as whole numbers allow. Units of a U-Net
+are few and of very different size: they are one group, whose patterns are the sets that are just large enough.
+Neighbours may go.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
-from math import ceil
+from math import floor
 
 from ..masks import Group
 from ..request import Request
 from ..settings import MaskConfig
+from ..stacks import UNETS
 from ..units import Unit
 
 
@@ -33,20 +37,43 @@ def groups(request: Request, config: TinyFusionConfig) -> list[Group]:
     Raises:
         UnsupportedError: the ratio is out of reach.
     """
-    total = sum(request.costs[unit.name] for unit in request.units)
-    share = request.needed() / total
-    if share > 1:
+    costs, needed = request.costs, request.needed()
+    total = sum(costs[unit.name] for unit in request.units)
+    if needed > total:
         raise replace(request, allow_adjacent=True).out_of_reach(total)  # which they are
+    if request.class_name in UNETS:
+        return [Group(tuple(request.units), _just_enough([costs[unit.name] for unit in request.units], needed))]
+    stacks: dict[str, list[Unit]] = {}
+    for unit in request.units:
+        stacks.setdefault(unit.stack, []).append(unit)
+    going = _going([[costs[unit.name] for unit in units] for units in stacks.values()], needed)
     found: list[Group] = []
-    for stack in dict.fromkeys(unit.stack for unit in request.units):
-        units = [unit for unit in request.units if unit.stack == stack]
-        counts = _counts(len(units), ceil(share * len(units) - 1e-9), config.group)
-        rows: list[list[Unit]] = [units[start : start + config.group] for start in range(0, len(units), config.group)]
+    for units, count in zip(stacks.values(), going, strict=True):
+        rows = [units[start : start + config.group] for start in range(0, len(units), config.group)]
         found += [
-            Group(tuple(row), tuple(combinations(range(len(row)), count)))
-            for row, count in zip(rows, counts, strict=True)
+            Group(tuple(row), tuple(combinations(range(len(row)), own)))
+            for row, own in zip(rows, _counts(len(units), count, config.group), strict=True)
         ]
     return found
+
+
+def _just_enough(costs: Sequence[int], needed: int) -> tuple[tuple[int, ...], ...]:
+    """The sets that reach `needed` and would not without any one of their units."""
+    places = range(len(costs))
+    sets = [chosen for count in range(1, len(costs) + 1) for chosen in combinations(places, count)]
+    beyond = {chosen: sum(costs[place] for place in chosen) - needed for chosen in sets}
+    return tuple(chosen for chosen in sets if 0 <= beyond[chosen] < min(costs[place] for place in chosen))
+
+
+def _going(stacks: Sequence[Sequence[int]], needed: int) -> list[int]:
+    """How many go of each stack, by the costs of its units: its share, rounded down, and then one after the other where
+    most of the share is left, until even the smallest units would do."""
+    share = needed / sum(map(sum, stacks))
+    going = [floor(share * len(costs) + 1e-9) for costs in stacks]
+    while sum(sum(sorted(costs)[:count]) for costs, count in zip(stacks, going, strict=True)) < needed:
+        behind = {at: share * len(costs) - going[at] for at, costs in enumerate(stacks) if going[at] < len(costs)}
+        going[max(behind, key=behind.__getitem__)] += 1
+    return going
 
 
 def _counts(units: int, going: int, size: int) -> list[int]:

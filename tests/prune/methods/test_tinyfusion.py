@@ -40,6 +40,36 @@ def test_a_pattern_is_any_choice_of_so_many():
     assert len(first.patterns) == len(set(first.patterns)) == {1: 4, 2: 6, 3: 4}[count]
 
 
+@pytest.mark.parametrize("ratio", [0.02, 0.05, 0.2, 0.35, 0.4])
+@pytest.mark.parametrize(
+    "toy", [toys.flux(num_layers=4, num_single_layers=7), toys.sd3(), toys.motion(), toys.unet_condition(), toys.sdxl()]
+)
+def test_no_more_goes_than_one_unit_beyond_the_ratio(toy, ratio):
+    request = ask(toy, ratio)
+    found, largest = groups(request, TinyFusionConfig()), max(request.costs.values())
+    least, most = 0, 0
+    for group in found:
+        costs = [sum(request.costs[group.units[at].name] for at in pattern) for pattern in group.patterns]
+        least, most = least + min(costs), most + max(costs)
+    assert request.needed() <= least
+    assert least < request.needed() + largest
+    assert most < request.needed() + 2 * largest  # units of a stack may differ
+
+
+def test_of_a_unet_every_set_that_is_just_large_enough_is_a_pattern():
+    request = ask(toys.motion(layers_per_block=3), 0.35)
+    costs, needed = [request.costs[unit.name] for unit in request.units], request.needed()
+    (group,) = groups(request, TinyFusionConfig(group=2))
+
+    def enough(chosen: set[int]) -> bool:
+        return sum(costs[place] for place in chosen) >= needed
+
+    sets = [{place for place in range(len(costs)) if number >> place & 1} for number in range(2 ** len(costs))]
+    wanted = [chosen for chosen in sets if enough(chosen) and not any(enough(chosen - {one}) for one in chosen)]
+    assert len(wanted) > 1
+    assert {frozenset(pattern) for pattern in group.patterns} == {frozenset(chosen) for chosen in wanted}
+
+
 def test_a_ratio_out_of_reach_names_the_nearest():
     with pytest.raises(UnsupportedError, match=r"--ratio 0\.\d+ or less\.$"):  # neighbours may go as it is
         groups(ask(toys.dit(num_layers=9), 0.95), TinyFusionConfig())
