@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from ..core.reporter import Reporter, silent
 
 
@@ -24,10 +26,18 @@ def measure_in_turns(
         for repeat in (reporter or silent()).progress(range(repeats), "timing"):
             for turn in range(len(actions)):
                 index = (turn + repeat) % len(actions)
+                _finish()
                 started = time.perf_counter()
                 actions[index]()
+                _finish()
                 seconds[index].append(time.perf_counter() - started)
     finally:
         if collecting:
             gc.enable()
     return seconds
+
+
+def _finish() -> None:
+    """Wait for what an accelerator was given to do: it runs behind the program."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
