@@ -23,7 +23,7 @@ from ..core.tensor_file import StoredTensor, stored_tensors
 from ..core.treatable import identity_config
 from ..runtime.load import pick_device
 from ..runtime.passthrough import bypass_
-from ..runtime.skeleton import build_skeleton
+from ..runtime.skeleton import build_skeleton, passed_over
 from ..runtime.trajectory import DenoiserCall
 from .api import Job, calibration_config
 from .config import METHODS
@@ -159,13 +159,24 @@ def remapped(
     """
     sources = sources_of(list(stored), removal.keep, removal.removed, removal.copies)
     wanted = {name: tuple(value.shape) for name, value in small.state_dict().items()}
+    for new in passed_over(small, sources.keys() - wanted.keys()):
+        del sources[new]
     found = {new: stored[old].shape for new, old in sources.items()}
-    if wrong := sorted(wanted.items() ^ found.items()):
+    wrong = {
+        "missing": wanted.keys() - found.keys(),
+        "left over": found.keys() - wanted.keys(),
+        "of another shape": {name for name in found.keys() & wanted.keys() if found[name] != wanted[name]},
+    }
+    if told := [f"{min(names)} is {how}{_and_more(len(names) - 1)}" for how, names in wrong.items() if names]:
         raise ModelError(
-            f"the weights of {where} do not fit its config: {wrong[0][0]} is missing, left over, or of another shape.",
+            f"the weights of {where} do not fit its config: {'; '.join(told)}.",
             mend="Check the folder with diffusers' own from_pretrained.",
         )
     return {new: stored[old] for new, old in sources.items()}
+
+
+def _and_more(count: int) -> str:
+    return f", and {count} more" if count else ""
 
 
 def _written_config(

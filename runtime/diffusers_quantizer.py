@@ -25,6 +25,7 @@ from .attention import quantize_attention_, restore_attention_
 from .layers import LAYER_CLASSES, swap_layers_
 from .passthrough import bypass_
 from .quantized_layer import STORED_NAMES, QuantizedLayer
+from .skeleton import passed_over
 from .step_table import StepTable, unhook_step_tables_
 
 DAMAGED_OR_NEWER = "Copy the bundle again, or upgrade: pip install -U dacc-diffusion."
@@ -180,7 +181,8 @@ class DaccQuantizer(DiffusersQuantizer):
             quantize_attention_(model, attention.bits, attention.softmax_bits)
         model.register_to_config(quantization_config=self.quantization_config)  # type: ignore[operator]
         expected = set(model.state_dict())
-        missing, extra = sorted(expected - self._loaded), sorted(self._loaded - expected)
+        missing, surplus = sorted(expected - self._loaded), self._loaded - expected
+        extra = sorted(surplus - passed_over(model, surplus))
         if missing or extra:
             parts = [f"missing {_some(missing)}" if missing else "", f"left over {_some(extra)}" if extra else ""]
             raise BundleError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +41,9 @@ def build_skeleton(folder: Path) -> nn.Module:
         )
     bypass_(model, identity_modules_of(folder))
     return model
+
+
+def passed_over(model: nn.Module, names: Collection[str]) -> set[str]:
+    """Of the tensors that a file has and a model has not, those that diffusers leaves in the file without a word."""
+    patterns: list[str] = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []  # Wan's has one
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}

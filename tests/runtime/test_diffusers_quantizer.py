@@ -120,6 +120,12 @@ def test_missing_and_extra_tensors_are_named(component, change, message):
     assert "dacc verify" in caught.value.mend
 
 
+def test_extra_tensors_that_diffusers_passes_over_are_no_damage(component, monkeypatch):
+    change_weights(component, lambda weights: weights.update({"mid_block.norm_added_q.weight": torch.ones(1)}))
+    monkeypatch.setattr(UNet2DModel, "_keys_to_ignore_on_load_unexpected", ["norm_added_q"])  # as of Wan
+    assert "mid_block.norm_added_q.weight" not in UNet2DModel.from_pretrained(component).state_dict()
+
+
 def test_many_missing_tensors_are_counted(component):
     change_weights(component, lambda weights: [weights.pop(key) for key in list(weights) if key.endswith("scale")])
     with pytest.raises(BundleError, match=r"missing .*, .*, .* and \d+ more"):

@@ -1,9 +1,11 @@
 import json
 
 import pytest
+from diffusers import UNet2DModel, WanTransformer3DModel
+from torch import nn
 
 from dacc.core.errors import ModelError, UnsupportedError
-from dacc.runtime.skeleton import build_skeleton
+from dacc.runtime.skeleton import build_skeleton, passed_over
 
 
 @pytest.mark.parametrize(("kind", "name"), [("unet_folder", "unet"), ("dit_folder", "transformer")])
@@ -39,3 +41,9 @@ def test_what_is_no_diffusers_model_is_refused(tmp_path, config):
     with pytest.raises(UnsupportedError, match="not a diffusers model") as caught:
         build_skeleton(tmp_path)
     assert "--component" in caught.value.mend
+
+
+def test_tensors_that_diffusers_passes_over_are_told_by_the_class():
+    names = {"blocks.0.attn2.norm_added_q.weight", "blocks.0.attn2.to_q.weight"}
+    assert passed_over(object.__new__(WanTransformer3DModel), names) == {"blocks.0.attn2.norm_added_q.weight"}
+    assert passed_over(object.__new__(UNet2DModel), names) == passed_over(nn.Identity(), names) == set()
