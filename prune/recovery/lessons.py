@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +84,24 @@ class Lessons:
         return found
 
 
+def spread(calls: Sequence[DenoiserCall], count: int, seed: int) -> list[DenoiserCall]:
+    """At most `count` calls: sorted by guidance branch and noise level, and one drawn from each of so many equal parts.
+
+    Every n-th call of a set may well be of one branch, or of one noise level.
+    """
+    ordered = sorted(calls, key=lambda call: (call.state.evaluation, call.state.call) if call.state else (0, 0))
+    count = min(count, len(ordered))
+    bounds = [len(ordered) * part // count for part in range(count + 1)]
+    generator = torch.Generator().manual_seed(named_seed(seed, "judge"))
+    return [ordered[int(torch.randint(low, high, (), generator=generator))] for low, high in pairwise(bounds)]
+
+
 class Judge:
     """Calls that are not trained on, with what the teacher answers, in full precision."""
 
     @torch.no_grad()
-    def __init__(self, calls: Sequence[DenoiserCall], teacher: nn.Module) -> None:
-        self._calls = calls[:: -(-len(calls) // JUDGED)]
+    def __init__(self, calls: Sequence[DenoiserCall], teacher: nn.Module, seed: int) -> None:
+        self._calls = spread(calls, JUDGED, seed)
         self._wanted: list[Tensor] = [answer(teacher, placed(call, teacher)).output for call in self._calls]
 
     @torch.no_grad()

@@ -89,7 +89,7 @@ def recover(
         _check(student, teacher, learned[0], taps)
         journal = Journal(checkpoint, _run_key(student, learned, config, [taps, noise and asdict(noise), seed]))
         journal.open(resume=True)
-        judge = Judge(judged, teacher)
+        judge = Judge(judged, teacher, seed)
         with training_(student, config, generator) as parameters, _checkpointing(student, config):
             rate = config.learning_rate or usual_rate(config, sum(one.numel() for one in teacher.parameters()))
             training = Training(parameters, config, rate, judge.error(student))

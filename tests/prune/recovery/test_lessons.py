@@ -1,9 +1,12 @@
 """What is learned from and what judges."""
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dacc.prune.recovery.lessons import Judge, Lessons, split_lessons
+from dacc.prune.recovery.lessons import JUDGED, Judge, Lessons, split_lessons, spread
 from dacc.prune.recovery.taps import Answer
 from dacc.runtime.trajectory import DenoiserCall
 
@@ -71,5 +74,36 @@ def test_the_judge_takes_the_mean_of_relative_errors(toy):
     with torch.no_grad():
         pairs = [(student(*call.args)[0], teacher(*call.args)[0]) for call in calls]
     slow = sum(float((one - other).norm() ** 2 / other.norm() ** 2) for one, other in pairs) / 3
-    assert Judge(calls, teacher).error(student) == pytest.approx(slow, rel=1e-5)
-    assert Judge(calls, teacher).error(teacher) == 0.0
+    assert Judge(calls, teacher, 0).error(student) == pytest.approx(slow, rel=1e-5)
+    assert Judge(calls, teacher, 0).error(teacher) == 0.0
+
+
+def branches_apart(runs, calls):
+    """Both guidance branches, one after the other at each call, as Wan evaluates them."""
+    twice = [call for call in toy_calls(runs, calls) for _ in range(2)]
+    return [
+        replace(call, state=replace(call.state, evaluation=number % 2, branch=("cond", "uncond")[number % 2]))
+        for number, call in enumerate(twice)
+    ]
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_both_guidance_branches_judge_at_every_noise_level(runs):
+    judging = spread(branches_apart(runs, 16), JUDGED, seed=0)
+    assert Counter(call.state.branch for call in judging) == {"cond": 8, "uncond": 8}
+    for branch in ("cond", "uncond"):
+        levels = sorted(call.state.call // 2 for call in judging if call.state.branch == branch)
+        assert levels == list(range(8))
+
+
+def test_of_many_runs_every_noise_level_judges_once_and_not_by_one_run():
+    judging = spread(toy_calls(16, 16), JUDGED, seed=0)
+    assert sorted(call.state.call for call in judging) == list(range(16))
+    assert len(runs_of(judging)) > 4
+
+
+def test_what_judges_repeats_by_seed_and_few_calls_all_judge():
+    calls = toy_calls(4, 16)
+    first, second, other = ([id(call) for call in spread(calls, JUDGED, seed)] for seed in (0, 0, 1))
+    assert first == second != other
+    assert len(spread(calls[:5], JUDGED, 0)) == 5

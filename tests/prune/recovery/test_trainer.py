@@ -29,7 +29,7 @@ def equal(first, second):
 
 
 def judged(student, teacher):
-    return Judge(split_lessons(toy_calls())[1], teacher).error(student)
+    return Judge(split_lessons(toy_calls())[1], teacher, 0).error(student)
 
 
 @pytest.mark.parametrize("trainable", ["full", "lora", "difffit"])
