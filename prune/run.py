@@ -28,6 +28,7 @@ from ..runtime.trajectory import DenoiserCall
 from .api import Job, calibration_config
 from .config import METHODS
 from .decide import Decision, decide
+from .guidance import guidance_of, has_branches
 from .noise import Noise, noise_of
 from .remap import index_map, sources_of
 from .remove import Removal
@@ -110,7 +111,7 @@ class Whole:
 
     denoiser: nn.Module  # float32; without weights where it need not run
     calls: Sequence[DenoiserCall]  # what enters it, on its device
-    guidance_scale: float | None  # of these calls
+    guidance_scale: float | None  # of these calls; None: not known
     noise: Noise
 
 
@@ -120,8 +121,9 @@ def whole_of(job: Job, name: str, calibration: CalibrationSet | None, device: st
     if calibration is None or name not in job.running:
         return Whole(build_skeleton(folder), [], None, noise)
     calls = [_on(call, pick_device(device)) for call in calibration if call.component == name]
-    guidance_scale = calibration.record.recipe.get("guidance_scale")
-    return Whole(load_denoiser(build_skeleton(folder), folder, device), calls, guidance_scale, noise)
+    denoiser: Any = load_denoiser(build_skeleton(folder), folder, device)
+    guidance_scale = guidance_of(calibration.record, distilled=bool(denoiser.config.get("guidance_embeds")))
+    return Whole(denoiser, calls, guidance_scale, noise)
 
 
 def choose(
@@ -130,6 +132,11 @@ def choose(
     """What goes from one component."""
     teacher: Teacher | None = None
     if name in job.scored:
+        if whole.guidance_scale is None and has_branches(whole.calls):
+            reporter.notice(
+                f"the guidance scale of the calibration set is not known: branches of {name} are judged apart; "
+                "dacc calibrate --guidance-scale tells it"
+            )
         teacher = Teacher(whole.denoiser, whole.calls, whole.guidance_scale, whole.noise)
     return decide(whole.denoiser, job.config, METHODS.load(job.config.method), job.settings, teacher, known, reporter)
 
