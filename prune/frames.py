@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -15,7 +16,7 @@ from ..runtime.trajectory import DenoiserCall
 
 FRAMES_FIRST = ("UNetSpatioTemporalConditionModel", "CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
 SAMPLES = ("sample", "hidden_states")  # names of the noisy clip where it is no positional argument
-CLIP = 5  # dimensions
+CLIP, TOKENS = 5, 3  # dimensions
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Layout:
         if feature.shape[0] == self.clips * self.frames:
             return feature.unflatten(0, (self.clips, self.frames))
         frames = self.frames // self.patch
-        if feature.ndim == 3 and feature.shape[1] % frames == 0:  # (N, L, D): tokens of a frame follow each other
+        if feature.ndim == TOKENS and feature.shape[1] % frames == 0:  # (N, L, D): tokens of a frame follow each other
             return feature.unflatten(1, (frames, -1))
         return feature.unsqueeze(1)
 
@@ -86,6 +87,22 @@ def with_sample(call: DenoiserCall, sample: Tensor, at: Any = None) -> DenoiserC
     return DenoiserCall(call.component, call.state, tuple(args), kwargs)
 
 
+def noisy_part(call: DenoiserCall, layout: Layout | None, output: Tensor) -> Tensor:
+    """Of the noisy sample what `output` is about: conditions may come as channels behind it."""
+    sample = noisy_sample(call)
+    axis = _channels(sample, layout)
+    return sample.narrow(axis, 0, output.shape[axis])
+
+
+def with_noisy_part(call: DenoiserCall, layout: Layout | None, part: Tensor, at: Any = None) -> DenoiserCall:
+    """The same call with another such part, the conditions behind it as they were; see `with_sample`."""
+    sample = noisy_sample(call)
+    axis = _channels(sample, layout)
+    wide = part.shape[axis]
+    conditions = sample.narrow(axis, wide, sample.shape[axis] - wide)
+    return with_sample(call, torch.cat([part.to(sample.dtype), conditions], axis), at)
+
+
 def cut_frames(call: DenoiserCall, layout: Layout, first: int, count: int) -> DenoiserCall:
     """Some consecutive frames of a call: of the clip, and of conditions that come once for every frame."""
     clip = noisy_sample(call)
@@ -98,6 +115,13 @@ def cut_frames(call: DenoiserCall, layout: Layout, first: int, count: int) -> De
     args = (clip, *tree_map(cut, call.args[1:])) if call.args else ()
     rest = DenoiserCall(call.component, call.state, args, tree_map(cut, call.kwargs))
     return with_sample(rest, clip.narrow(layout.axis, first, count), timestep(call))
+
+
+def _channels(sample: Tensor, layout: Layout | None) -> int:
+    """Their axis: beside the frames of a clip, last in tokens."""
+    if layout:
+        return 3 - layout.axis
+    return -1 if sample.ndim == TOKENS else 1
 
 
 def _patch(config: Any) -> int:

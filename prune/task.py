@@ -17,7 +17,7 @@ from ..core.reporter import Reporter
 from ..core.seeds import named_seed
 from ..runtime.clock import fixed_run
 from ..runtime.trajectory import DenoiserCall
-from .frames import noisy_sample, with_sample
+from .frames import noisy_part, with_noisy_part
 from .teacher import Teacher, prediction
 
 
@@ -62,11 +62,13 @@ def _noisy_calls(teacher: Teacher) -> list[tuple[DenoiserCall, Tensor]]:
         before = last.get(key)
         if before is None or _level(call) < _level(before):
             last[key] = call
-    clean = {
-        key: teacher.noise.clean(noisy_sample(call), prediction(call, call.replay(teacher.denoiser)), _level(call))
-        for key, call in last.items()
-    }
+    clean = {key: _clean(teacher, call) for key, call in last.items()}
     return [(call, clean[call.state.run, call.state.evaluation]) for call in teacher.calls if call.state]
+
+
+def _clean(teacher: Teacher, call: DenoiserCall) -> Tensor:
+    output = prediction(call, call.replay(teacher.denoiser))
+    return teacher.noise.clean(noisy_part(call, teacher.layout, output), output, _level(call))
 
 
 def _loss(teacher: Teacher, call: DenoiserCall, clean: Tensor, seed: int) -> Tensor:
@@ -74,7 +76,7 @@ def _loss(teacher: Teacher, call: DenoiserCall, clean: Tensor, seed: int) -> Ten
     generator = torch.Generator().manual_seed(named_seed(seed, f"{call.state.run}/{call.state.call}"))
     noise = torch.randn(clean.shape, generator=generator).to(clean)
     level = _level(call)
-    noisy = with_sample(call, teacher.noise.mixed(clean, noise, level))
+    noisy = with_noisy_part(call, teacher.layout, teacher.noise.mixed(clean, noise, level))
     with torch.enable_grad(), fixed_run(noisy.state):
         output = teacher.denoiser(*noisy.args, **noisy.kwargs)
     return (prediction(noisy, output) - teacher.noise.wanted(clean, noise, level)).square().mean()

@@ -52,8 +52,8 @@ class Teacher:
         self.calls = list(calls)
         self._groups = [list(group) for _, group in groupby(self.calls, key=_moment)]
         self._wanted: list[Tensor] | None = None
-        self._layout = layout_of(denoiser, self.calls[0])
-        self.is_video = self._layout is not None or type(denoiser).__name__ in PACKED
+        self.layout = layout_of(denoiser, self.calls[0])
+        self.is_video = self.layout is not None or type(denoiser).__name__ in PACKED
 
     def errors(self, removed: Collection[str]) -> Errors:
         """How far the outputs move without some modules."""
@@ -76,9 +76,9 @@ class Teacher:
 
     def _frames_of(self, output: Tensor, call: DenoiserCall) -> Tensor:
         """(B, F, rest)."""
-        if self._layout is None:
+        if self.layout is None:
             return output.unflatten(1, (call.kwargs["num_frames"], -1)).flatten(2)
-        return output.movedim(self._layout.axis, 1).flatten(2)
+        return output.movedim(self.layout.axis, 1).flatten(2)
 
     def _predict(self, group: list[DenoiserCall]) -> Tensor:
         """The prediction that the solver gets in one call: branches combined, learned variances left out."""

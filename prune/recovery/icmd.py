@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...core.reporter import Reporter
 from ...core.seeds import named_seed
 from ...runtime.trajectory import DenoiserCall
-from ..frames import Layout, cut_frames, layout_of, noisy_sample, timestep, with_sample
+from ..frames import Layout, cut_frames, layout_of, noisy_part, timestep, with_noisy_part
 from ..noise import Noise
 from .adversary import Heads, first_stages, heads_loss, stage_features
 from .config import RecoveryConfig
@@ -192,14 +192,10 @@ class _Scene:
 
     def features(self, output: Tensor) -> list[Tensor]:
         """What the heads see of the clean clip that `output` stands for, with gradients to it."""
-        sample, channels = noisy_sample(self._call), 3 - self._layout.axis
-        wide = output.shape[channels]
-        noisy = sample.narrow(channels, 0, wide)  # behind it: conditions that come as channels
+        noisy = noisy_part(self._call, self._layout, output)
         clean = self._adversary.noise.clean(noisy, output, self._level)
         again = self._adversary.noise.mixed(clean, self._noise.to(clean), self._new_level)
-        rest = sample.narrow(channels, wide, sample.shape[channels] - wide)
-        call = with_sample(self._call, torch.cat([again.to(sample.dtype), rest], channels), self._at)
-        layout = self._layout
+        call, layout = with_noisy_part(self._call, self._layout, again, self._at), self._layout
         if self._count < layout.frames:
             call = cut_frames(call, layout, self._first, self._count)
             layout = replace(layout, frames=self._count)

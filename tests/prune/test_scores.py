@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from dacc.core.errors import UnsupportedError
 from dacc.core.reporter import silent
+from dacc.prune.frames import noisy_sample
 from dacc.prune.noise import Noise
 from dacc.prune.scores import SCORES, of_video, score_units
 from dacc.prune.select import Item, Rules, cheapest
@@ -130,6 +132,36 @@ def test_the_task_loss_has_a_gradient_where_that_to_the_network_itself_has_none(
     assert len(levels) == 3
     assert all(loss > 0 and any(value != 0 for value in products.values()) for loss, products in levels)
     assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def with_conditions(toy: toys.Toy, axis: int) -> toys.Toy:
+    """The same with a picture to go by, as channels behind those that are noisy."""
+
+    def inputs() -> dict[str, Any]:
+        found = toy.inputs()
+        name = "sample" if "sample" in found else "hidden_states"
+        return found | {name: torch.cat([found[name], torch.randn_like(found[name])], axis)}
+
+    channels = toy.config.get("in_channels", 4)
+    return replace(toy, config=toy.config | {"in_channels": 2 * channels, "out_channels": channels}, inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    ("make", "axis"),
+    [(toys.unet_condition, 1), (toys.spatio_temporal, 2), (toys.wan, 1), (toys.cogvideox, 2), (toys.flux, 2)],
+)
+def test_conditions_that_come_as_channels_stay_as_they_are(make, axis, calls_of):
+    toy = with_conditions(make(), axis)
+    network = toy.build()
+    teacher, entered = teacher_of(toy, network, calls_of), []
+    network.register_forward_pre_hook(
+        lambda _, args, kwargs: entered.append(kwargs.get("sample", kwargs.get("hidden_states"))), with_kwargs=True
+    )
+    assert all(value > 0 for value in scores_of("taylor", teacher).values())
+    given = [noisy_sample(call).chunk(2, axis) for call in teacher.calls]
+    for (noisy, conditions), found in zip(given, entered[-len(given) :], strict=True):
+        assert torch.equal(found.chunk(2, axis)[1], conditions)
+        assert not torch.equal(found.chunk(2, axis)[0], noisy)
 
 
 @pytest.mark.parametrize("target", ["epsilon", "v_prediction", "sample", "flow"])
