@@ -27,7 +27,7 @@ class Noise:
 
     def clean_factor(self, state: RunState | None) -> float:
         """By how much an error of the output moves the clean sample that it stands for; 1 where that is not known."""
-        if state is None or state.sigma is None or self.target == "sample":
+        if state is None or state.sigma is None or self.target == "sample" or not self.is_plain:
             return 1.0
         level = state.sigma
         if self.target == "v_prediction":

@@ -27,8 +27,14 @@ def task_gradients(
     """For every noise level the mean loss, and of each weight the sum of its values times their gradients.
 
     Raises:
-        UnsupportedError: the calls do not tell their noise levels.
+        UnsupportedError: the calls do not tell their noise levels, or the scheduler scales inputs in a way of its own.
     """
+    if not teacher.noise.is_plain:
+        raise UnsupportedError(
+            "the scheduler is of the EDM kind, which scales inputs and outputs in a way of its own.",
+            "This score adds noise to samples, and has to know how they enter the denoiser.",
+            "Use --set score=out_mse.",
+        )
     found: dict[int, tuple[list[float], dict[str, float]]] = {}
     parameters = list(weights.values())
     for parameter in parameters:

@@ -184,6 +184,14 @@ def test_calls_without_noise_levels_cannot_be_scored_by_taylor():
         scores_of("taylor", Teacher(toy.build(), [call], None, Noise()))
 
 
+def test_schedulers_that_scale_samples_in_a_way_of_their_own_are_no_case_for_taylor(calls_of):
+    toy, noise = toys.dit(), Noise("epsilon", is_plain=False)
+    teacher = teacher_of(toy, toy.build(), calls_of, noise=noise)
+    with pytest.raises(UnsupportedError, match="EDM.*out_mse"):
+        scores_of("taylor", teacher)
+    assert noise.clean_factor(teacher.calls[0].state) == 1.0  # not known
+
+
 def test_the_chosen_set_is_better_than_most_of_its_size(calls_of):
     toy = toys.dit(num_layers=8)
     network = toy.build()
