@@ -111,14 +111,19 @@ class Training:
             for name, parameter in self.parameters.items():
                 self.average[name].copy_(tables["average"][name])
                 self.best[name].copy_(tables["best"][name])
-                self.optimizer.state[parameter] = self._adam(tables, name, parameter)
+                if state := self._adam(tables, name, parameter):  # weights without a gradient have none
+                    self.optimizer.state[parameter] = state
         for name, value in journal.record(UNIT).items():
             setattr(self, name, value)
         self._counted = time.process_time()
         return tables.get("extra", {})
 
     def _adam(self, tables: Mapping[str, Mapping[str, Tensor]], name: str, parameter: Tensor) -> dict[str, Any]:
-        state = {kind.removeprefix("adam "): table[name] for kind, table in tables.items() if kind.startswith("adam ")}
+        state = {
+            kind.removeprefix("adam "): table[name]
+            for kind, table in tables.items()
+            if kind.startswith("adam ") and name in table
+        }
         return {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
 
 

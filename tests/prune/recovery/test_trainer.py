@@ -87,6 +87,34 @@ def test_an_interrupted_run_goes_on_to_the_very_same_weights(toy, train, monkeyp
     assert not starts
 
 
+def test_a_run_goes_on_where_a_weight_never_gets_a_gradient(toy, train, monkeypatch):
+    """As the text stream of the last block of some transformers, when nothing inside is looked at."""
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "SAVE_SHARE", 0.0)
+
+    def pair():
+        student, teacher = toy()
+        student.unused = torch.nn.Linear(2, 2)
+        return student, teacher
+
+    student, teacher = pair()
+    whole = train(student, teacher, name="whole", steps=8)
+    update = module._Run.update
+
+    def failing(self, training):
+        if training.done == 5:
+            raise Stop
+        update(self, training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Run, "update", failing)
+        with pytest.raises(Stop):
+            train(*pair(), name="parts", steps=8)
+    other, _ = pair()
+    assert train(other, teacher, name="parts", steps=8) == whole
+    assert equal(weights(other), weights(student))
+
+
 def test_processor_time_adds_up_over_interruptions(toy, tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "process_time", lambda: now[0])
