@@ -82,11 +82,14 @@ class SkipHook(ModelHook):
         if frame is None or frame.owner is not self.owner:
             return original_of(self)(*args, **kwargs)
         skipping = [unit for unit in self.units if frame.actions[unit] in SKIPPING]
-        if skipping:
-            giving = next((unit for unit in skipping if self.units[unit]), None)
-            return frame.values[skipping[0], self.path] if giving is None else frame.give(giving, self.path)
-        output = original_of(self)(*args, **kwargs)
-        for unit, keeps in self.units.items():
+        giving = next((unit for unit in skipping if self.units[unit]), None)
+        if giving is not None:
+            output = frame.give(giving, self.path)
+        elif skipping:
+            output = frame.values[skipping[0], self.path]
+        else:
+            output = original_of(self)(*args, **kwargs)
+        for unit, keeps in self.units.items():  # where an inner one is skipped too: an outer one may compute
             if unit in frame.storing and keeps:
                 frame.keep(unit, self.path, tree_map(_detached, output))
             elif unit in frame.storing:

@@ -35,19 +35,20 @@ def hook_units_(
         ModelError: the denoiser has no such layer.
     """
     modules = dict(denoiser.named_modules())
+    inner_first = sorted(layouts.values(), key=lambda layout: -len(containers[layout.unit.id]))
     skipping: dict[str, dict[str, bool]] = {}
-    for layout in sorted(layouts.values(), key=lambda layout: -len(containers[layout.unit.id])):
-        unit = layout.unit
-        for number, path in enumerate(layout.skipped):
-            if isinstance(unit, BlockRange):
-                first, last = number == 0, number == len(layout.skipped) - 1
-                metadata = block_metadata(modules[path])
-                hook: ModelHook = BlockHook(owner, unit, path, metadata, first=first, last=last)
-                _register(modules[path], hook, f"{HOOK}.{unit.id}")
-            else:
-                skipping.setdefault(path, {})[unit.id] = path in layout.kept
-    for path, units in skipping.items():
+    for layout in inner_first:
+        for path in () if isinstance(layout.unit, BlockRange) else layout.skipped:
+            skipping.setdefault(path, {})[layout.unit.id] = path in layout.kept
+    for path, units in skipping.items():  # before the ranges: a unit of modules may lie in one, no range in such a unit
         _register(modules[path], SkipHook(owner, path, units), HOOK)
+    for layout in inner_first:
+        if not isinstance(layout.unit, BlockRange):
+            continue
+        for path in layout.skipped:
+            first, last = path == layout.skipped[0], path == layout.skipped[-1]
+            hook = BlockHook(owner, layout.unit, path, block_metadata(modules[path]), first=first, last=last)
+            _register(modules[path], hook, f"{HOOK}.{layout.unit.id}")
     if plan is None:
         return
     name = plan.units[0].id
@@ -55,8 +56,8 @@ def hook_units_(
         _register(modules[checked_path(denoiser, path, name)], LayerHook(owner, name, path), HOOK)
     for name, gate in plan.gates.items():
         probe = probe_of(layouts[name], denoiser)
-        hook = GateHook(owner, name, gate, probe, block_metadata(modules[probe]))
-        _register(modules[probe], hook, f"{HOOK}.gate")
+        watch = GateHook(owner, name, gate, probe, block_metadata(modules[probe]))
+        _register(modules[probe], watch, f"{HOOK}.gate")
 
 
 def _register(module: nn.Module, hook: ModelHook, name: str) -> None:

@@ -15,6 +15,7 @@ import dacc
 from dacc.core.cache_plan import UnetCut
 from dacc.core.errors import ConfigError, ModelError, UnsupportedError
 from dacc.core.schedule_id import schedule_id
+from dacc.runtime.cache_units import layout_of
 from dacc.runtime.cached import CachedUnits, CachePlanWarning, install_plan_, installed_units, no_cache, remove_plans_
 from dacc.runtime.clock import current_run, end_run, run_storage, running_scheduler
 from dacc.runtime.clockwork import attach_clock
@@ -157,6 +158,42 @@ def test_nested_units_follow_the_outer_one(dit_pipeline):
     installed(pipe, {blocks(0, 2): "CRCC", module("transformer_blocks.1.ff"): "CCRC"})
     sample(pipe, request_of(pipe))
     assert recorder.calls == [0, 3]
+
+
+NESTED = {
+    "cut in a cut": ("unet_pipeline", CUT, UnetCut(id="inner", block=0, layer=1)),
+    "middle of an encoder": ("unet_pipeline", ENCODER, module("mid_block")),
+    "first block of a range": ("dit_pipeline", blocks(0, 2), module("transformer_blocks.0")),
+    "last block of a range": ("dit_pipeline", blocks(0, 2), module("transformer_blocks.1")),
+    "range in a range": ("dit_pipeline", blocks(0, 2), blocks(1, 2).model_copy(update={"id": "inner"})),
+}
+
+
+@pytest.mark.parametrize(("kind", "outer", "inner"), NESTED.values(), ids=NESTED)
+def test_an_outer_unit_keeps_what_a_skipped_inner_one_gave(request, kind, outer, inner):
+    """The same input at every call, so that whatever is reused nothing changes."""
+    pipe = request.getfixturevalue(kind)()
+    call, denoiser = capture_calls(pipe, request_of(pipe))[0], denoiser_of(pipe)[1]
+    leaves = {path: last_leaf(denoiser, path) for path in layout_of(denoiser, outer).skipped}
+    owned = {path: Recorder(leaf) for path, leaf in leaves.items() if leaf is not denoiser.get_submodule(path)}
+    inside = layout_of(denoiser, inner).skipped
+    installed(pipe, {outer: "CCRR", inner: "CRRR"})
+    pipe.scheduler.set_timesteps(4)
+    outputs = []
+    with torch.no_grad():
+        for timestep in pipe.scheduler.timesteps:
+            outputs.append(denoiser(*call.args, **call.kwargs)[0])
+            pipe.scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-6)
+    for path, recorder in owned.items():
+        assert sorted(set(recorder.calls)) == ([0] if path in inside else [0, 1]), path
+
+
+def last_leaf(denoiser: torch.nn.Module, path: str) -> torch.nn.Module:
+    """The last layer inside a module; a DiT reads the first one of its first block outside of it too."""
+    modules = reversed(list(denoiser.get_submodule(path).modules()))
+    return next(module for module in modules if isinstance(module, torch.nn.Linear | torch.nn.Conv2d))
 
 
 @pytest.mark.parametrize(
