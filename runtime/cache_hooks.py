@@ -119,8 +119,10 @@ class LayerHook(ModelHook):
 
 
 class BlockHook(ModelHook):
-    """Stands before one block of a range: passes what enters it through where the range is skipped, and adds what the
-    range changed at its last block.
+    """Stands before one block of a range: passes what enters it through where the range is skipped, and gives at its
+    last block what entered the first one plus what the range changed.
+
+    That change holds what a model adds between blocks, as for a ControlNet, so what reaches the last one does not count.
 
     Args:
         owner: the runner whose frames count.
@@ -150,14 +152,14 @@ class BlockHook(ModelHook):
         if frame is None or frame.owner is not self.owner:
             return original_of(self)(*args, **kwargs)
         unit, residual = self.unit.id, self.unit.store == "residual"
-        if frame.actions[unit] in SKIPPING:
-            streams = entering(self.metadata, args, kwargs)
-            if self.last:
-                kept = frame.give(unit, self.path)
-                streams = _added(streams, kept) if residual else kept
-            return self._output(streams)
-        if self.first and unit in frame.storing and residual:
+        skipping = frame.actions[unit] in SKIPPING
+        if self.first and residual and (skipping or unit in frame.storing):
             frame.entered[unit] = entering(self.metadata, args, kwargs)
+        if skipping and not self.last:
+            return self._output(entering(self.metadata, args, kwargs))
+        if skipping:
+            kept = frame.give(unit, self.path)
+            return self._output(_added(frame.entered.pop(unit), kept) if residual else kept)
         output = original_of(self)(*args, **kwargs)
         if self.last and unit in frame.storing:
             left = leaving(self.metadata, output)

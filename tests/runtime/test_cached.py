@@ -125,6 +125,18 @@ def test_reusing_on_the_same_input_gives_the_same_output(request, kind, unit):
         assert torch.equal(full, call.replay(denoiser)[0])
 
 
+def test_what_a_model_adds_between_the_blocks_of_a_range_counts_once(flux_pipeline):
+    pipe = flux_pipeline()
+    call, transformer = capture_calls(pipe, request_of(pipe))[0], pipe.transformer
+    added = torch.randn(1, 1, 32, generator=torch.manual_seed(0))
+    call.kwargs.update(controlnet_block_samples=[added], controlnet_single_block_samples=[added])
+    units, values = CachedUnits(transformer, [blocks(0, 2, *FLUX)]), {}
+    with units.recording(values):
+        full = call.replay(transformer)[0]
+    with units.reusing(values, ["body"]):
+        torch.testing.assert_close(call.replay(transformer)[0], full, rtol=1e-4, atol=1e-6)
+
+
 def test_a_cut_feeds_the_fresh_layers_what_the_deep_ones_gave_before(unet_pipeline):
     """Slow and obvious: the last up layer by hand, on a fresh first convolution and an old deep state."""
     pipe = unet_pipeline()

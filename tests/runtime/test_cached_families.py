@@ -29,6 +29,17 @@ def wan() -> Any:
     return model, {"hidden_states": torch.randn(1, 4, 2, 8, 8), "timestep": STEP, "encoder_hidden_states": TEXT}
 
 
+def wan_vace() -> Any:
+    """With hints that count: a new network's are zeros."""
+    sizes = {"attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "rope_max_seq_len": 32}
+    layers = {"num_layers": 4, "vace_layers": [0, 1, 2], "vace_in_channels": 4, "cross_attn_norm": True}
+    model = diffusers.WanVACETransformer3DModel(**HEADS, out_channels=4, **layers, **sizes)
+    for block in model.vace_blocks:
+        torch.nn.init.normal_(block.proj_out.weight)
+    inputs = {"hidden_states": torch.randn(1, 4, 2, 8, 8), "timestep": STEP, "encoder_hidden_states": TEXT}
+    return model, inputs | {"control_hidden_states": torch.randn(1, 4, 2, 8, 8)}
+
+
 def ltx() -> Any:
     sizes = {"attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 16, "num_layers": 4}
     model = diffusers.LTXVideoTransformer3DModel(**HEADS, out_channels=4, **sizes)
@@ -60,7 +71,7 @@ def mochi() -> Any:
     return model, inputs | {"encoder_attention_mask": torch.ones(1, 6).bool()}
 
 
-@pytest.mark.parametrize("make", [wan, ltx, cogvideox, hunyuan_video, mochi])
+@pytest.mark.parametrize("make", [wan, wan_vace, ltx, cogvideox, hunyuan_video, mochi])
 @torch.no_grad()
 def test_blocks_in_the_middle_are_found_skipped_and_change_nothing_on_the_same_input(make: Callable[[], Any]) -> None:
     torch.manual_seed(0)
