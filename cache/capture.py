@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..core.reporter import Reporter
@@ -17,15 +17,13 @@ def capture_batches(
 ) -> Iterator[tuple[float, list[list[DenoiserCall]]]]:
     """Batch after batch of samples their share of all and the evaluations of every call of their run."""
     for positions in reporter.progress(list(request.batches()), title):
-        yield len(positions) / len(request.seeds), capture(pipe, component, request, list(positions))
+        yield len(positions) / len(request.seeds), capture(pipe, component, request, positions)
 
 
-def capture(pipe: Any, component: str, request: RunRequest, positions: list[int]) -> list[list[DenoiserCall]]:
-    """The evaluations of every call of a run of some samples."""
-    seeds = tuple(request.seeds[position] for position in positions)
-    batch = request.model_copy(update={"seeds": seeds, "batch_size": len(seeds)})
+def capture(pipe: Any, component: str, request: RunRequest, positions: Sequence[int]) -> list[list[DenoiserCall]]:
+    """The evaluations of every call of a run of some samples, in one batch."""
     calls: dict[int, list[DenoiserCall]] = {}
-    for call in capture_calls(pipe, batch, components=[component]):
+    for call in capture_calls(pipe, request, components=[component], positions=positions):
         if call.state is not None:
             calls.setdefault(call.state.call, []).append(call)
     return [calls[call] for call in sorted(calls)]

@@ -143,11 +143,14 @@ def measure_effect(
     return effect
 
 
-def capture_calls(pipe: Any, request: RunRequest, *, components: list[str] | None = None) -> list[DenoiserCall]:
+def capture_calls(
+    pipe: Any, request: RunRequest, *, components: list[str] | None = None, positions: Sequence[int] | None = None
+) -> list[DenoiserCall]:
     """Run the request and keep every denoiser call, in order. Holds all inputs in memory: for short runs.
 
     Args:
         components: names of the denoisers to watch; all by default.
+        positions: of the samples that are run, in one batch; all samples, batch by batch, by default.
     """
     attach_clock(pipe)  # first, so that the clock's hook runs before ours
     calls: list[DenoiserCall] = []
@@ -162,7 +165,9 @@ def capture_calls(pipe: Any, request: RunRequest, *, components: list[str] | Non
         for name, module in denoisers(pipe).items():
             if components is None or name in components:
                 stack.callback(watch(name, module).remove)
-        sample(pipe, request)
+        stack.enter_context(_no_bar(pipe))
+        for batch in request.batches() if positions is None else [positions]:
+            run_batch(pipe, request, batch)
     return calls
 
 
