@@ -1,10 +1,12 @@
-"""What a plan does and costs: a run with it beside the run that computes everything, the same noise in one batch."""
+"""What a plan does and costs: runs with it beside those that compute everything, from the same noise."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.cache_plan import CachePlan
@@ -22,15 +24,14 @@ class PlanObjective:
 
     Args:
         blank: a plan with these units that computes everything.
-        request: the samples; all are run in one batch.
+        request: the samples, run in its batches.
         reference: the pipeline whose runs are what is wanted; None: the same one without a plan.
     """
 
     def __init__(
         self, pipe: Any, component: str, blank: CachePlan, request: RunRequest, reference: Any | None = None
     ) -> None:
-        self._pipe, self._component = pipe, component
-        self._request = request.model_copy(update={"batch_size": len(request.seeds)})
+        self._pipe, self._component, self._request = pipe, component, request
         self.blank, self._steps = blank, 0
         self.containers = install_plan_(pipe, component, blank).containers
         with no_cache(pipe):
@@ -46,7 +47,11 @@ class PlanObjective:
         return planned_macs(plan, self.containers) / (plan.macs.full * plan.calls)
 
     def _final(self, pipe: Any) -> Tensor:
-        """The sample after the last step. What follows it in the pipeline is left out once the steps are known."""
+        """The samples after the last step."""
+        return torch.cat([self._final_of(pipe, positions) for positions in self._request.batches()])
+
+    def _final_of(self, pipe: Any, positions: Sequence[int]) -> Tensor:
+        """Those of one batch. What follows the last step in the pipeline is left out once the steps are known."""
         seen: list[Tensor] = []
 
         def watch(sample: Tensor) -> None:
@@ -55,13 +60,13 @@ class PlanObjective:
                 raise _LastStep
 
         with suppress(_LastStep):
-            call_pipeline(pipe, self._request, range(len(self._request.seeds)), on_step=watch)
+            call_pipeline(pipe, self._request, positions, on_step=watch)
         if not seen:
             raise UnsupportedError(
                 f"the scheduler of {type(pipe).__name__} made no step.", "Runs are compared by its samples."
             )
         self._steps = len(seen)
-        return seen[-1][: len(self._request.seeds)].detach().float().cpu()  # guidance may have doubled the batch
+        return seen[-1][: len(positions)].detach().float().cpu()  # guidance may have doubled the batch
 
 
 class _LastStep(Exception):

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dacc import SearchCacheConfig
+from dacc.cache.objective import PlanObjective
+from dacc.cache.planned import blank_plan
+from dacc.cache.profile import count_unit_macs, first_calls
+from dacc.cache.units import choose_unit
+from dacc.runtime.clockwork import attach_clock
+from dacc.runtime.request import RunRequest
+
+REQUEST = RunRequest(seeds=(1, 2, 3), num_inference_steps=3, guidance_scale=1.0)
+
+
+def objective_of(pipe: Any, batch_size: int) -> PlanObjective:
+    """Of the blocks of a transformer, and of samples in batches."""
+    attach_clock(pipe)
+    unit = choose_unit(pipe.transformer, "auto", whole=True)
+    calls, grid = first_calls(pipe, "transformer", REQUEST)
+    macs = count_unit_macs(pipe.transformer, (unit,), calls)
+    blank = blank_plan(pipe.transformer, (unit,), macs, grid, "", SearchCacheConfig())
+    return PlanObjective(pipe, "transformer", blank, REQUEST.model_copy(update={"batch_size": batch_size}))
+
+
+def reusing(objective: PlanObjective) -> Any:
+    """A plan that computes at the first call only."""
+    return objective.blank.model_copy(update={"codes": dict.fromkeys(objective.blank.codes, "CRR")})
+
+
+def test_trial_runs_keep_to_the_batch_size_and_find_the_same_error(dit_pipeline):
+    whole = objective_of(dit_pipeline(), 3)
+    expected = whole.error(reusing(whole))
+    pipe, rows = dit_pipeline(), list[int]()
+    pipe.transformer.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    objective = objective_of(pipe, 2)
+    rows.clear()  # of the profile
+    assert objective.error(reusing(objective)) == pytest.approx(expected, rel=1e-4)
+    assert rows == [2, 2, 2, 1, 1, 1]
