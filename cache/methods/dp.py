@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ...core.config import Config
-from ...core.errors import ConfigError
+from ...core.errors import ConfigError, UnsupportedError
 
 INFINITE = float("inf")
 
@@ -43,8 +43,14 @@ def schedule(calls: int, computed: int, config: DPConfig, cost: list[list[float]
 
     Raises:
         ConfigError: with `bounds` the calls cannot be cut into so many groups.
+        UnsupportedError: every way to cut them has a cost that is not finite.
     """
     shortest, longest = _bounds(calls, computed) if config.bounds else (1, calls)
+    if not computed * shortest <= calls <= computed * longest:
+        raise ConfigError(
+            f"{calls} calls cannot be cut into {computed} groups of {shortest} to {longest}.",
+            mend="Leave --set bounds=true out.",
+        )
     segment = segment_costs(cost)
     best = [[INFINITE] * (computed + 1) for _ in range(calls + 1)]
     start = [[0] * (computed + 1) for _ in range(calls + 1)]
@@ -56,9 +62,10 @@ def schedule(calls: int, computed: int, config: DPConfig, cost: list[list[float]
                 if total < best[end][groups]:
                     best[end][groups], start[end][groups] = total, first
     if best[calls][computed] == INFINITE:
-        raise ConfigError(
-            f"{calls} calls cannot be cut into {computed} groups of {shortest} to {longest}.",
-            mend="Leave --set bounds=true out.",
+        raise UnsupportedError(
+            "the costs of reuse are not finite.",
+            "Numbers of the profiled runs overflow, as may happen in float16.",
+            "Search with --device cpu, in float32, or by a method that needs no costs: --method deepcache.",
         )
     found, end = [], calls
     for groups in range(computed, 0, -1):

@@ -7,7 +7,7 @@ import pytest
 
 from dacc.cache.methods import deepcache
 from dacc.cache.methods.dp import DPConfig, schedule, schedule_cost
-from dacc.core.errors import ConfigError
+from dacc.core.errors import ConfigError, UnsupportedError
 
 
 def random_cost(calls: int, seed: int) -> list[list[float]]:
@@ -73,3 +73,10 @@ def test_what_was_not_profiled_is_not_chosen():
         cost[first][first + 4 :] = [float("inf")] * len(cost[first][first + 4 :])
     places = schedule(12, 3, DPConfig(), cost)
     assert places == (0, 4, 8)
+
+
+@pytest.mark.parametrize("bounds", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_costs_that_are_not_finite_are_told_as_that(value, bounds):
+    with pytest.raises(UnsupportedError, match="costs of reuse are not finite.*float16.*--device cpu"):
+        schedule(6, 3, DPConfig(bounds=bounds), [[value] * 6] * 6)
