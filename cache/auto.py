@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import isfinite
 from typing import Any
+
+from torch import Tensor
 
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.reporter import Reporter
@@ -28,7 +31,8 @@ def search_auto(
 ) -> Found:
     """The best of several plans for one denoiser, by the relative L2 of the final latents of the profiled runs.
 
-    Arguments and errors are those of `search_component`. A method that the target does not fit is left out (a notice).
+    Arguments and errors are those of `search_component`. A method that the target does not fit, or whose plan has runs
+    that are not finite, is left out (a notice).
     """
     wanted = sample(reference or pipe, request).latents
     found: dict[str, Found] = {}
@@ -39,20 +43,37 @@ def search_auto(
         whole = getattr(method, "WHOLE", False)
         own = config.model_copy(update={"method": name})
         try:
-            found[name] = search_component(
+            plan = search_component(
                 pipe, component, own, method, request, weights, reporter, costs.get(whole, known_cost), reference
             )
+            costs[whole] = plan.cost
+            errors[name] = _error(pipe, component, plan, request, wanted)
         except (ConfigError, UnsupportedError) as error:
             if name == TRIED[-1] and not found:
                 raise
             reporter.notice(f"method auto: {name} was left out: {error.what}")
             continue
-        costs[whole] = found[name].cost
-        found[name].install_(pipe, component)
-        errors[name] = relative_l2(wanted, sample(pipe, request).latents).mean().item()
-        remove_plans_(pipe)
+        found[name] = plan
         reporter.say(f"{component}: {name} has relative L2 {errors[name]:.4f}")
     best = min(errors, key=lambda name: errors[name])
     record = found[best].record
     figures = {f"relative_l2_{name}": round(error, 6) for name, error in errors.items()}
     return replace(found[best], record=record.model_copy(update={"chosen": record.chosen | figures}))
+
+
+def _error(pipe: Any, component: str, found: Found, request: RunRequest, wanted: Tensor) -> float:
+    """Mean relative L2 of the final latents of the profiled runs with a plan.
+
+    Raises:
+        UnsupportedError: they are not finite.
+    """
+    found.install_(pipe, component)
+    error = relative_l2(wanted, sample(pipe, request).latents).mean().item()
+    remove_plans_(pipe)
+    if not isfinite(error):
+        raise UnsupportedError(
+            "the runs with its plan are not finite.",
+            "Their numbers overflow, as may happen in float16.",
+            "Ask for less, or search with --device cpu, in float32.",
+        )
+    return error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from math import isfinite
 from types import ModuleType
 from typing import Any
 
@@ -141,8 +142,8 @@ class _Search:
         return State(generation, kept, {name: known[name] for name in dict.fromkeys([*front, *kept])})
 
     def front(self, known: dict[str, Pair]) -> list[str]:
-        """Names of the plans that none beats, from the cheapest on."""
-        names = sorted(known)
+        """Names of the plans that none beats, from the cheapest on. Those whose runs overflow are not among them."""
+        names = sorted(name for name, (error, _) in known.items() if isfinite(error))
         return [names[place] for place in self.method.non_dominated([known[name] for name in names])]
 
 
@@ -165,7 +166,7 @@ def evolve_component(
 
     Raises:
         ConfigError: the method's fields, a profile of other units, or pymoo is not installed.
-        UnsupportedError: the denoiser cannot be cached so, or the target is out of reach.
+        UnsupportedError: the denoiser cannot be cached so, the target is out of reach, or what meets it overflows.
     """
     settings = build_config(method.CONFIG, **config.settings)
     _check_installed()
@@ -190,6 +191,12 @@ def evolve_component(
     remove_plans_(pipe)
     front = search.front(state.known)
     fitting = [name for name in front if state.known[name][1] <= limit]
+    if not fitting:
+        raise UnsupportedError(
+            "no plan that meets the target has finite runs.",
+            "Their numbers overflow, as may happen in float16.",
+            "Ask for less, or search with --device cpu, in float32.",
+        )
     chosen = min(fitting, key=lambda name: state.known[name])
     plan = trimmed(search.plan(chosen))
     files = front_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -38,9 +39,10 @@ class PlanObjective:
             self._wanted = self._final(reference or pipe)
 
     def error(self, plan: CachePlan, correction: Correction | None = None) -> float:
-        """Mean relative L2 of the final samples of a plan of these units."""
+        """Mean relative L2 of the final samples of a plan of these units; infinite where they are not finite."""
         install_plan_(self._pipe, self._component, plan, correction)
-        return float(relative_l2(self._wanted, self._final(self._pipe)).mean())
+        error = float(relative_l2(self._wanted, self._final(self._pipe)).mean())
+        return error if math.isfinite(error) else math.inf  # nan would be neither better nor worse than any other
 
     def macs_ratio(self, plan: CachePlan) -> float:
         """Predicted multiply-accumulates of a run over those without plan; nothing is run."""

@@ -183,6 +183,19 @@ def test_auto_leaves_out_what_cannot_reach_the_target(dit_folder, cached):
     assert [notice.split(":")[1].split()[0] for notice in notices if "left out" in notice] == ["deepcache", "dp"]
 
 
+def test_auto_leaves_out_a_plan_whose_runs_overflow(unet_folder, monkeypatch):
+    def overflowing(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        return relative_l2(wanted, found) * next(factors)
+
+    factors = iter([float("nan"), 1.0, 1.0])  # of deepcache, taylor and dp
+    monkeypatch.setattr("dacc.cache.auto.relative_l2", overflowing)
+    manifest = read_manifest(search_cache(unet_folder, SearchCacheConfig(**QUICK), output="out", device="cpu"))
+    record = manifest.components["unet"].cache
+    assert record.method != "deepcache"
+    assert "relative_l2_deepcache" not in record.chosen
+    assert "method auto: deepcache was left out: the runs with its plan are not finite." in manifest.passes[-1].notices
+
+
 def test_fields_of_a_forecast_reach_the_plan(unet_folder, cached):
     plan = plan_of(cached(unet_folder, method="taylor", settings={"order": 2, "x": "sigma", "form": "published"}))
     found = plan.predict["deep"]

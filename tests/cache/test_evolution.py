@@ -154,6 +154,19 @@ def test_what_cannot_be_is_refused(dit_folder, fields, error, said):
     assert not Path("out").exists()
 
 
+def test_plans_whose_runs_overflow_are_not_kept(dit_folder, monkeypatch):
+    error = evolution.PlanObjective.error
+
+    def overflowing(self: Any, plan: Any) -> float:
+        return float("inf") if self.macs_ratio(plan) < 0.6 else error(self, plan)
+
+    monkeypatch.setattr(evolution.PlanObjective, "error", overflowing)
+    plans = front_of(search(dit_folder, "out"), "transformer")["plans"]
+    assert min(plan["macs_ratio"] for plan in plans) >= 0.6
+    with pytest.raises(UnsupportedError, match="no plan that meets the target has finite runs.*--device cpu"):
+        search(dit_folder, "other", macs_ratio=0.5)
+
+
 def test_without_pymoo_it_is_told_how_to_get_it(dit_folder, monkeypatch):
     monkeypatch.setattr(evolution, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the package pymoo.*pip install 'dacc-diffusion\[evolve\]'"):

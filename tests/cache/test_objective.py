@@ -39,3 +39,10 @@ def test_trial_runs_keep_to_the_batch_size_and_find_the_same_error(dit_pipeline)
     rows.clear()  # of the profile
     assert objective.error(reusing(objective)) == pytest.approx(expected, rel=1e-4)
     assert rows == [2, 2, 2, 1, 1, 1]
+
+
+def test_runs_that_overflow_have_an_infinite_error(dit_pipeline):
+    pipe = dit_pipeline()
+    objective = objective_of(pipe, 3)
+    pipe.transformer.register_forward_pre_hook(lambda _, args: (args[0] * float("nan"), *args[1:]))
+    assert objective.error(reusing(objective)) == float("inf")
