@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
 from types import ModuleType
@@ -23,10 +23,10 @@ from .config import PruneConfig
 from .masks import learn_masks
 from .remove import Removal, plan_removal
 from .request import Request
-from .scores import UnitScore, score_units
+from .scores import UnitScore, of_outputs, score_units
 from .select import greedily, permitted
 from .settings import MaskConfig, ScoredConfig, parse_groups
-from .teacher import Teacher
+from .teacher import Errors, Teacher
 from .unet import Modules
 from .units import Unit, find_units, sizes_of
 
@@ -127,28 +127,35 @@ def _checked(
 ) -> tuple[tuple[str, ...], float, float | None]:
     """The choice, what the outputs lose by it, and that over the sum of what they lose by each unit alone; a better
     choice where that is far from 1."""
-    error = teacher.errors(removed).relative
+    errors = teacher.errors(removed)
+    error = errors.relative
     additivity = _additivity(request, removed, error, known) if settings.score == "out_mse" else None
     if additivity is None or additivity <= ADDS_UP or not getattr(method, "RESCORES", False):
         return removed, error, additivity
     rules = request.rules(parse_groups(settings.groups) if settings.groups else None)
 
+    alone = [known[unit.name] for unit in request.units]
+
+    def score(found: Errors) -> float:
+        return of_outputs(asdict(found), alone)
+
     def rescored(before: tuple[int, ...], candidates: list[int]) -> list[float]:
         if not before:
-            return [known[request.units[place].name]["relative"] for place in candidates]
+            return [request.scores[request.units[place].name].score for place in candidates]
         sets = [[*before, place] for place in reporter.progress(candidates, "scoring anew")]
         found = [teacher.errors([name for at in places for name in request.units[at].modules]) for places in sets]
-        return [errors.relative for errors in found]
+        return [score(errors) for errors in found]
 
     items = request.items({name: found.score for name, found in request.scores.items()})
     places = greedily(items, request.needed(), rules, rescored)
     assert permitted(items, places, rules)
     other = tuple(name for place in places for name in request.units[place].modules)
-    other_error = teacher.errors(other).relative
-    better = other_error < error
+    other_errors = teacher.errors(other)
+    other_error, better = other_errors.relative, score(other_errors) < score(errors)
+    judged = ", by content and motion" if teacher.is_video else ""
     reporter.notice(
         f"the scores do not add up (the outputs lose {error:.4g}, {additivity:.2f} times their sum): units removed one "
-        f"by one lose {other_error:.4g}, and {'that choice' if better else 'the first choice'} is taken"
+        f"by one lose {other_error:.4g}, and {'that choice' if better else 'the first choice'} is taken{judged}"
     )
     if not better:
         return removed, error, additivity

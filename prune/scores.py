@@ -1,7 +1,7 @@
 """One-shot scores of units: how much the network would miss each. Larger is missed more.
 
 - `out_mse`: squared error of the network's outputs without the unit over their square (the criterion of LAPTOP-Diff,
-  2024, arXiv 2404.11098). Of videos content and motion are told apart, see `of_video`.
+  2024, arXiv 2404.11098). Of videos content and motion are told apart, see `of_outputs`.
 - `bi`: 1 - cos of what enters and what leaves the unit, averaged over tokens (block influence of ShortGPT, 2024, arXiv
   2403.03853).
 - `inout_mse`: squared change of what passes through the unit over its square.
@@ -46,12 +46,18 @@ def score_units(
     return SCORES[name](teacher, units, known, seed, reporter)
 
 
-def of_video(content: Sequence[float], motion: Sequence[float]) -> list[float]:
-    """Errors of frames and of their differences as one score: each over its median, motion counted twice."""
-    scales = [median(values) or 1.0 for values in (content, motion)]
-    return [
-        frames / scales[0] + MOTION_WEIGHT * steps / scales[1] for frames, steps in zip(content, motion, strict=True)
-    ]
+def of_outputs(errors: Mapping[str, float], alone: Sequence[Mapping[str, float]]) -> float:
+    """What the outputs lose as one number. Of videos errors of frames and of their differences, each over its median,
+    motion counted twice.
+
+    Args:
+        errors: fields of `Errors`, of one unit or of several together.
+        alone: those of each unit by itself.
+    """
+    if errors["content"] is None:
+        return errors["relative"]
+    content, motion = (errors[part] / (median(one[part] for one in alone) or 1.0) for part in ("content", "motion"))
+    return content + MOTION_WEIGHT * motion
 
 
 def _out_mse(
@@ -61,12 +67,10 @@ def _out_mse(
         if unit.name not in known:
             known[unit.name] = asdict(teacher.errors(unit.modules))
     found = {unit.name: known[unit.name] for unit in units}
-    if not teacher.is_video:
-        return {name: UnitScore(errors["relative"]) for name, errors in found.items()}
-    content, motion = ([errors[part] for errors in found.values()] for part in ("content", "motion"))
+    alone = list(found.values())
     return {
-        name: UnitScore(score, frames, steps)
-        for name, score, frames, steps in zip(found, of_video(content, motion), content, motion, strict=True)
+        name: UnitScore(of_outputs(errors, alone), errors["content"], errors["motion"])
+        for name, errors in found.items()
     }
 
 

@@ -74,13 +74,14 @@ def largest(items: Sequence[Item], rules: Rules) -> int:
 def greedily(
     items: Sequence[Item], needed: int, rules: Rules, scores: Callable[[tuple[int, ...], list[int]], list[float]]
 ) -> tuple[int, ...]:
-    """Remove one after the other, the best by score over cost, with scores found anew each time: for scores that do not
-    add up. `needed` has to be reachable.
+    """Remove one after the other, the one that adds least to the score for its cost, with scores found anew each time:
+    for scores that do not add up. `needed` has to be reachable.
 
     Args:
         scores: of what is removed, with each of some candidates in addition: (removed, candidates) -> one for each.
     """
     removed: tuple[int, ...] = ()
+    before = 0.0  # score of `removed`
     while sum(items[place].cost for place in removed) < needed:
         candidates = [
             place
@@ -88,8 +89,8 @@ def greedily(
             if place not in removed and _can_end(items, (*removed, place), needed, rules)
         ]
         found = dict(zip(candidates, scores(removed, candidates), strict=True))
-        best = min(candidates, key=lambda place: (found[place] / max(items[place].cost, 1), place))
-        removed = tuple(sorted((*removed, best)))
+        best = min(candidates, key=lambda place: ((found[place] - before) / max(items[place].cost, 1), place))
+        removed, before = tuple(sorted((*removed, best))), found[best]
     return removed
 
 

@@ -188,12 +188,13 @@ def test_without_a_set_one_is_made_on_the_fly(deep_dit, tmp_path):
     assert len(list((tmp_path / "cache" / "calibration").iterdir())) == 1
 
 
-@pytest.mark.parametrize("better", [True, False])
-def test_scores_that_do_not_add_up_are_found_anew(better):
-    """Blocks 1 and 3 are cheap alone and dear together; what goes one by one is kept where it is better."""
+@pytest.mark.parametrize(("better", "video"), [(True, False), (False, False), (True, True)])
+def test_scores_that_do_not_add_up_are_found_anew(better, video):
+    """Blocks 1 and 3 are cheap alone and dear together; what goes one by one is kept where it is better, of videos by
+    content and motion whatever the outputs lose."""
 
     class Stub:
-        is_video = False
+        is_video = video
         calls = ()
 
         def __init__(self, denoiser: torch.nn.Module) -> None:
@@ -203,8 +204,10 @@ def test_scores_that_do_not_add_up_are_found_anew(better):
             names = {name.rpartition(".")[2] for name in removed}
             alone = {"1": 0.1, "2": 0.6, "3": 0.15, "4": 0.2}
             joint = 5.0 if {"1", "3"} <= names else 0.0
-            worse = 9.0 if not better and "1" in names and len(names) > 1 and "3" not in names else 0.0
-            return Errors(sum(alone.get(name, 1.0) for name in names) + joint + worse)
+            single = sum(alone.get(name, 1.0) for name in names)
+            worse = 9.0 if (video or not better) and "1" in names and len(names) > 1 and "3" not in names else 0.0
+            frames = (single + joint,) * 2 if video else ()
+            return Errors(single + joint + worse, *frames)
 
     network, reporter = toys.dit(num_layers=6).build(), Reporter(quiet=True)
     method, teacher = METHODS.load("score"), Stub(network)
@@ -216,8 +219,9 @@ def test_scores_that_do_not_add_up_are_found_anew(better):
         found = decide(network, config, method, ScoredConfig(), teacher, {}, reporter)  # type: ignore[arg-type]
     finally:
         module._macs = original
-    assert found.additivity == pytest.approx(1.0 if better else 5.25 / 0.25)
+    assert found.additivity == pytest.approx(9.3 / 0.3 if video else 1.0 if better else 5.25 / 0.25)
     assert "do not add up" in reporter.notices[0]
+    assert ("content and motion" in reporter.notices[0]) is video
     wanted = (
         {"transformer_blocks.1", "transformer_blocks.4"} if better else {"transformer_blocks.1", "transformer_blocks.3"}
     )

@@ -15,7 +15,7 @@ from dacc.core.errors import UnsupportedError
 from dacc.core.reporter import silent
 from dacc.prune.frames import noisy_sample
 from dacc.prune.noise import Noise
-from dacc.prune.scores import SCORES, of_video, score_units
+from dacc.prune.scores import SCORES, of_outputs, score_units
 from dacc.prune.select import Item, Rules, cheapest
 from dacc.prune.task import task_gradients
 from dacc.prune.teacher import Teacher
@@ -120,7 +120,8 @@ def test_of_videos_frames_and_their_differences_are_told_apart(calls_of):
             content += change.square().mean().item() / 3
             motion += (change[:, :, 1:] - change[:, :, :-1]).square().mean().item() / 3
     assert (found.content, found.motion) == (pytest.approx(content, rel=1e-4), pytest.approx(motion, rel=1e-4))
-    assert of_video([1.0, 2.0, 4.0], [1.0, 1.0, 3.0]) == [0.5 + 2, 1 + 2, 2 + 6]
+    alone = [{"relative": 9.0, "content": content, "motion": motion} for content, motion in ((1, 1), (2, 1), (4, 3))]
+    assert [of_outputs(errors, alone) for errors in alone] == [0.5 + 2, 1 + 2, 2 + 6]
 
 
 def test_the_task_loss_has_a_gradient_where_that_to_the_network_itself_has_none(calls_of):

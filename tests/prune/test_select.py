@@ -95,3 +95,13 @@ def test_greedy_choice_follows_scores_that_change():
         1,
         3,
     )
+
+
+def test_greedy_choice_asks_what_one_more_adds_and_not_what_all_lose():
+    items = [Item(0, cost, "a", 2 * place) for place, cost in enumerate((4, 2, 8))]
+    lost = {(0,): 0.4, (1,): 0.3, (2,): 8.0, (0, 1): 0.45, (0, 2): 1.5}  # for its cost (0, 2) loses less than (0, 1)
+
+    def scores(removed: tuple[int, ...], places: list[int]) -> list[float]:
+        return [lost[tuple(sorted((*removed, place)))] for place in places]
+
+    assert greedily(items, 6, Rules(), scores) == (0, 1)
