@@ -62,8 +62,25 @@ def cheapest(items: Sequence[Item], needed: int, rules: Rules) -> tuple[int, ...
     Items of a stack follow each other by position. Of equally cheap sets the smaller one is taken, then the first.
     """
     fits = [found for found in _front(items, needed, rules) if found.cost >= needed]
-    best = min(fits, key=lambda found: (found.score, len(found.places), found.places), default=None)
+    best = min(fits, key=_rank, default=None)
     return best.places if best else None
+
+
+def of_each_cost(items: Sequence[Item], at_most: int, rules: Rules) -> dict[int, tuple[int, ...]]:
+    """Cost of a permitted set -> places of the cheapest one of that very cost, up to a bound; 0 among them."""
+    best: dict[tuple[State, int], _Partial] = {(START, 0): _Partial(0.0, 0, ())}
+    for place, item in enumerate(items):
+        for (state, cost), one in list(best.items()):
+            after = rules.after(state, item)
+            if after is None or cost + item.cost > at_most:
+                continue
+            added = _Partial(one.score + item.score, cost + item.cost, (*one.places, place))
+            known = best.setdefault((after, added.cost), added)
+            best[after, added.cost] = min(known, added, key=_rank)
+    found: dict[int, _Partial] = {}
+    for one in sorted(best.values(), key=_rank):
+        found.setdefault(one.cost, one)
+    return {cost: one.places for cost, one in found.items()}
 
 
 def largest(items: Sequence[Item], rules: Rules) -> int:
@@ -102,6 +119,10 @@ def permitted(items: Sequence[Item], places: Sequence[int], rules: Rules) -> boo
         if (state := rules.after(state, items[place])) is None:
             return False
     return True
+
+
+def _rank(found: _Partial) -> tuple[float, int, tuple[int, ...]]:
+    return found.score, len(found.places), found.places
 
 
 def _can_end(items: Sequence[Item], removed: tuple[int, ...], needed: int, rules: Rules) -> bool:

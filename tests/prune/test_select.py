@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 
-from dacc.prune.select import Item, Rules, cheapest, greedily, largest, permitted
+from dacc.prune.select import Item, Rules, cheapest, greedily, largest, of_each_cost, permitted
 
 RULES = {
     "no neighbours": Rules(),
@@ -63,6 +63,20 @@ def test_it_is_what_trying_all_sets_finds(rules, seed):
         assert found in sets
         assert costs[found] >= needed
         assert sum(items[place].score for place in found) == pytest.approx(min(scores))
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("seed", range(4))
+def test_of_each_cost_it_is_the_best_that_trying_all_sets_finds(rules, seed):
+    items = items_of(seed, even=seed % 2 == 0)
+    bound, best = sum(item.cost for item in items) // 2, dict[int, float]()
+    for places in all_sets(items, rules):
+        cost, score = (sum(getattr(items[place], part) for place in places) for part in ("cost", "score"))
+        if cost <= bound:
+            best[cost] = min(score, best.get(cost, score))
+    found = of_each_cost(items, bound, rules)
+    assert all(is_permitted(items, places, rules) for places in found.values())
+    assert {cost: sum(items[place].score for place in places) for cost, places in found.items()} == pytest.approx(best)
 
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)

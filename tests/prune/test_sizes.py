@@ -88,6 +88,7 @@ def test_smaller_fluxes_come_out_of_flux(doubles, singles, parameters):
         ({}, 0.15, [1, 1, 2, 2], 0.189),
         ({}, 0.45, 1, 0.456),
         ({"deep": True}, 0.389, [2, 2, 1, 1], 0.389),
+        ({"deep": True}, None, [2, 2, 1, 1], 0.389),
     ],
 )
 def test_vdmini_of_stable_video_diffusion_is_as_small_as_told(settings, ratio, layers, fewer):

@@ -205,7 +205,7 @@ def hunyuan_video() -> Toy:
     return Toy(diffusers.HunyuanVideoTransformer3DModel, config, inputs)
 
 
-def hunyuan_dit() -> Toy:
+def hunyuan_dit(**fields: Any) -> Toy:
     config = {
         "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "patch_size": 2, "sample_size": 8,
         "hidden_size": 16, "num_layers": 8, "cross_attention_dim": 16, "cross_attention_dim_t5": 16,
@@ -220,7 +220,7 @@ def hunyuan_dit() -> Toy:
             "text_embedding_mask_t5": torch.ones(2, 4),
         }  # fmt: skip
 
-    return Toy(diffusers.HunyuanDiT2DModel, config, inputs)
+    return Toy(diffusers.HunyuanDiT2DModel, config | fields, inputs)
 
 
 def wan() -> Toy:
