@@ -104,6 +104,10 @@ def decide(
         removed = method.select(request, settings)
     if teacher is not None and isinstance(settings, ScoredConfig):
         removed, error, additivity = _checked(teacher, request, removed, known, method, settings, reporter)
+    if not removed:
+        raise UnsupportedError(
+            f"nothing of this {request.class_name} would go.", mend="Ask for a --ratio, or use another --method."
+        )
     removal = plan_removal(request.class_name, request.config, sizes, removed)
     if config.strict_config and removal.identity:
         raise UnsupportedError(

@@ -38,7 +38,7 @@ def select(request: Request, config: BkSdmConfig) -> tuple[str, ...]:
     """The modules to remove.
 
     Raises:
-        UnsupportedError: no pattern reaches the ratio, or the network has no such stage.
+        UnsupportedError: no pattern reaches the ratio, or the network has nothing that this one removes.
         ConfigError: a size is asked for that only a U-Net has, or a ratio beside it.
     """
     if request.class_name not in UNETS:
@@ -50,8 +50,6 @@ def select(request: Request, config: BkSdmConfig) -> tuple[str, ...]:
             raise ConfigError("--set size says how much goes, and so does --ratio.", mend="Give one of them.")
         return pattern(request, config.size)
     found = [names for size in SIZES if (names := _pattern_or_none(request, size))]
-    if not found:
-        raise UnsupportedError(f"this {request.class_name} has one layer in every stage and a middle that has to stay.")
     if request.ratio is None:
         return found[0]
     for names in found:
@@ -64,12 +62,25 @@ def pattern(request: Request, size: str) -> tuple[str, ...]:
     """What goes from a U-Net.
 
     Raises:
-        UnsupportedError: the innermost stage has to stay.
+        UnsupportedError: there is no second layer or no middle to remove, or the innermost stage has to stay.
     """
     stages = request.modules.size("down_blocks")
     names = [name for unit in request.units if unit.stack != "mid" for name in unit.modules]
+    middle = [name for unit in request.units if unit.stack == "mid" for name in unit.modules]
+    if size == "base" and not names:
+        raise UnsupportedError(
+            f"every stage of this {request.class_name} has one layer alone: --set size=base would remove nothing.",
+            mend="Use --set size=small, which removes the middle.",
+        )
+    if size == "small" and not middle:
+        raise UnsupportedError(
+            f"this {request.class_name} has no middle block that can go"
+            + (" by its config alone." if request.strict else "."),
+            "--set size=small would remove what size=base does.",
+            "Use --set size=base" + (", or leave --strict-config out." if request.strict else "."),
+        )
     if size != "base":
-        names += [name for unit in request.units if unit.stack == "mid" for name in unit.modules]
+        names += middle
     if size != "tiny":
         return tuple(names)
     widths, kind = list(request.config["block_out_channels"]), UNETS[request.class_name]
@@ -77,7 +88,7 @@ def pattern(request: Request, size: str) -> tuple[str, ...]:
         raise UnsupportedError(
             f"the innermost stage of this {request.class_name} has to stay.",
             "It can go where the stage before it has as many channels.",
-            "Use --set size=small.",
+            f"Use --set size={'small' if middle else 'base'}.",
         )
     inner, outer = f"down_blocks.{stages - 1}", "up_blocks.0"
     kept = [name for name in names if not name.startswith((f"{inner}.", f"{outer}."))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,6 +227,12 @@ def test_scores_that_do_not_add_up_are_found_anew(better, video):
         {"transformer_blocks.1", "transformer_blocks.4"} if better else {"transformer_blocks.1", "transformer_blocks.3"}
     )
     assert found.removal.removed == wanted
+
+
+def test_a_choice_of_nothing_is_refused():
+    network, method = toys.dit().build(), SimpleNamespace(select=lambda request, settings: ())
+    with pytest.raises(UnsupportedError, match="nothing of this DiT.*--ratio"):
+        decide(network, PruneConfig(), method, ScoredConfig(), None, {}, Reporter(quiet=True))  # type: ignore[arg-type]
 
 
 REFUSED = {

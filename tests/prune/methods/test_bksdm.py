@@ -45,6 +45,20 @@ def test_where_no_stage_can_go_tiny_is_refused():
         select("bksdm", ask(toys.unet_condition()), size="tiny")
 
 
+def test_a_size_that_would_remove_nothing_is_refused_with_one_that_does():
+    one_layer = ask(toys.unet_condition(layers_per_block=1))
+    with pytest.raises(UnsupportedError, match="one layer alone.*Use --set size=small"):
+        select("bksdm", one_layer, size="base")
+    assert select("bksdm", one_layer, size="small") == select("bksdm", one_layer) == ("mid_block",)
+
+
+def test_small_is_refused_where_the_middle_has_to_stay():
+    strict = ask(toys.motion(), strict=True)
+    with pytest.raises(UnsupportedError, match="no middle block.*Use --set size=base, or leave --strict-config out"):
+        select("bksdm", strict, size="small")
+    assert select("bksdm", strict, size="base") == select("bksdm", strict)
+
+
 @pytest.mark.parametrize(
     ("layers", "ratio", "places"), [(9, 0.2, (3, 6)), (9, 0.1, (4,)), (10, 0.3, (2, 4, 7)), (9, 0.4, (1, 3, 5, 7))]
 )
