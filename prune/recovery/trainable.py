@@ -26,8 +26,11 @@ from .config import RecoveryConfig
 # the last layer of a residual branch, as diffusers names it; the `?*` in front keeps the output layer of a network out
 BRANCH_ENDS = (
     "?*.to_out.0",
+    "?*.attn.to_out",  # a list in all but the single-stream blocks of Flux 2
     "?*.to_add_out",
     "?*.ff*.net.2",
+    "?*.ff*.linear_out",
+    "?*.*_mlp.net.2",
     "?*.conv2",
     "?*.temp_convs.*.conv4.3",
     "?*.proj_out",

@@ -8,6 +8,10 @@ from dacc.core.config import build_config
 from dacc.core.errors import UnsupportedError
 from dacc.prune.recovery.config import RecoveryConfig
 from dacc.prune.recovery.trainable import LowRank, branch_ends, training_
+from dacc.prune.stacks import TRANSFORMERS
+from dacc.runtime.passthrough import skipping
+
+from .. import toys
 
 
 def prepared(student, **fields):
@@ -92,6 +96,27 @@ def test_branch_ends_are_found_in_denoisers_and_never_the_output_layer(dit_pipel
     assert {"single_transformer_blocks.0.proj_out", "transformer_blocks.0.attn.to_add_out"} <= set(branch_ends(flux))
     assert {"transformer_blocks.0.ff.net.2", "transformer_blocks.0.ff_context.net.2"} <= set(branch_ends(flux))
     assert "proj_out" not in branch_ends(flux)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        toys.dit, toys.pixart, toys.sd3, toys.flux, toys.flux2, toys.hunyuan_video, toys.wan, toys.ltx, toys.cogvideox,
+        toys.qwen_image, toys.sana,
+    ],
+)  # fmt: skip
+def test_with_all_factors_at_zero_no_block_of_a_transformer_does_anything(make):
+    toy = make()
+    student, teacher = toy.build(), toy.build()
+    stacks = [stack.path for stack in TRANSFORMERS[type(student).__name__]]
+    blocks = [f"{stack}.{number}" for stack in stacks for number in range(len(teacher.get_submodule(stack)))]
+    with prepared(student, trainable="difffit") as parameters, torch.no_grad():
+        for name, parameter in parameters.items():
+            if name.endswith("factor") and name.startswith(tuple(f"{block}." for block in blocks)):
+                parameter.fill_(0.0)
+        found = toy.run(student)
+    with skipping(teacher, blocks):
+        assert torch.allclose(found, toy.run(teacher), atol=1e-5)
 
 
 def test_only_low_rank_updates_are_trained_with_lora(toy):
