@@ -135,7 +135,7 @@ class Adversary:
             return nothing, {"heads": fooled}
         loss = -self.heads.verdict(scene.features(output))
         (slope,) = torch.autograd.grad(loss, output)
-        usual = 2 * self.config.output_weight * (output.detach().float() - lesson.teacher.output.float())
+        usual = 2 * (output.detach().float() - lesson.teacher.output.float())  # of the error, whatever its weight
         usual = usual / lesson.teacher.output.float().square().sum()
         if self.weight * slope.norm() > LARGEST * usual.norm():
             self.weight /= 2

@@ -179,6 +179,15 @@ def test_an_overwhelming_adversary_is_halved(scene):
     assert adversary.weight == 4.0
 
 
+def test_it_is_not_halved_because_the_output_error_has_no_weight(scene):
+    told = []
+    for output_weight in (1.0, 0.0):
+        adversary, lesson, output = scene(output_weight=output_weight, adversarial_weight=1e-4)
+        told.append((adversary.term(output, lesson)[1], adversary.weight))
+    assert told[0] == told[1]
+    assert told[1][1] == 1e-4
+
+
 def test_it_is_silent_at_first_and_for_the_noisiest_calls(scene, monkeypatch):
     adversary, lesson, output = scene(update=4)
     assert adversary.term(output, lesson) == (0, {})
