@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from ..runtime.trajectory import DenoiserCall
 
 FRAMES_FIRST = ("UNetSpatioTemporalConditionModel", "CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
+PACKED = ("LTXVideoTransformer3DModel",)  # clips are rows of tokens, frame by frame
 SAMPLES = ("sample", "hidden_states")  # names of the noisy clip where it is no positional argument
 CLIP, TOKENS = 5, 3  # dimensions
 

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from ..runtime.passthrough import skipping
 from ..runtime.trajectory import DenoiserCall
-from .frames import layout_of, noisy_sample
+from .frames import PACKED, layout_of, noisy_sample
 from .noise import Noise
 
-PACKED = ("LTXVideoTransformer3DModel",)  # outputs are rows of tokens, frame by frame
 CLASS_FIRST = ("DiTTransformer2DModel",)  # the batch of both guidance branches begins with the guided one
 
 

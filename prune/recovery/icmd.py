@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...core.reporter import Reporter
 from ...core.seeds import named_seed
 from ...runtime.trajectory import DenoiserCall
-from ..frames import Layout, cut_frames, layout_of, noisy_part, timestep, with_noisy_part
+from ..frames import PACKED, Layout, cut_frames, layout_of, noisy_part, timestep, with_noisy_part
 from ..noise import Noise
 from .adversary import Heads, first_stages, heads_loss, stage_features
 from .config import RecoveryConfig
@@ -210,8 +210,10 @@ def objective_for(
     seed: int,
     reporter: Reporter,
 ) -> Objective:
-    """What this network is trained with; a notice where a video has to do without the loss of motion."""
+    """What this network is trained with; a notice where a video has to do without losses of its own."""
     layout = layout_of(teacher, calls[0])
+    if config.icmd and type(teacher).__name__ in PACKED:
+        reporter.notice("recovery has the losses of images, as with icmd=false: clips enter as a plain list of tokens.")
     if layout is None or not config.icmd:
         return Objective(config)
     if not config.adversarial_weight or layout.frames == 1:

@@ -19,6 +19,7 @@ from dacc.prune.recovery.objective import Lesson, Objective
 from dacc.prune.recovery.taps import answer
 from dacc.runtime.trajectory import DenoiserCall
 
+from .. import toys
 from .conftest import state_of, toy_calls
 
 TAPS = [(name, name) for name in ("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1")]
@@ -222,6 +223,17 @@ def test_who_gets_which_objective(motion_unet, clip_calls, toy):
     assert made(adversarial_weight=0)[0].adversary is None
     assert type(made(icmd=False)[0]) is Objective
     assert type(objective_for(config, toy()[1], toy_calls(), NOISE, 0, silent())) is Objective
+
+
+def test_clips_as_plain_tokens_have_the_losses_of_images_with_a_notice():
+    toy = toys.ltx()
+    call, told = DenoiserCall("transformer", state_of(0, 0, 1), (), toy.inputs()), []
+    for icmd in (True, False):
+        config, reporter = build_config(RecoveryConfig, steps=10, icmd=icmd), silent()
+        assert type(objective_for(config, toy.build(), [call], NOISE, 0, reporter)) is Objective
+        told.append(reporter.notices)
+    assert "plain list of tokens" in told[0][0]
+    assert not told[1]
 
 
 def cut(teacher, make):
