@@ -122,7 +122,7 @@ class BlockHook(ModelHook):
     """Stands before one block of a range: passes what enters it through where the range is skipped, and gives at its
     last block what entered the first one plus what the range changed.
 
-    That change holds what a model adds between blocks, as for a ControlNet, so what reaches the last one does not count.
+    That change holds what a model adds between blocks, as for a ControlNet; what reaches the last one does not count.
 
     Args:
         owner: the runner whose frames count.
