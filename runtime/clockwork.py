@@ -2,7 +2,7 @@
 
 `attach_clock(pipe)` gives the scheduler instance a subclass of its own class whose methods also move the clock, so
 copies, pickles, `save_pretrained` and `isinstance` work as before and no other scheduler is touched. **After
-`pipe.scheduler = Other.from_config(...)` call `attach_clock(pipe)` again.**
+`pipe.scheduler = Other.from_config(...)` call `attach_clock(pipe)` again**; one with a cache plan does so itself.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def observe_steps(observer: Callable[[Tensor], None]) -> Iterator[None]:
 def attach_clock(pipe: Any) -> None:
     """Let the pipeline's schedulers and denoisers move the clock. Repeating it changes nothing.
 
-    Call it again after replacing `pipe.scheduler` or a denoiser.
+    Call it again after replacing `pipe.scheduler` or a denoiser, unless the pipeline has a cache plan.
     """
     for component in pipe.components.values():
         if isinstance(component, SchedulerMixin) and not hasattr(component, "_dacc_clocked"):

@@ -1,4 +1,4 @@
-"""Pipelines whose runs end with their call."""
+"""Pipelines whose runs end with their call, and are counted whatever scheduler they have by then."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .clock import end_run
+from .clockwork import attach_clock
 
 
 @functools.cache
@@ -15,6 +16,7 @@ def ending_its_run(base: type) -> type:
 
     @functools.wraps(base.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attach_clock(self)
         try:
             return base.__call__(self, *args, **kwargs)
         finally:

@@ -70,7 +70,7 @@ class Recorder:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.calls: list[int] = []
-        module.register_forward_hook(lambda *_: self.calls.append(current_run().call))
+        module.register_forward_hook(lambda *_: self.calls.append(state.call if (state := current_run()) else -1))
 
 
 @EVERY_UNIT
@@ -262,6 +262,16 @@ def test_repeated_runs_and_other_step_counts_do_not_meet(unet_pipeline):
     with pytest.warns(CachePlanWarning, match="searched for 6 DDIMScheduler calls; this run of 9"):
         sample(pipe, request_of(pipe, num_inference_steps=9))
     assert torch.equal(sample(pipe, request).latents, first)
+
+
+def test_a_scheduler_that_takes_the_place_of_another_runs_the_plan_too(unet_pipeline):
+    pipe = unet_pipeline()
+    recorder = Recorder(pipe.unet.mid_block.resnets[0])
+    installed(pipe, {CUT: "CRCRCRCR"})
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe(batch_size=1, num_inference_steps=8)
+    assert recorder.calls == [0, 2, 4, 6]
+    assert run_storage() is None
 
 
 def test_a_short_run_goes_without_the_plan_and_says_so(unet_pipeline):
