@@ -38,6 +38,7 @@ class Frame:
     correct: Callable[[str, str, Any], Any] | None = None  # (unit, module, kept) -> what is given back in its place
     # (unit, module) -> its forecast by fitted weights; None where they are not for what is there
     fitted: Callable[[str, str], Any] | None = None
+    changed: bool = False  # whether the denoiser adds in place to what its blocks give
     ahead: Callable[..., Any] | None = None  # stands before the denoiser: it evaluates later calls too
 
     def keep(self, unit: str, path: str, value: Any) -> None:
@@ -60,6 +61,8 @@ class Frame:
         value = self.values[unit, path]
         return value if self.correct is None else self.correct(unit, path, value)
 
+
+ADDITIONS = ("down_intrablock_additional_residuals", "down_block_additional_residuals")  # of T2I-Adapters, then and now
 
 FRAME: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("dacc_cache_frame", default=None)
 
@@ -84,14 +87,14 @@ class SkipHook(ModelHook):
         skipping = [unit for unit in self.units if frame.actions[unit] in SKIPPING]
         giving = next((unit for unit in skipping if self.units[unit]), None)
         if giving is not None:
-            output = frame.give(giving, self.path)
+            output = _lent(frame, frame.give(giving, self.path))
         elif skipping:
-            output = frame.values[skipping[0], self.path]
+            output = _lent(frame, frame.values[skipping[0], self.path])
         else:
             output = original_of(self)(*args, **kwargs)
         for unit, keeps in self.units.items():  # where an inner one is skipped too: an outer one may compute
             if unit in frame.storing and keeps:
-                frame.keep(unit, self.path, tree_map(_detached, output))
+                frame.keep(unit, self.path, _lent(frame, tree_map(_detached, output)))
             elif unit in frame.storing:
                 frame.values[unit, self.path] = tree_map(_hollow, output)
         return output
@@ -249,6 +252,13 @@ def _difference(after: Tensor | None, before: Tensor | None) -> Tensor | None:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _lent(frame: Frame, output: Any) -> Any:
+    """An output with a main tensor of its own where the denoiser adds to it in place: what is kept stays as it was."""
+    if not frame.changed:
+        return output
+    return (output[0].clone(), *output[1:]) if isinstance(output, tuple) else output.clone()
 
 
 def _hollow(value: Any) -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core.cache_plan import COMPUTE, GATE, REUSE, SKIPPING, CachePlan, Unit
 from ..core.pipeline import denoisers
 from ..core.schedule_id import NoiseGrid, same_levels
-from .cache_hooks import FRAME, Frame, Values, computing, drop, original_of
+from .cache_hooks import ADDITIONS, FRAME, Frame, Values, computing, drop, original_of
 from .cache_units import Layout, containers_of, layout_of
 from .clock import change_samples, current_grid, current_run, run_storage, running_order
 from .clockwork import attach_clock
@@ -249,6 +249,7 @@ class _RootHook(ModelHook):
         if opened is None:
             return original_of(self)(*args, **kwargs)
         frame, row = opened
+        frame.changed = any(kwargs.get(name) is not None for name in ADDITIONS)
         forward = original_of(self) if frame.ahead is None else partial(frame.ahead, original_of(self))
         token = FRAME.set(frame)
         try:

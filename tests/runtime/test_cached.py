@@ -137,6 +137,35 @@ def test_what_a_model_adds_between_the_blocks_of_a_range_counts_once(flux_pipeli
         torch.testing.assert_close(call.replay(transformer)[0], full, rtol=1e-4, atol=1e-6)
 
 
+ADAPTED = {
+    "cut": CUT,
+    "cut at the last layer": UnetCut(id="deep", block=1, layer=1),
+    "encoder": ENCODER,
+    "middle": module("mid_block"),
+    "last layer of a block": module("down_blocks.0.downsamplers.0"),
+}
+
+
+@pytest.mark.parametrize("unit", ADAPTED.values(), ids=ADAPTED)
+@pytest.mark.parametrize("down", [("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnDownBlock2D", "DownBlock2D")])
+@torch.no_grad()
+def test_what_an_adapter_adds_in_place_never_reaches_what_is_kept(unit, down):
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (16, 32), "norm_num_groups": 8, "cross_attention_dim": 16, "attention_head_dim": 4}
+    up = tuple(name.replace("Down", "Up") for name in reversed(down))
+    unet = diffusers.UNet2DConditionModel(down_block_types=down, up_block_types=up, layers_per_block=1, **sizes).eval()
+    first = 8 if down[0] == "DownBlock2D" else 16  # one adds behind its sampler, the other before
+    added = [torch.randn(1, channels, size, size) for channels, size in ((16, first), (32, 8), (32, 8))]
+    inputs = {"sample": torch.randn(1, 4, 16, 16), "timestep": 5, "encoder_hidden_states": torch.randn(1, 6, 16)}
+    plain = unet(**inputs, down_intrablock_additional_residuals=list(added))[0]
+    units, values = CachedUnits(unet, [unit]), {}
+    with units.recording(values):
+        assert torch.equal(unet(**inputs, down_intrablock_additional_residuals=list(added))[0], plain)
+    for _ in range(2):
+        with units.reusing(values, [unit.id]):
+            assert torch.equal(unet(**inputs, down_intrablock_additional_residuals=list(added))[0], plain)
+
+
 def test_a_cut_feeds_the_fresh_layers_what_the_deep_ones_gave_before(unet_pipeline):
     """Slow and obvious: the last up layer by hand, on a fresh first convolution and an old deep state."""
     pipe = unet_pipeline()
