@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.schedule_id import NoiseGrid
 
 Branch = Literal["cond", "uncond", "both"]
-Change = Callable[[Tensor, "RunState", int | None], Tensor]  # of a sample at a call; last the timesteps of training
+Change = Callable[[Tensor, "RunState", Any], Tensor]  # of a sample at a call, by its scheduler
 
 
 @dataclass(frozen=True)

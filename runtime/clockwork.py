@@ -121,11 +121,10 @@ def _step(method: Callable[..., Any]) -> Callable[..., Any]:
         timestep = kwargs.get("timestep", args[place] if len(args) > place else None)
         call = _locate(self, run, timestep) if run else 0
         if run and run.before_step:
-            trained = self.config.get("num_train_timesteps")
             if "sample" in kwargs:
-                kwargs["sample"] = run.before_step(kwargs["sample"], run.state, trained)
+                kwargs["sample"] = run.before_step(kwargs["sample"], run.state, self)
             elif len(args) > from_place:
-                changed = run.before_step(args[from_place], run.state, trained)
+                changed = run.before_step(args[from_place], run.state, self)
                 args = (*args[:from_place], changed, *args[from_place + 1 :])
         result = method(self, *args, **kwargs)
         if observer := _OBSERVER.get():

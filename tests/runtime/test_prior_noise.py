@@ -2,17 +2,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
 from dacc.cache.methods import encoder
 from dacc.cache.planned import planned
+from dacc.core.schedule_id import read_grid
 from dacc.runtime.cached import no_cache, remove_plans_
+from dacc.runtime.clock import RunState
+from dacc.runtime.prior_noise import PriorNoise
 from dacc.runtime.trajectory import sample
 
 from .cache_plans import ENCODER, plan_for
 from .test_cached import drive, installed, request_of
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy 2 inside diffusers
 CODES, SHARE = "CRRCRRRR", 0.003
 
 
@@ -42,6 +47,22 @@ def test_the_first_noise_is_added_again_before_late_steps(unet_pipeline):
         full = by_hand(pipe, 0.0)
     remove_plans_(pipe)
     assert torch.equal(by_hand(pipe, 0.0), full)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+def test_with_every_solver_the_denoiser_sees_the_same_share(name, spacing):
+    scheduler = getattr(diffusers, name)(timestep_spacing=spacing)
+    scheduler.set_timesteps(20)
+    timesteps, sigmas = read_grid(scheduler)
+    first = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = PriorNoise(SHARE)
+    for call, (timestep, sigma) in enumerate(zip(timesteps, sigmas, strict=True)):
+        state = RunState(1, call, len(timesteps), call, 20, timestep, sigma)
+        sample = first * scheduler.init_noise_sigma if call == 0 else torch.zeros_like(first)
+        added = noise(sample, state, scheduler) - sample
+        seen = added if name == "DDIMScheduler" else added / (1 + sigma**2) ** 0.5
+        torch.testing.assert_close(seen, SHARE * first if timestep < 500 else torch.zeros_like(first))
 
 
 def test_a_run_that_begins_in_the_middle_has_no_noise_that_it_began_with(unet_pipeline):
