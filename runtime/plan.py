@@ -82,7 +82,8 @@ def codes_on(plan: CachePlan, grid: NoiseGrid, *, order: int = 1) -> dict[str, s
     """The codes of every unit (C' letters each) for a run on `grid`; None when the plan does not serve it.
 
     On another grid than its own a plan computes a unit in a call when it does so anywhere in the stretch of noise
-    levels that the call covers, so that between two levels no fewer calls compute than were searched.
+    levels that the call covers, so that between two levels no fewer calls compute than were searched; and in a call
+    whose noise is back at an earlier level of the plan.
 
     Args:
         order: denoiser calls of one solver step. The second call of a step does not reuse what the first one computed,
@@ -111,8 +112,9 @@ def _remapped(codes: str, places: list[int], order: int) -> str:
     found = COMPUTE
     for call in range(1, len(places)):
         corrects = order > 1 and call % order and found[call - 1] == COMPUTE
+        rises = places[call] < places[call - 1]  # against the run that was searched, as where an image is inverted
         passed = codes[places[call - 1] + 1 : places[call] + 1]
-        found += COMPUTE if corrects or COMPUTE in passed else _skipping_at(codes, places[call])
+        found += COMPUTE if corrects or rises or COMPUTE in passed else _skipping_at(codes, places[call])
     return found
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
 from dacc.core.cache_plan import CacheRecord, Predictor, UnitMacs
 from dacc.core.errors import BundleError, ConfigError, ModelError
@@ -75,6 +75,11 @@ def test_a_corrector_does_not_reuse_its_own_predictor_unless_searched_so(pipe):
     heun.set_timesteps(4)
     plan = plan_for(pipe, {CUT: "CRCRCRC"}, grid=schedule_id(heun))
     assert codes_on(plan, grid(heun, 4), order=2) == {"deep": "CRCRCRC"}
+
+
+def test_where_noise_rises_calls_compute(pipe):
+    codes = codes_on(plan_for(pipe, {CUT: SEARCHED}), grid(DDIMInverseScheduler(), 20))["deep"]
+    assert codes == "C" * 20
 
 
 def test_a_flow_grid_is_followed_by_its_sigmas(flux_pipeline):
