@@ -21,16 +21,29 @@ def computed_calls(calls: int, ratio: float, partial: float, *, wish: str) -> in
     found = int(calls * (ratio - partial) / (1 - partial) + 1e-9) if partial < min(ratio, 1) else 0
     if found < 1:
         cheapest = (1 + (calls - 1) * min(partial, 1.0)) / calls
-        best = f"--speedup {floor(100 / cheapest) / 100:.2f}"
-        if wish != "speedup":
-            best = f"--macs-ratio {ceil(1000 * cheapest) / 1000:.3f}"
         raise UnsupportedError(
-            f"this unit cannot give {_asked(wish, ratio)}: a call that skips it costs {partial:.3f} of a full one.",
-            f"The best that it can reach with {calls} calls is {best}.",
-            "Ask for less, or choose a larger part with --unit.",
+            f"this unit cannot give {asked(wish, ratio)}: a call that skips it costs {partial:.3f} of a full one.",
+            *advice(calls, cheapest, wish=wish),
         )
     return min(found, calls)
 
 
-def _asked(wish: str, ratio: float) -> str:
+def advice(calls: int, cheapest: float, *, wish: str) -> tuple[str, str]:
+    """Why a target is out of reach, and how to mend that.
+
+    Args:
+        cheapest: what a run costs that computes everything at its first call only, 1 for a full one.
+    """
+    best = floor(100 / cheapest) / 100 if wish == "speedup" else ceil(1000 * cheapest) / 1000
+    if best == 1:  # no target that can be asked for
+        return f"With {calls} calls it saves nothing.", "Choose a larger part with --unit, or another --method."
+    option = f"--speedup {best:.2f}" if wish == "speedup" else f"--macs-ratio {best:.3f}"
+    return (
+        f"The best that can be reached with {calls} calls is {option}.",
+        "Ask for less, or choose a larger part with --unit.",
+    )
+
+
+def asked(wish: str, ratio: float) -> str:
+    """The target in words."""
     return f"a speed-up of {1 / ratio:g}" if wish == "speedup" else f"a MAC ratio of {ratio:g}"

@@ -23,6 +23,7 @@ from ..core.output import OutputWriter
 from ..core.reporter import Reporter
 from ..runtime.cached import remove_plans_
 from ..runtime.request import RunRequest
+from .budget import advice, asked
 from .config import SearchCacheConfig
 from .cost import feature_costs
 from .front import Candidate, front_files
@@ -247,21 +248,18 @@ def _limit(config: SearchCacheConfig, objective: PlanObjective, cost: CallCost |
     cheapest = objective.macs_ratio(blank.model_copy(update={"codes": codes}))
     if cost is None:
         assert config.macs_ratio is not None
-        limit, told = config.macs_ratio, f"a MAC ratio of {config.macs_ratio:g}"
-        best = f"--macs-ratio {cheapest + 0.0005:.3f}"
+        limit, told, best = config.macs_ratio, asked("macs", config.macs_ratio), cheapest
     else:
         assert config.speedup is not None
         saved = 1 - min(1.0, cost.partial_seconds / cost.full_seconds)  # of a call's seconds, all units skipped
         share = (1 - cheapest) * blank.calls / max(1, blank.calls - 1)  # of its MACs
         limit = 1 - (1 - 1 / config.speedup) * share / saved if saved > 0 else -1.0
-        told = f"a speed-up of {config.speedup:g}"
-        best = f"--speedup {1 / (1 - saved * (blank.calls - 1) / blank.calls) - 0.005:.2f}"
+        told, best = asked("speedup", 1 / config.speedup), 1 - saved * (blank.calls - 1) / blank.calls
     if cheapest > limit:
         raise UnsupportedError(
             f"these units cannot give {told}: a run that computes them at its first call only costs {cheapest:.3f} of "
             "the full one.",
-            f"The best that they can reach with {blank.calls} calls is {best}.",
-            "Ask for less, or choose larger parts with --unit.",
+            *advice(blank.calls, best, wish="macs" if cost is None else "speedup"),
         )
     return limit
 

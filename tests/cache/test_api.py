@@ -230,7 +230,7 @@ def test_whole_runs_choose_order_and_calls_of_forecasts_and_the_manifest_tells(u
         ({"method": "deepcash"}, ConfigError, "deepcache"),
         ({"unit": "cut:9.0"}, ConfigError, "--unit cut:9.0"),
         ({"unit": "module:mid_blok"}, ConfigError, "mid_block"),
-        ({"macs_ratio": 0.01}, UnsupportedError, "best that it can reach.*--macs-ratio"),
+        ({"macs_ratio": 0.01}, UnsupportedError, "best that can be reached.*--macs-ratio"),
         ({"method": "encoder", "unit": "cut:0.0"}, ConfigError, "--method encoder treats --unit encoder"),
         ({"method": "taylor", "settings": {"warmup": 8}}, ConfigError, "warmup=8 calls"),
         ({"method": "gated", "settings": {"warmup": 1}}, UnsupportedError, "this unit has none.*--unit blocks:1-N"),

@@ -143,7 +143,7 @@ def test_call_times_of_a_profile_decide_for_a_speed_up(dit_folder, evolved, tmp_
 @pytest.mark.parametrize(
     ("fields", "error", "said"),
     [
-        ({"macs_ratio": 0.05}, UnsupportedError, "best that they can reach.*--macs-ratio"),
+        ({"macs_ratio": 0.05}, UnsupportedError, "best that can be reached.*--macs-ratio"),
         ({"settings": {"population": 1}}, ConfigError, "population"),
         ({"method": "dp", "settings": {}, "unit": "module:a,module:b"}, ConfigError, "treats one unit"),
     ],
