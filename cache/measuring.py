@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,9 +12,10 @@ from ..core.pipeline import denoisers
 from ..core.reporter import Reporter
 from ..core.seeds import seed_stream
 from ..runtime.cached import no_cache
+from ..runtime.clock import current_run
 from ..runtime.compare import compare
 from ..runtime.request import RunRequest
-from ..runtime.timing import measure_in_turns
+from ..runtime.timing import measure_in_turns, now
 from ..runtime.trajectory import call_pipeline, sample
 
 KEPT_PROMISE = 0.95  # of the speed-up that was asked for must be measured
@@ -49,7 +49,7 @@ def measure_speedup(pipe: Any, request: RunRequest, reporter: Reporter) -> tuple
         with no_cache(pipe) if without else nullcontext():
             loops[without].append(loop_seconds(pipe, one))
 
-    measure_in_turns([lambda: run(True), lambda: run(False)], TIMED_RUNS, reporter)
+    measure_in_turns([lambda: run(True), lambda: run(False)], TIMED_RUNS, reporter, device=pipe.device)
     full, cached = (statistics.median(loops[without][1:]) for without in (True, False))  # the first runs warm up
     return full / cached, full
 
@@ -72,14 +72,19 @@ def loop_seconds(pipe: Any, request: RunRequest) -> float:
     """From the first call of a denoiser to the last step of the solver."""
     marks: list[float] = []
 
-    def mark(_: Any = None, *__: Any) -> None:
-        marks.append(time.perf_counter())
+    def begin(*_: Any) -> None:
+        if not marks:
+            marks.append(now(pipe.device))
 
-    handles = [found.register_forward_pre_hook(mark, prepend=True) for found in denoisers(pipe).values()]
-    last: list[float] = []
+    def end(_: Any) -> None:
+        state = current_run()
+        if state is None or state.call == state.calls - 1:  # waiting at every step would slow an accelerator down
+            marks.append(now(pipe.device))
+
+    handles = [found.register_forward_pre_hook(begin, prepend=True) for found in denoisers(pipe).values()]
     try:
-        call_pipeline(pipe, request, [0], on_step=lambda _: last.append(time.perf_counter()))
+        call_pipeline(pipe, request, [0], on_step=end)
     finally:
         for handle in handles:
             handle.remove()
-    return last[-1] - marks[0]
+    return marks[-1] - marks[0]

@@ -87,7 +87,8 @@ def time_calls(denoiser: nn.Module, units: tuple[Unit, ...], calls: list[Denoise
         outer = [name for name in hooked.names if not hooked.containers[name]]
         partials = list(_partials(hooked, calls, outer))
         actions = [lambda: [call.replay(denoiser) for call in calls], lambda: [replay() for replay in partials]]
-        full, partial = measure_in_turns(actions, REPEATS, reporter)
+        device = next(denoiser.parameters()).device
+        full, partial = measure_in_turns(actions, REPEATS, reporter, device=device)
     return CallCost(
         unit=told(units),
         full_seconds=statistics.median(full),

@@ -12,10 +12,30 @@ import torch
 from ..core.reporter import Reporter, silent
 
 
+def now(device: torch.device | None = None) -> float:
+    """The clock in seconds, read when an accelerator has done all that it was told to.
+
+    Args:
+        device: where the work is; None: the current accelerator, if there is one.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and (device is None or device.type == accelerator.type):
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 def measure_in_turns(
-    actions: Sequence[Callable[[], Any]], repeats: int, reporter: Reporter | None = None
+    actions: Sequence[Callable[[], Any]],
+    repeats: int,
+    reporter: Reporter | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> list[list[float]]:
-    """Seconds of every action (outer list) in every repeat (inner list), after one warm-up of each."""
+    """Seconds of every action (outer list) in every repeat (inner list), after one warm-up of each.
+
+    Args:
+        device: where the actions work, see `now`.
+    """
     for action in actions:
         action()
     seconds: list[list[float]] = [[] for _ in actions]
@@ -26,18 +46,10 @@ def measure_in_turns(
         for repeat in (reporter or silent()).progress(range(repeats), "timing"):
             for turn in range(len(actions)):
                 index = (turn + repeat) % len(actions)
-                _finish()
-                started = time.perf_counter()
+                started = now(device)
                 actions[index]()
-                _finish()
-                seconds[index].append(time.perf_counter() - started)
+                seconds[index].append(now(device) - started)
     finally:
         if collecting:
             gc.enable()
     return seconds
-
-
-def _finish() -> None:
-    """Wait for what an accelerator was given to do: it runs behind the program."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()

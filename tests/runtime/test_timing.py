@@ -1,5 +1,7 @@
 import time
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from dacc.runtime.timing import measure_in_turns
@@ -18,11 +20,20 @@ def test_the_slower_action_takes_longer() -> None:
     assert max(fast) < min(slow)
 
 
-def test_what_an_accelerator_still_does_is_waited_for_before_each_start_and_stop(monkeypatch) -> None:
-    order: list[str] = []
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: order.append("wait"))
-    monkeypatch.setattr(time, "perf_counter", lambda: float(order.append("clock") or 0))
-    measure_in_turns([lambda: order.append("action")], repeats=2)
-    turn = ["wait", "clock", "action", "wait", "clock"]
-    assert order == ["action", *turn, *turn]
+def test_the_work_of_an_accelerator_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, pending = [0.0], [0.0]
+
+    def launch(seconds: float) -> None:
+        pending[0] += seconds
+
+    def synchronize(_: torch.device) -> None:
+        clock[0], pending[0] = clock[0] + pending[0], 0.0
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr("dacc.runtime.timing.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: device)
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
+    actions = [lambda: launch(3), lambda: launch(1)]
+    assert measure_in_turns(actions, repeats=2) == [[3, 3], [1, 1]]
+    assert measure_in_turns(actions, repeats=2, device=device) == [[3, 3], [1, 1]]
+    assert measure_in_turns(actions, repeats=2, device=torch.device("cpu")) == [[0, 0], [0, 0]]
