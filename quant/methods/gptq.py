@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...core.config import Config
+from ...core.errors import CalibrationError
 from ...core.scheme import Scheme
 from ...runtime.weight import QuantizedWeight, to_rows
 from ..grid import Grid, find_grid, nearest_codes
@@ -23,6 +24,7 @@ from ..ranges import Search
 
 BLOCK_COLUMNS = 128  # columns whose updates are applied together to the rest
 DAMPING_GROWTH = 10.0  # when H is so singular that the factorization fails
+ATTEMPTS = 40  # more than any finite H needs
 
 
 class GPTQConfig(Config):
@@ -98,14 +100,24 @@ def _inverse_factor(gram: Tensor, power: Tensor, damping: float, order: Tensor) 
 
     Args:
         power: (K,), the diagonal of the gram matrix that is meant.
+
+    Raises:
+        CalibrationError: it holds NaN or infinity.
     """
     backwards = order.flip(0)
     gram, power = gram[backwards][:, backwards].double(), power[backwards].double()
-    while True:
-        gram.diagonal().copy_(power + damping * power.mean())
+    mean = float(power.mean())
+    unit = mean if mean > 0 else 1.0  # a covariance of constants is noise, whose mean may be negative
+    for _ in range(ATTEMPTS):
+        gram.diagonal().copy_(power + damping * unit)
         lower, failed = torch.linalg.cholesky_ex(gram)
         if not failed:
             inverse = torch.eye(len(lower), dtype=lower.dtype)
             torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
             return inverse.float().flip(0, 1)
         damping *= DAMPING_GROWTH
+    raise CalibrationError(
+        "the second moments of what enters a layer cannot be inverted.",
+        "They hold NaN or infinity.",
+        "See whether the float pipeline makes images from the same inputs; calibrate with others.",
+    )

@@ -53,6 +53,18 @@ def test_formula_equals_means_over_all_rows(scheme, make_block):
     assert about.lost["2"] == pytest.approx(float(centred.square().sum(1).mean()), rel=1e-3)
 
 
+@pytest.mark.parametrize("rows", [1, 400])
+def test_features_that_never_change_have_no_moments_about_their_means(rows, make_block):
+    torch.manual_seed(0)
+    module, always = nn.Sequential(nn.Linear(48, 5)), 30 * torch.randn(48)
+    inputs = [always.expand(rows, 48).clone() for _ in range(CALLS)]
+    for number, x in enumerate(inputs):
+        x[:, 7] += 1e-2 * x[:, 7] * (number % 3)
+    (found,) = moments_of(make_block(module, inputs, {"0": W4}), ["0"], [W4], "mse")
+    gram = found.about_means(module[0].weight, "0").gram
+    assert gram.nonzero().tolist() == [[7, 7]]
+
+
 def test_every_way_to_round_has_statistics_of_its_own(make_block):
     split = SCHEMES[-1]
     block, _, _ = unit(make_block, split)

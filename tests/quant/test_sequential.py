@@ -142,6 +142,17 @@ def test_a_unit_is_left_as_it_was(make_block):
         assert not rounded.treated.weight.dequantize().equal(before[name])
 
 
+@pytest.mark.parametrize("scheme", [W4, W4A8], ids=lambda scheme: scheme.name)
+def test_a_layer_that_sees_constants_is_rounded_to_nearest(scheme, make_block):
+    torch.manual_seed(0)
+    always = 30 * torch.randn(1, 64)
+    block = make_block(nn.Sequential(nn.Linear(64, 8)), [always for _ in range(20)], {"0": scheme})
+    found = round_in_turn(block, "mse")["0"]
+    expected = rtn.quantize(block.module[0].weight, scheme, BASELINE)
+    assert torch.equal(found.treated.weight.qweight, expected.qweight)
+    assert found.treated.output_error < 0.01
+
+
 def test_without_noise_the_first_layer_is_that_of_gptq_about_the_mean(make_block):
     block = attention_block(make_block, W4)
     rows = torch.cat([sighting.entering.args[0].flatten(0, 1) for sighting in block.sightings])

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from dacc.core.config import build_config
-from dacc.core.errors import ConfigError
+from dacc.core.errors import CalibrationError, ConfigError
 from dacc.core.journal import Journal
 from dacc.core.scheme import Scheme
 from dacc.quant.grams import Grams
@@ -172,6 +172,20 @@ def test_damping_grows_until_a_singular_gram_can_be_inverted():
     weight, x, _ = example()
     gram = gram_of(x[:3].half().float()) - 1e-3 * torch.eye(48)  # not even positive
     assert quantize(weight, Scheme(bits=4), GPTQConfig(damping=1e-12), gram).dequantize().isfinite().all()
+
+
+def test_a_gram_that_is_noise_below_zero_is_damped():
+    weight, _, gram = example()
+    found = quantize(weight, Scheme(bits=4), GPTQConfig(), -1e-6 * gram)
+    assert found.dequantize().isfinite().all()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_gram_that_means_nothing_is_refused(value):
+    weight, _, gram = example()
+    with pytest.raises(CalibrationError, match="cannot be inverted") as caught:
+        quantize(weight, Scheme(bits=4), GPTQConfig(), gram * float(value))
+    assert "calibrate with others" in caught.value.mend
 
 
 @NAMED
