@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from ..core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
 from ..core.cache_plan import CORRECTION_NAME, beside_plan
 from ..core.card import model_card
+from ..core.identity import source_identity
 from ..core.machine import describe_machine
 from ..core.manifest import (
-    REQUIRES,
     ComponentRecord,
     Effect,
     FileRecord,
@@ -152,12 +152,11 @@ def prepare(
     costs = read_costs(Path(cost_profile)) if cost_profile else {}
     reference = find_reference(found, reporter)
     identity = {
-        "source": hashes,
+        "source": source_identity(found.path, hashes),
         "config": told_config(config),
         "costs": costs,
         "schedule": content,
         "reference": reference is not None,
-        "dacc": REQUIRES["dacc"],
     }
     run_key = hashlib.sha256(json.dumps({"search-cache": identity}, sort_keys=True).encode()).hexdigest()
     return Job(found, config, components, hashes, costs, reference, run_key)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +22,12 @@ from .folder import carried_files, check_replaceable, files_in, place_file, swap
 from .manifest import MANIFEST_NAME, RUN_NAME, UNHASHED, FileRecord, Manifest, read_manifest
 from .output import OutputWriter
 from .reporter import Reporter
-from .safe_read import combined_hash, file_sha256, resolve_shards, weight_stem
+from .safe_read import combined_hash, file_hashes, resolve_shards, weight_stem
 from .tensor_file import SHARD_BYTES, StoredTensor, write_tensors, write_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-HASH_THREADS = 4
 ManifestFactory = Callable[[dict[str, FileRecord]], Manifest]
 CardFactory = Callable[[Manifest], str]
 
@@ -199,12 +197,10 @@ class BundleWriter(OutputWriter):
         return sum(path.stat().st_size for found in shards for path in found.values())
 
     def _file_records(self) -> dict[str, FileRecord]:
-        files = [(name, file) for name, file in files_in(self.folder) if name not in UNHASHED]
-        with ThreadPoolExecutor(HASH_THREADS) as pool:
-            hashes = list(pool.map(lambda item: file_sha256(item[1]), files))
+        files = {name: file for name, file in files_in(self.folder) if name not in UNHASHED}
         records = {
-            name: FileRecord(size=file.stat().st_size, sha256=digest)
-            for (name, file), digest in zip(files, hashes, strict=True)
+            name: FileRecord(size=files[name].stat().st_size, sha256=digest)
+            for name, digest in file_hashes(files).items()
         }
         for name in self._carried:
             if self._inherited.get(name, records[name]) != records[name]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,6 +20,7 @@ from .errors import BundleError
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_JSON_BYTES = 64_000_000  # shard indices of the largest models have a few MB
 HASH_CHUNK_BYTES = 4_000_000
+HASH_THREADS = 4
 DTYPE_BITS = {  # safetensors names, in the order in which the safetensors library lays them out (last first)
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -276,6 +278,12 @@ def file_sha256(file: Path) -> str:
         while chunk := stream.read(HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def file_hashes(files: Mapping[str, Path]) -> dict[str, str]:
+    """Name -> SHA-256 of several files, a few at a time."""
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return dict(zip(files, pool.map(file_sha256, files.values()), strict=True))
 
 
 def weight_hash(component_folder: Path) -> str:

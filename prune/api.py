@@ -20,8 +20,9 @@ from ..core.cache_plan import beside_plan
 from ..core.calibration import calibration_id
 from ..core.card import model_card
 from ..core.config import Config
+from ..core.identity import source_identity
 from ..core.machine import describe_machine
-from ..core.manifest import REQUIRES, read_manifest
+from ..core.manifest import read_manifest
 from ..core.output import check_output
 from ..core.pipeline import select_components
 from ..core.reporter import Reporter, silent
@@ -173,7 +174,8 @@ def prepare(
     entries = component_entries(found.path)
     classes = {name: entries[name][1] for name in components}
     calibration = Path(calib) if calib else found.calibration
-    identity: dict[str, Any] = {"source": hashes, "config": config.model_dump(mode="json"), "dacc": REQUIRES["dacc"]}
+    origin = source_identity(found.path, hashes)
+    identity: dict[str, Any] = {"source": origin, "config": config.model_dump(mode="json")}
     job = Job(found, config, settings, recovery, components, hashes, classes, calibration, "")
     if job.running and calibration:
         identity["calibration"] = calibration_id(calibration)

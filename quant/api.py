@@ -19,9 +19,9 @@ from ..calibrate.api import prepare as prepare_calibration
 from ..core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
 from ..core.calibration import calibration_id
 from ..core.card import model_card
+from ..core.identity import source_identity
 from ..core.machine import describe_machine
 from ..core.manifest import (
-    REQUIRES,
     ComponentRecord,
     Effect,
     FileRecord,
@@ -220,7 +220,8 @@ def prepare(
         check_fusing(found)
     hashes = {name: weight_hash(found.path / name) for name in components}
     calibration = Path(calib) if calib else found.calibration
-    identity: dict[str, Any] = {"source": hashes, "config": config.model_dump(mode="json"), "dacc": REQUIRES["dacc"]}
+    origin = source_identity(found.path, hashes)
+    identity: dict[str, Any] = {"source": origin, "config": config.model_dump(mode="json")}
     if config.needs_calibration:
         made = on_the_fly(config, components)
         request = None if calibration else prepare_calibration(found, made, "float32", reporter).request

@@ -29,6 +29,7 @@ LIGHT_CORE = (
     "registry",
     "manifest",
     "calibration",
+    "identity",
     "scheme",
     "target",
     "requirements",
