@@ -25,7 +25,7 @@ from ..core.pipeline import denoisers
 from ..core.schedule_id import NoiseGrid, same_levels
 from .cache_hooks import ADDITIONS, FRAME, Frame, Values, computing, drop, original_of
 from .cache_units import Layout, containers_of, layout_of
-from .clock import change_samples, current_grid, current_run, run_storage, running_order
+from .clock import change_samples, current_grid, current_run, run_storage, running_order, running_solver
 from .clockwork import attach_clock
 from .correction import Correction
 from .decode_ahead import DecodeAhead, has_step_scales
@@ -205,7 +205,7 @@ class CachedUnits:
         Raises:
             ConfigError: another grid, and the plan's rule is "exact".
         """
-        codes = codes_on(plan, grid, order=running_order())
+        codes = codes_on(plan, grid, order=running_order(), solver=running_solver())
         calls = len(grid.timesteps)
         searched = f"the cache plan was searched for {plan.calls} {plan.schedule.scheduler} calls"
         if codes is None:

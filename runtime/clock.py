@@ -43,6 +43,7 @@ class Run:
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...] | None
     order: int
+    solver: str  # class name of its scheduler
     started: bool = False  # a denoiser was evaluated in this run
     evaluated: bool = False  # a denoiser was evaluated in this call
     doubled: bool = False  # inputs hold both guidance branches
@@ -86,6 +87,12 @@ def running_order() -> int:
     """Denoiser calls of one solver step of the run in this thread; 1 outside runs."""
     run = RUN.get()
     return run.order if run else 1
+
+
+def running_solver() -> str | None:
+    """Class name of the scheduler of the run in this thread; None outside runs."""
+    run = RUN.get()
+    return run.solver if run else None
 
 
 def running_scheduler(pipe: Any) -> Any | None:

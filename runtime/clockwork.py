@@ -189,7 +189,7 @@ def _new_run(scheduler: Any) -> Run | None:
     if calls != order * (steps - 1) + 1:  # not a solver that lists each of its stages but the last
         order = 1
     state = RunState(next(_RUN_IDS), 0, calls, 0, -(-calls // order), timesteps[0], sigmas[0] if sigmas else None)
-    return Run(state, scheduler.timesteps, timesteps, sigmas, order)
+    return Run(state, scheduler.timesteps, timesteps, sigmas, order, type(scheduler).__name__)
 
 
 def _active_run(scheduler: Any) -> Run | None:

@@ -78,7 +78,7 @@ def check_model(plan: CachePlan, component: str, denoiser: nn.Module) -> None:
         raise ModelError(f"the cache plan of {component} is for a {made_for} with another config.", mend=advice)
 
 
-def codes_on(plan: CachePlan, grid: NoiseGrid, *, order: int = 1) -> dict[str, str] | None:
+def codes_on(plan: CachePlan, grid: NoiseGrid, *, order: int = 1, solver: str | None = None) -> dict[str, str] | None:
     """The codes of every unit (C' letters each) for a run on `grid`; None when the plan does not serve it.
 
     On another grid than its own a plan computes a unit in a call when it does so anywhere in the stretch of noise
@@ -87,7 +87,8 @@ def codes_on(plan: CachePlan, grid: NoiseGrid, *, order: int = 1) -> dict[str, s
 
     Args:
         order: denoiser calls of one solver step. The second call of a step does not reuse what the first one computed,
-            unless the plan was made for such a solver.
+            unless the plan was made for this solver.
+        solver: class name of the scheduler that runs.
 
     Raises:
         ConfigError: another grid, and the plan's rule is "exact".
@@ -104,6 +105,8 @@ def codes_on(plan: CachePlan, grid: NoiseGrid, *, order: int = 1) -> dict[str, s
     if len(grid.timesteps) < plan.min_calls:
         return None
     places = nearest_calls(plan.schedule, grid)
+    if plan.schedule.scheduler == solver:
+        order = 1  # the search saw what its correctors reuse
     return {unit: _remapped(codes, places, order) for unit, codes in plan.codes.items()}
 
 

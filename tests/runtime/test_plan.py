@@ -77,6 +77,15 @@ def test_a_corrector_does_not_reuse_its_own_predictor_unless_searched_so(pipe):
     assert codes_on(plan, grid(heun, 4), order=2) == {"deep": "CRCRCRC"}
 
 
+def test_a_corrector_reuses_its_predictor_with_other_steps_of_the_solver_that_was_searched(pipe):
+    heun = HeunDiscreteScheduler()
+    heun.set_timesteps(20)
+    plan = plan_for(pipe, {CUT: "CR" * 19 + "C"}, grid=schedule_id(heun))
+    running = grid(heun, 19)
+    assert codes_on(plan, running, order=2, solver="HeunDiscreteScheduler")["deep"].startswith("CR")
+    assert codes_on(plan, running, order=2, solver="KDPM2DiscreteScheduler")["deep"].startswith("CC")
+
+
 def test_where_noise_rises_calls_compute(pipe):
     codes = codes_on(plan_for(pipe, {CUT: SEARCHED}), grid(DDIMInverseScheduler(), 20))["deep"]
     assert codes == "C" * 20
