@@ -158,7 +158,7 @@ def _integers(
             acts |= {"act_group_size": act_group_size, "act_offset": _has_offset(mode, act_bits, config)}
             return Scheme(bits=bits, group_size=group_size, split=split, **acts)
         if mode in ("dynamic", "per-group"):
-            acts |= {"act_mode": "dynamic", "act_offset": _has_offset(mode, act_bits, config)}
+            acts |= {"act_mode": "dynamic", "act_offset": _has_offset("dynamic", act_bits, config)}
         if mode == "per-step":
             acts["act_steps"] = traits.calls
         return Scheme(bits=bits, group_size=group_size, two_level=group_size is not None, split=split, **acts)

@@ -316,10 +316,11 @@ PER_GROUP = {"act_bits": 4, "act_mode": "per-group"}
         (256, {}, "w4a4-g64-per-group64"),
         (96, {}, "w4a4-g32-per-group32"),
         (48, {}, "w4a4-g16-per-group16"),
-        (64, {}, "w4a4"),  # one group is one scale per token
-        (72, {}, "w4a4"),
+        (64, {}, "w4a4-offset"),  # one group is one scale per token
+        (64, {"act_symmetric": True}, "w4a4"),
+        (72, {}, "w4a4-offset"),
         (256, {"group_size": 32}, "w4a4-g32-per-group32"),
-        (256, {"group_size": 256}, "w4a4"),
+        (256, {"group_size": 256}, "w4a4-offset"),
         (256, {"group_size": "channel"}, "w4a4-per-group64"),
         (256, {"bits": 8}, "w8a4-per-group64"),
         (256, {"bits": 8, "act_bits": 8}, "w8a8-per-group64-offset"),
@@ -337,7 +338,8 @@ def test_activations_have_the_groups_of_the_weight_or_groups_like_them(features,
 
 def test_convolutions_and_layers_of_time_have_no_groups_of_activations(unet):
     found = plans_of(unet, find_family("UNet2DModel")[0], **PER_GROUP)
-    assert {plan.scheme.act_mode for plan in found.values() if plan.scheme and len(plan.shape) == 4} == {"dynamic"}
+    convolutions = [plan.scheme for plan in found.values() if plan.scheme and len(plan.shape) == 4]
+    assert {(scheme.act_mode, scheme.act_offset) for scheme in convolutions} == {("dynamic", True)}
     assert {plan.scheme.act_mode for name, plan in found.items() if plan.scheme and "time_emb" in name} == {"none"}
 
 
@@ -360,7 +362,7 @@ def test_joined_inputs_have_groups_that_end_at_the_split(flux):
     for fields, expected in (
         ({"bits": 4}, "w4a4-g32-per-group32"),
         ({"bits": 8}, "w8a4-per-group32-split32"),
-        ({"bits": 4, "group_size": 20, "include": (name,)}, "w4a4-split32"),
+        ({"bits": 4, "group_size": 20, "include": (name,)}, "w4a4-offset-split32"),
     ):
         config = QuantizeConfig(**{**PER_GROUP, **fields})
         plans = plan_layers(flux, find_family("FluxTransformer2DModel")[0], config, Traits(split=True))
