@@ -69,11 +69,17 @@ class Request:
         """What may go together."""
         return Rules(allow_adjacent=self.allow_adjacent, groups=groups)
 
-    def out_of_reach(self, largest: int, what: str = "parameters") -> UnsupportedError:
-        """The refusal of a ratio, with the nearest one that can be met."""
+    def out_of_reach(
+        self, largest: int, what: str = "parameters", *, takes_neighbours: bool = False
+    ) -> UnsupportedError:
+        """The refusal of a ratio, with the nearest one that can be met.
+
+        Args:
+            takes_neighbours: the method does so whether or not it is allowed.
+        """
         places = {(unit.stack, unit.position) for unit in self.units}
         neighbours = any((stack, place + 1) in places for stack, place in places)
-        freer = ["--allow-adjacent"] if neighbours and not self.allow_adjacent else []
+        freer = ["--allow-adjacent"] if neighbours and not (takes_neighbours or self.allow_adjacent) else []
         freer += ["no --strict-config"] if self.strict else []
         return UnsupportedError(
             f"a ratio of {self.ratio:g} of the {what} of this {self.class_name} cannot be removed.",

@@ -55,7 +55,7 @@ def select(request: Request, config: BkSdmConfig) -> tuple[str, ...]:
     for names in found:
         if size_of(request, names) >= KEPT_PROMISE * request.ratio * request.total:
             return names
-    raise request.out_of_reach(size_of(request, found[-1]))
+    raise request.out_of_reach(size_of(request, found[-1]), takes_neighbours=True)
 
 
 def pattern(request: Request, size: str) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ Neighbours may go.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import combinations
 from math import floor
 
@@ -40,7 +39,7 @@ def groups(request: Request, config: TinyFusionConfig) -> list[Group]:
     costs, needed = request.costs, request.needed()
     total = sum(costs[unit.name] for unit in request.units)
     if needed > total:
-        raise replace(request, allow_adjacent=True).out_of_reach(total)  # which they are
+        raise request.out_of_reach(total, takes_neighbours=True)
     if request.class_name in UNETS:
         return [Group(tuple(request.units), _just_enough([costs[unit.name] for unit in request.units], needed))]
     stacks: dict[str, list[Unit]] = {}

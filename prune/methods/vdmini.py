@@ -77,7 +77,7 @@ def _of_unet(request: Request, config: VdMiniConfig) -> tuple[str, ...]:
     for names in found:
         if _size(request, names) >= KEPT_PROMISE * request.ratio * request.total:
             return names
-    raise request.out_of_reach(_size(request, found[-1]))
+    raise request.out_of_reach(_size(request, found[-1]), takes_neighbours=True)
 
 
 def _patterns(request: Request, *, deep: bool) -> list[tuple[str, ...]]:

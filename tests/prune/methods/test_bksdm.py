@@ -76,3 +76,8 @@ def test_what_does_not_fit_together_is_refused():
         select("bksdm", ask(toys.dit(), 0.2), size="base")
     with pytest.raises(ConfigError, match="Give one of them"):
         select("bksdm", ask(toys.motion(), 0.2), size="base")
+
+
+def test_a_pattern_out_of_reach_does_not_ask_for_neighbours_which_it_takes_anyway():
+    with pytest.raises(UnsupportedError, match=r"or less\.$"):
+        select("bksdm", ask(toys.unet_condition(layers_per_block=3), 0.95))
