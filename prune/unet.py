@@ -15,7 +15,9 @@ from .stacks import LAYER_LISTS, UnetKind
 
 DEPTHS = "transformer_layers_per_block"
 REVERSED_DEPTHS = "reverse_transformer_layers_per_block"
-UP_TYPES = "up_block_types"
+FROM_THE_OUTERMOST = ("down_block_types", "block_out_channels", "layers_per_block", "only_cross_attention",
+                      "cross_attention_dim", "attention_head_dim", "num_attention_heads", DEPTHS)  # fmt: skip
+FROM_THE_INNERMOST = ("up_block_types", REVERSED_DEPTHS)
 
 
 class Modules:
@@ -150,9 +152,9 @@ def _drop_stage(
         )
     if missing := sorted(parts - gone):
         raise UnsupportedError(f"{missing[0]} belongs to the innermost stage and would stay.")
-    for field, value in config.items():
-        if isinstance(value, list | tuple) and len(value) == count:
-            config[field] = list(value[1:] if field in (UP_TYPES, REVERSED_DEPTHS) else value[:-1])
+    for field in (*FROM_THE_OUTERMOST, *FROM_THE_INNERMOST):
+        if isinstance(value := config.get(field), list | tuple):
+            config[field] = list(value[1:] if field in FROM_THE_INNERMOST else value[:-1])
     assert kind.middle is not None
     config[kind.middle] = None
     keep["up_blocks"] = tuple(range(1, count))
