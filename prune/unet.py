@@ -189,7 +189,8 @@ def _shorten(
     down = [depths(stage.down, stage.kept) for stage in stages]
     up = [depths(stage.up, stage.kept_up) for stage in stages]
     middle = depth("mid_block.attentions.0") if "mid_block" not in gone else 0
-    if not lost and not any(isinstance(entry, list | tuple) for entry in _listed(config[DEPTHS], len(stages))):
+    told = (entry for field in (DEPTHS, REVERSED_DEPTHS) for entry in _listed(config.get(field), len(stages)))
+    if not lost and not any(isinstance(entry, list | tuple) for entry in told):
         return lost
     flat = [_flat(found, before) for found, before in zip(down, _listed(config[DEPTHS], len(stages)), strict=True)]
     first = flat[-1][0] if isinstance(flat[-1], list) else flat[-1]

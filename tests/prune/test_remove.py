@@ -77,6 +77,11 @@ CASES: dict[str, tuple[Toy, list[str], dict[str, Any]]] = {
             "reverse_transformer_layers_per_block": [4, [1, 2, 2], 1],
         },
     ),
+    "sdxl: depths told of the way up alone": (
+        toys.sdxl(reverse_transformer_layers_per_block=([4, 2, 3], 2, 1)),
+        pair(2, 3, *RA),
+        {"transformer_layers_per_block": [1, 2, 4], "reverse_transformer_layers_per_block": [[4, 3], 2, 1]},
+    ),
     "condition: innermost stage": (
         toys.unet_condition(**toys.WIDE, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D",
                             "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")),
