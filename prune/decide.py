@@ -31,6 +31,7 @@ from .unet import Modules
 from .units import Unit, find_units, sizes_of
 
 ADDS_UP = 1.5  # the error of a set over the sum of the scores of its units may be so much before scores are found anew
+OVERSHOOT = 1.5  # so many times the ratio may go without a word
 TIMED_RUNS = 5
 LATENCY_STEP = 5e-5  # seconds: finer differences are noise
 Known = MutableMapping[str, dict[str, float]]
@@ -115,9 +116,16 @@ def decide(
             "Without dacc it would be built with invented weights.",
             "Leave --strict-config out.",
         )
+    if latency is None:
+        _tell_of_overshoot(config.ratio, sum(sizes[name] for name in removal.removed) / total, reporter)
     macs = _macs(teacher, units) if teacher is not None else {}
     told = {unit.name: _told(unit, removed, scores.get(unit.name), macs.get(unit.name)) for unit in units}
     return Decision(removal, told, total, error, additivity, latency)
+
+
+def _tell_of_overshoot(ratio: float | None, share: float, reporter: Reporter) -> None:
+    if ratio is not None and share > OVERSHOOT * ratio:
+        reporter.notice(f"a ratio of {ratio:g} was asked for and {share:.3g} of the parameters goes: units are coarse")
 
 
 def _checked(

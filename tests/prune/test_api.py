@@ -229,6 +229,14 @@ def test_scores_that_do_not_add_up_are_found_anew(better, video):
     assert found.removal.removed == wanted
 
 
+@pytest.mark.parametrize(("ratio", "told"), [(0.05, True), (0.2, False)])
+def test_it_is_told_when_much_more_goes_than_was_asked_for(ratio, told):
+    network, reporter = toys.dit(num_layers=6).build(), Reporter(quiet=True)  # one block is about a seventh
+    method = SimpleNamespace(select=lambda request, settings: ("transformer_blocks.2",))
+    decide(network, PruneConfig(ratio=ratio), method, ScoredConfig(), None, {}, reporter)  # type: ignore[arg-type]
+    assert any("units are coarse" in notice for notice in reporter.notices) is told
+
+
 def test_a_choice_of_nothing_is_refused():
     network, method = toys.dit().build(), SimpleNamespace(select=lambda request, settings: ())
     with pytest.raises(UnsupportedError, match="nothing of this DiT.*--ratio"):
