@@ -33,6 +33,7 @@ from .noise import Noise, noise_of
 from .remap import index_map, sources_of
 from .remove import Removal
 from .retrain import retrained
+from .sources import refuse_other_residuals
 from .teacher import Teacher
 
 
@@ -138,7 +139,11 @@ def choose(
                 "dacc calibrate --guidance-scale tells it"
             )
         teacher = Teacher(whole.denoiser, whole.calls, whole.guidance_scale, whole.noise)
-    return decide(whole.denoiser, job.config, METHODS.load(job.config.method), job.settings, teacher, known, reporter)
+    before: Any = whole.denoiser.config
+    method = METHODS.load(job.config.method)
+    decision = decide(whole.denoiser, job.config, method, job.settings, teacher, known, reporter)
+    refuse_other_residuals(job.source, job.classes[name], before, decision.removal)
+    return decision
 
 
 def load_denoiser(skeleton: nn.Module, folder: Any, device: str) -> nn.Module:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 from ..core.errors import UnsupportedError
 from ..core.manifest import read_manifest
 from ..core.reference import find_reference
 from ..core.reporter import Reporter
-from ..core.source import Source
+from ..core.source import Source, component_entries
 from ..core.treatable import quantized_by
+from .stacks import counting_fields
+
+if TYPE_CHECKING:
+    from .remove import Removal
 
 
 def float_source(source: Source, components: list[str], reporter: Reporter) -> Source:
@@ -50,3 +57,24 @@ def refuse_treated(source: Source, components: list[str]) -> None:
                 "Its blocks are no longer numbered as those of its source.",
                 f"Prune the source{origin} with a larger --ratio.",
             )
+
+
+def refuse_other_residuals(source: Source, class_name: str, config: Mapping[str, Any], removal: Removal) -> None:
+    """A ControlNet gives one residual for every block, and those beyond what is left would be added in wrong places.
+
+    Args:
+        class_name: of the denoiser.
+        config: its fields before the removal.
+
+    Raises:
+        UnsupportedError: the pipeline has a ControlNet, and the denoiser would read another number of residuals.
+    """
+    nets = [name for name, (_, kind) in component_entries(source.path).items() if "ControlNet" in kind]
+    changed = [name for name in counting_fields(class_name) if removal.config[name] != config[name]]
+    if nets and changed:
+        raise UnsupportedError(
+            f"{nets[0]} of {source.name} gives a residual for every block of its {class_name}, and {changed[0]} would "
+            f"change from {config[changed[0]]} to {removal.config[changed[0]]}.",
+            "Diffusers would add the residuals in other places without a word.",
+            "Prune the pipeline without its ControlNet; of a U-Net the middle alone, or blocks of attentions, may go.",
+        )

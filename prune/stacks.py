@@ -69,3 +69,10 @@ UNETS: Mapping[str, UnetKind] = {
     "UNet3DConditionModel": UnetKind(per_stage=False),
     "UNetMotionModel": UnetKind(per_stage=True),
 }
+
+
+def counting_fields(class_name: str) -> tuple[str, ...]:
+    """Fields of the config that say how many residuals of a ControlNet a class reads."""
+    if class_name in TRANSFORMERS:
+        return tuple(stack.count for stack in TRANSFORMERS[class_name])
+    return ("down_block_types", "layers_per_block")

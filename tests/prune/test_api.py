@@ -29,7 +29,9 @@ from dacc.core.manifest import read_manifest
 from dacc.core.reporter import Reporter
 from dacc.prune.config import METHODS
 from dacc.prune.decide import decide
+from dacc.prune.remove import plan_removal
 from dacc.prune.settings import ScoredConfig
+from dacc.prune.sources import refuse_other_residuals
 from dacc.prune.teacher import Errors
 from dacc.runtime.passthrough import Passthrough, skipping
 from dacc.runtime.request import RunRequest
@@ -227,6 +229,24 @@ def test_scores_that_do_not_add_up_are_found_anew(better, video):
         {"transformer_blocks.1", "transformer_blocks.4"} if better else {"transformer_blocks.1", "transformer_blocks.3"}
     )
     assert found.removal.removed == wanted
+
+
+@pytest.mark.parametrize(("pipeline", "ratio"), [("deep_unet", 0.3), ("deep_dit", 0.15)])
+def test_beside_a_controlnet_what_it_gives_residuals_for_stays(pipeline, ratio, request, tmp_path):
+    source = shutil.copytree(request.getfixturevalue(pipeline), tmp_path / "source")
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps(index | {"control": ["diffusers", "ControlNetModel"]}))
+    (source / "control").mkdir()
+    config = PruneConfig(ratio=ratio, method="bksdm", measure="never")
+    with pytest.raises(UnsupportedError, match="control of source gives a residual .* would change from"):
+        prune_pipeline(source, config, output=tmp_path / "out", device="cpu")
+
+
+def test_beside_a_controlnet_the_middle_of_a_unet_may_go(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"control": ["diffusers", "MultiControlNetModel"]}))
+    source, network = SimpleNamespace(path=tmp_path, name="source"), toys.unet2d().build()
+    removal = plan_removal("UNet2DModel", network.config, dict(network.named_modules()), ["mid_block"])
+    refuse_other_residuals(source, "UNet2DModel", network.config, removal)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("ratio", "told"), [(0.05, True), (0.2, False)])
