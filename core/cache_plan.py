@@ -92,7 +92,7 @@ class Gate(Config):
     # what is compared: what that block adds, as it was; or what it gives, with its forecast
     signal: Literal["residual", "forecast"] = "residual"
     order: int = Field(1, ge=1)  # of that forecast
-    threshold: float = Field(ge=0)  # mean of the change over mean of what is compared with; larger: skips more
+    threshold: float = Field(ge=0)  # mean of the change over mean of the value, see runtime/gate.py; larger: skips more
     max_consecutive: int | None = Field(None, ge=1)  # skipped calls in a row; None: any number
 
 

@@ -2,7 +2,7 @@
 
 residual    mean |r - r'| / mean |r'|, r what that block adds to what enters it and r' the same at the last call that
             computed the range, as first-block caching does
-forecast    mean |h - p| / mean |p|, h what that block gives and p its forecast from the last such calls: CG-Taylor
+forecast    mean |h - p| / mean |h|, h what that block gives and p its forecast from the last such calls: CG-Taylor
 
 The range is skipped where this is below a threshold. The first guidance branch of a call decides for all of them.
 """
@@ -69,7 +69,8 @@ class GateHook(ModelHook):
             seen = seen - before.detach()
         if frame.actions[self.unit] == GATE:
             known = frame.known(self.unit, self.path)
-            change = None if known is None else relative_change(seen, known)
+            whole = seen if self.gate.signal == "forecast" else known
+            change = None if known is None else relative_change(seen, known, whole)
             frame.actions[self.unit] = frame.decide(self.unit, change)
         if frame.actions[self.unit] == COMPUTE and self.unit in frame.storing:
             frame.keep(self.unit, self.path, seen)
@@ -93,6 +94,6 @@ def predictors_of(
     return found
 
 
-def relative_change(seen: Tensor, known: Tensor) -> float:
-    """mean |seen - known| / mean |known|."""
-    return float((seen - known).float().abs().mean() / known.float().abs().mean())
+def relative_change(seen: Tensor, known: Tensor, whole: Tensor) -> float:
+    """mean |seen - known| / mean |whole|."""
+    return float((seen - known).float().abs().mean() / whole.float().abs().mean())

@@ -60,9 +60,9 @@ def test_after_so_many_skipped_calls_one_computes(dit_pipeline):
     assert recorder.calls == [0, 4, 8]
 
 
-def changes(pipe: Any, threshold: float) -> tuple[list[int], list[float | None]]:
+def changes(pipe: Any, threshold: float, **fields: Any) -> tuple[list[int], list[float | None]]:
     """The computed calls, and what the gate saw at each."""
-    recorder, seen = gated(pipe, "CCGGGGGGGG", threshold=threshold), []
+    recorder, seen = gated(pipe, "CCGGGGGGGG", threshold=threshold, **fields), []
     decide = GateState.decide
 
     def watched(self: Any, plan: Any, call: int, unit: str, change: float | None) -> str:
@@ -93,6 +93,18 @@ def test_the_gate_compares_with_the_last_computed_call(dit_pipeline):
             last = residuals[call]
     assert computed == expected
     assert 2 < len(computed) < 10
+
+
+def test_the_gate_compares_a_forecast_with_what_it_foretold(dit_pipeline):
+    """Slow and obvious: straight lines through the last two outputs of the first block, over the actual ones."""
+    pipe = dit_pipeline()
+    outputs: list[torch.Tensor] = []
+    pipe.transformer.transformer_blocks[0].register_forward_hook(lambda _, args, output: outputs.append(output))
+    _, seen = changes(pipe, 0, signal="forecast")
+    for call in range(2, 10):
+        actual, foretold = outputs[call], 2 * outputs[call - 1] - outputs[call - 2]
+        change = (actual - foretold).abs().mean() / actual.abs().mean()
+        assert seen[call - 2] == pytest.approx(change.item(), rel=1e-4)
 
 
 def test_other_guidance_branches_follow_the_first_and_keep_values_of_their_own(flux_pipeline):
@@ -146,7 +158,8 @@ def test_decisions_and_their_edges(dit_pipeline):
     assert state.decide(plan.model_copy(update={"predict": {"body": Predictor()}}), 1, "body", 0.09) == "F"
     state.note(3, "C")
     assert [state.decide(plan, call, "body", 0.0) for call in (4, 5, 6)] == ["R", "R", "C"]
-    assert relative_change(torch.tensor([1.0, 3.0]), torch.tensor([2.0, -2.0])) == pytest.approx(1.5)
+    known = torch.tensor([2.0, -2.0])
+    assert relative_change(torch.tensor([1.0, 3.0]), known, known) == pytest.approx(1.5)
 
 
 def test_gates_of_other_parts_and_codes_without_a_gate_are_refused(unet_pipeline, dit_pipeline):
