@@ -33,7 +33,7 @@ from .ending import ending_its_run
 from .forecast import History
 from .gate import GateState, predictors_of
 from .hooking import HOOK, hook_units_
-from .plan import Row, check_model, codes_on, computed_before, plan_rows
+from .plan import Row, check_model, codes_on, computed_before, macs_ratio, plan_rows
 from .prior_noise import PriorNoise
 
 _OFF: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("dacc_no_cache", default=frozenset())
@@ -211,16 +211,21 @@ class CachedUnits:
         if codes is None:
             self._tell(f"{searched}; this run of {calls} calls is too short for it and runs without")
             return None
-        dropped = self.correction is not None and not same_levels(plan.schedule, grid)
-        if codes != plan.codes or dropped:
-            without = ", without the correction of what it skips" if dropped else ""
-            self._tell(f"{searched}; this run of {calls} calls on another grid follows its noise levels{without}")
-        if grid.sigmas is None and any(predictor.x == "sigma" for predictor in plan.predict.values()):
-            self._tell("this scheduler has no sigmas; forecasts of the cache plan run over its timesteps")
         depths = dict.fromkeys(self.names, 1)
         for (unit, _), predictor in self._predictors.items():
             depths[unit] = max(depths[unit], predictor.order + 1)
-        return plan_rows(codes, self.containers, depths)
+        rows = plan_rows(codes, self.containers, depths)
+        dropped = self.correction is not None and not same_levels(plan.schedule, grid)
+        if codes != plan.codes or dropped:
+            without = ", without the correction of what it skips" if dropped else ""
+            most = "at most " if plan.gates else ""
+            self._tell(
+                f"{searched}; this run of {calls} calls on another grid follows its noise levels{without}, with {most}"
+                f"{macs_ratio(plan, rows):.0%} of the multiply-accumulates of one that computes everything"
+            )
+        if grid.sigmas is None and any(predictor.x == "sigma" for predictor in plan.predict.values()):
+            self._tell("this scheduler has no sigmas; forecasts of the cache plan run over its timesteps")
+        return rows
 
     def _tell(self, text: str) -> None:
         if text not in self._told:

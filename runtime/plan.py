@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -170,6 +170,14 @@ def computed_before(plan: CachePlan, unit: str, call: int) -> list[int]:
 
 def planned_macs(plan: CachePlan, containers: Containers) -> int:
     """Multiply-accumulates of a run with the plan on its own grid, for one sample; as if all gates computed."""
-    rows = plan_rows(plan.codes, containers)
+    return _macs(plan, plan_rows(plan.codes, containers))
+
+
+def macs_ratio(plan: CachePlan, rows: Sequence[Row]) -> float:
+    """Multiply-accumulates of a run that does what `rows` say over those without the plan; as if all gates computed."""
+    return _macs(plan, rows) / (plan.macs.full * len(rows))
+
+
+def _macs(plan: CachePlan, rows: Sequence[Row]) -> int:
     saved = (plan.macs.units[unit] for row in rows for unit, action in row.actions.items() if action in SKIPPING)
-    return plan.macs.full * plan.calls - sum(saved)
+    return plan.macs.full * len(rows) - sum(saved)

@@ -39,7 +39,7 @@ def plan_for(pipe: Any, codes: dict[Unit, str] | Any, **fields: Any) -> CachePla
             "schedule": grid,
             "units": tuple(codes),
             "codes": {unit.id: own for unit, own in codes.items()},
-            "macs": UnitMacs(full=0, units={unit.id: 0 for unit in codes}),
+            "macs": UnitMacs(full=10, units={unit.id: 6 for unit in codes}),
             **fields,
         }
     )

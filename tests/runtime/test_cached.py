@@ -293,6 +293,17 @@ def test_repeated_runs_and_other_step_counts_do_not_meet(unet_pipeline):
     assert torch.equal(sample(pipe, request).latents, first)
 
 
+def test_a_run_on_another_grid_tells_once_what_it_costs(unet_pipeline):
+    pipe = unet_pipeline()
+    recorder = Recorder(pipe.unet.mid_block.resnets[0])
+    installed(pipe, {CUT: "CRRCRR"})
+    with pytest.warns(CachePlanWarning) as told:
+        drive(pipe, 10)
+    computed = len(recorder.calls)
+    assert f"with {computed * 10 + (10 - computed) * 4}% of the multiply-accumulates" in str(told[0].message)
+    drive(pipe, 10)  # a second warning would be an error
+
+
 def test_a_scheduler_that_takes_the_place_of_another_runs_the_plan_too(unet_pipeline):
     pipe = unet_pipeline()
     recorder = Recorder(pipe.unet.mid_block.resnets[0])
