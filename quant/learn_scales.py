@@ -69,7 +69,7 @@ def learn_scales(block: Block, treated: dict[str, Treated], updates: int, learni
         if found.acts is not None and (scheme := found.weight.scheme)
     }
     best = {name: learner.result() for name, learner in learned.items()}
-    if not learned or not updates:
+    if not learned or not updates or not block.sightings:
         return treated
     least = _error(block, treated, best)
     optimizer = torch.optim.Adam([row for learner in learned.values() for row in learner.rows], lr=learning_rate)

@@ -1,5 +1,7 @@
 """Q-Diffusion: blocks learned against float blocks, split shortcuts, learned scales; from set to bundle."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -61,6 +63,16 @@ def test_rank_is_below_rounding_to_nearest(start, make_block, residual_block):
     }
     found = treat(block, QDiffusionConfig(start=start, learning_rate=3e-2), {"iterations": 200})
     assert error_of(block, found) < 0.95 * error_of(block, nearest)
+
+
+@pytest.mark.parametrize("start", ["gptq", "nearest"])
+def test_a_unit_that_no_call_reaches_is_rounded_to_nearest(start, make_block, residual_block):
+    idle = replace(unit(make_block, residual_block), sightings=[])
+    found = treat(idle, QDiffusionConfig(start=start), {"iterations": 8})
+    assert {part.method for part in found.values()} == {"rtn"}
+    for name, layer in idle.layers.items():
+        nearest = rtn.quantize(layer.weight, idle.scheme(name), BASELINE)
+        assert torch.equal(found[name].weight.qweight, nearest.qweight)
 
 
 def test_scales_take_a_quarter_of_the_updates_unless_asked_otherwise(make_block, residual_block, monkeypatch):
