@@ -124,9 +124,8 @@ class Block:
     def error(self, rows: Mapping[str, Tensor] | None = None, biases: Mapping[str, Tensor] | None = None) -> float:
         """||y - y^|| / ||y|| over some sightings, always the same ones, that have a target; see `run`."""
         wrong = power = 0.0
-        step = -(-len(self.sightings) // JUDGED)
         with torch.no_grad():
-            for sighting in self.sightings[::step]:
+            for sighting in some_sightings(self.sightings, JUDGED):
                 if sighting.target is not None:
                     for mine, wanted in zip(self.run(sighting, rows, biases), sighting.target, strict=True):
                         wrong += float((mine - wanted).square().sum(dtype=torch.float64))
@@ -158,6 +157,14 @@ class Block:
         if not self.name:
             return name
         return name[len(self.name) + 1 :] if name != self.name else ""
+
+
+def some_sightings(sightings: Sequence[Sighting], most: int) -> Sequence[Sighting]:
+    """At most so many, always the same ones, drawn at random: every n-th one would see the same calls of the grid."""
+    if len(sightings) <= most:
+        return sightings
+    chosen = torch.randperm(len(sightings), generator=torch.Generator().manual_seed(0))[:most].sort().values
+    return [sightings[index] for index in chosen.tolist()]
 
 
 def outputs_of(output: Any) -> tuple[Tensor, ...]:

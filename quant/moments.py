@@ -17,7 +17,7 @@ from ..core.scheme import Scheme
 from ..runtime.activation import ActivationScale
 from ..runtime.clock import fixed_run
 from ..runtime.weight import to_rows
-from .block import Block, Sighting
+from .block import Block, Sighting, some_sightings
 from .entry import Watch
 from .grams import has_grams, some_rows
 from .layerwise import check_finite
@@ -88,7 +88,7 @@ def moments_of(block: Block, level: Sequence[str], schemes: Sequence[Scheme], se
         return []
     records = _records(block, name) if block.scheme(name).has_fixed_acts else []
     gathering = [_Gathering(block, level, scheme, _scales(scheme, records, search)) for scheme in schemes]
-    weighty = some_sightings(block.sightings)
+    weighty = some_sightings(block.sightings, CALLS)
     count = max(1, ROWS // max(1, len(weighty)))
     for number, sighting in enumerate(weighty):
         if (x := _entering(block, name, sighting)) is None:
@@ -151,14 +151,6 @@ def _scales(scheme: Scheme, records: list[list[Record]], search: Search | Finder
     if scheme.parts < len(records):
         records = [[(call, seen.with_(other)) for (call, seen), (_, other) in zip(*records, strict=True)]]
     return scale_of(scheme, records, search)
-
-
-def some_sightings(sightings: Sequence[Sighting]) -> Sequence[Sighting]:
-    """At most `CALLS`, drawn at random."""
-    if len(sightings) <= CALLS:
-        return sightings
-    chosen = torch.randperm(len(sightings), generator=torch.Generator().manual_seed(0))[:CALLS].sort().values
-    return [sightings[index] for index in chosen.tolist()]
 
 
 def _entering(block: Block, name: str, sighting: Sighting) -> Tensor | None:

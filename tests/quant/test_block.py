@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from dacc.core.scheme import Scheme
-from dacc.quant.block import Block, Sighting, outputs_of
+from dacc.quant.block import JUDGED, Block, Sighting, outputs_of, some_sightings
 from dacc.quant.simulate import RoundedInputs
 from dacc.quant.walk import UnitInput
 from dacc.runtime.clock import current_run
@@ -49,14 +49,26 @@ def test_its_error_is_the_relative_distance_of_all_outputs(block):
     assert block.error(rows) == pytest.approx((wrong / power) ** 0.5)
 
 
-def test_its_error_is_judged_on_calls_from_the_whole_range(make_block):
-    inputs = [torch.full((1, 3, 5, 5), float(number)) for number in range(100)]
-    block, seen = make_block(network(), inputs, SCHEMES), []
-    block.module.register_forward_pre_hook(lambda _, args: seen.append(float(args[0].max())))
+@pytest.mark.parametrize("calls", [20, 24, 50])
+def test_its_error_is_judged_on_calls_from_the_whole_grid(calls, make_block):
+    inputs = [torch.full((1, 3, 5, 5), float(number)) for number in range(4 * calls)]  # one set after the other
+    block, seen = make_block(network(), inputs, SCHEMES, calls=calls), []
+    block.module.register_forward_pre_hook(lambda *_: seen.append(current_run().call))
     block.error()
-    assert len(seen) <= 24
-    assert min(seen) < 5
-    assert max(seen) > 94
+    assert len(seen) == JUDGED
+    assert len(set(seen)) > JUDGED / 2
+    assert min(seen) < calls / 4
+    assert max(seen) > 3 * calls / 4
+
+
+def test_of_many_calls_some_are_taken_always_the_same():
+    calls = list(range(1000))
+    found = some_sightings(calls, 80)
+    assert len(found) == 80
+    assert found == some_sightings(calls, 80) == sorted(set(found))
+    assert min(found) < 50
+    assert max(found) > 950
+    assert some_sightings(calls[:80], 80) == calls[:80]
 
 
 def test_calls_without_a_target_are_left_out_of_the_error(make_block):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dacc.core.scheme import Scheme
-from dacc.quant.moments import CALLS, moments_of, some_sightings
+from dacc.quant.moments import CALLS, moments_of
 from dacc.quant.simulate import rounding_of
 from dacc.runtime.clock import fixed_run
 
@@ -82,13 +82,3 @@ def test_layers_that_multiply_no_rows_or_never_run_have_none(make_block):
     idle = nn.Module()
     idle.never, idle.forward = nn.Linear(4, 4), lambda x: x
     assert moments_of(make_block(idle, [torch.randn(2, 4)], {"never": W4}), ["never"], [W4], "mse") == []
-
-
-def test_of_many_calls_some_are_taken_always_the_same():
-    calls = list(range(1000))
-    found = some_sightings(calls)
-    assert len(found) == CALLS
-    assert found == some_sightings(calls) == sorted(set(found))
-    assert min(found) < 50
-    assert max(found) > 950
-    assert some_sightings(calls[:CALLS]) == calls[:CALLS]
