@@ -18,7 +18,7 @@ from ..core.bundle import BundleWriter, component_weight_bytes, component_weight
 from ..core.cache_plan import CORRECTION_NAME, beside_plan
 from ..core.card import model_card
 from ..core.identity import source_identity
-from ..core.machine import describe_machine
+from ..core.machine import arithmetic_of, describe_machine
 from ..core.manifest import (
     ComponentRecord,
     Effect,
@@ -107,6 +107,7 @@ def search_cache(
         replace=set(),
         run_key=job.run_key,
         reporter=reporter,
+        arithmetic=arithmetic_of(pipe.device),
         overwrite=overwrite,
     ) as writer:
         result = search_all(pipe, job, writer, reporter)

@@ -23,7 +23,7 @@ from ..core.calibration import (
     read_calibration,
 )
 from ..core.errors import ConfigError
-from ..core.machine import describe_machine
+from ..core.machine import arithmetic_of, describe_machine
 from ..core.manifest import ComponentRecord, SourceRecord, read_manifest
 from ..core.output import check_output
 from ..core.pipeline import denoiser_names, pipeline_class, select_components
@@ -87,8 +87,6 @@ def calibrate_pipeline(
         return target
     check_output(job.source.path, target, overwrite=overwrite)
 
-    import torch
-
     from ..runtime.load import load_source
     from .collect import collect
     from .pictures import check_pictures
@@ -98,12 +96,12 @@ def calibrate_pipeline(
     files = job.pictures.files if job.pictures else ()
     if job.pictures:
         check_pictures(pipe, captions=bool(job.pictures.captions))
-    same_bytes = [job.request, str(pipe.device), str(torch.get_num_threads())]  # what a resumed run must agree in
     with SetWriter(
         job.source.path,
         target,
-        run_key=_hash(same_bytes),
+        run_key=job.request,
         reporter=reporter,
+        arithmetic=arithmetic_of(pipe.device),
         overwrite=overwrite,
         resume=resume,
     ) as writer:

@@ -12,7 +12,7 @@ with BundleWriter(source, output, replace={"unet"}, run_key=key, reporter=report
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,8 @@ class BundleWriter(OutputWriter):
         source: the pipeline folder that is transformed.
         output: the folder to make.
         replace: components whose weights and config this pass writes anew.
-        run_key: hash of source and config; decides whether units of an interrupted run can be used.
+        run_key: names the result; decides whether units of an interrupted run can be used.
+        arithmetic: what these units must have been made with besides, see `core/machine.py`.
         overwrite: an old pipeline at `output` is exchanged for the new one, at the very end.
         resume: use finished units of an interrupted run.
         reporter: where to speak.
@@ -76,11 +77,20 @@ class BundleWriter(OutputWriter):
         replace: set[str],
         run_key: str,
         reporter: Reporter,
+        arithmetic: Sequence[str] = (),
         overwrite: bool = False,
         resume: bool = True,
         estimated_bytes: int | None = None,
     ) -> None:
-        super().__init__(source, output, run_key=run_key, reporter=reporter, overwrite=overwrite, resume=resume)
+        super().__init__(
+            source,
+            output,
+            run_key=run_key,
+            reporter=reporter,
+            arithmetic=arithmetic,
+            overwrite=overwrite,
+            resume=resume,
+        )
         self.replace, self._estimate = frozenset(replace), estimated_bytes
         self._carried: dict[str, Path] = {}
         self._inherited: dict[str, FileRecord] = {}  # what the source's own manifest says about its files

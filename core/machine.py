@@ -8,6 +8,13 @@ from pathlib import Path
 INSTRUCTION_SETS = ("avx2", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 
+def arithmetic_of(device: object) -> tuple[str, str]:
+    """What the last bits of values depend on: the parts of one result share them. Imports torch."""
+    import torch
+
+    return str(device), f"{torch.get_num_threads()} threads"
+
+
 def describe_machine() -> dict[str, str]:
     """Facts for `dacc_run.json` and for tables; imports torch for its version and threads."""
     import diffusers

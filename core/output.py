@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -49,6 +49,7 @@ class OutputWriter:
         source: the pipeline folder that is read.
         output: the folder to make.
         run_key: identity of the run; decides whether units of an interrupted run can be used.
+        arithmetic: what these units must have been made with besides; no part of the result's identity.
         overwrite: an old folder at `output` is exchanged for the new one, at the very end.
         resume: use finished units of an interrupted run.
         reporter: where to speak.
@@ -61,6 +62,7 @@ class OutputWriter:
         *,
         run_key: str,
         reporter: Reporter,
+        arithmetic: Sequence[str] = (),
         overwrite: bool = False,
         resume: bool = True,
     ) -> None:
@@ -70,7 +72,7 @@ class OutputWriter:
         self._overwrite, self._resume = overwrite, resume
         self._partial = self.output.with_name(f".{self.output.name}.partial")
         self.folder = self._partial / "bundle"  # the output as it grows
-        self._journal = Journal(self._partial / "units", run_key)
+        self._journal = Journal(self._partial / "units", " ".join([run_key, *arithmetic]))
         self._workplaces: list[Path] = []
         self._lock = WriterLock(lock_of(self.output))
         self._closed = False

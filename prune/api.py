@@ -21,7 +21,7 @@ from ..core.calibration import calibration_id
 from ..core.card import model_card
 from ..core.config import Config
 from ..core.identity import source_identity
-from ..core.machine import describe_machine
+from ..core.machine import arithmetic_of, describe_machine
 from ..core.manifest import read_manifest
 from ..core.output import check_output
 from ..core.pipeline import select_components
@@ -104,6 +104,7 @@ def prune_pipeline(
         return requirements.accept(target, reporter)
     check_output(job.source.path, target, overwrite=overwrite)
 
+    from ..runtime.load import pick_device
     from ..runtime.measure import measure_bundle
     from .run import calibration_for, prune_component
 
@@ -114,6 +115,7 @@ def prune_pipeline(
         replace=set(job.components),
         run_key=job.run_key,
         reporter=reporter,
+        arithmetic=arithmetic_of(pick_device(device)),
         overwrite=overwrite,
         resume=resume,
     ) as writer:

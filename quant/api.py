@@ -20,7 +20,7 @@ from ..core.bundle import BundleWriter, component_weight_bytes, component_weight
 from ..core.calibration import calibration_id
 from ..core.card import model_card
 from ..core.identity import source_identity
-from ..core.machine import describe_machine
+from ..core.machine import arithmetic_of, describe_machine
 from ..core.manifest import (
     ComponentRecord,
     Effect,
@@ -146,6 +146,7 @@ def _write(
         started: when, in seconds.
     """
     from ..calibrate.inputs import calibration_of
+    from ..runtime.load import pick_device
     from ..runtime.measure import measure_bundle
     from .driver import check_plans, quantize_component
 
@@ -164,6 +165,7 @@ def _write(
         replace=set(job.components),
         run_key=job.run_key,
         reporter=reporter,
+        arithmetic=arithmetic_of(pick_device(device)),
         overwrite=overwrite,
         resume=resume,
     ) as writer:

@@ -272,7 +272,7 @@ def test_an_error_that_a_second_try_cannot_mend_leaves_nothing(make_pipeline, tm
     assert siblings(tmp_path) == ["pipe"]
 
 
-@pytest.mark.parametrize("options", [{"run_key": "another"}, {"resume": False}])
+@pytest.mark.parametrize("options", [{"run_key": "another"}, {"arithmetic": ("cpu", "2 threads")}, {"resume": False}])
 def test_units_of_another_run_are_thrown_away(make_pipeline, tmp_path, options):
     source = make_pipeline()
     with pytest.raises(KeyboardInterrupt), writer_for(source, tmp_path / "out") as writer:

@@ -251,6 +251,25 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(kind, name, resume,
     assert sorted(file.name for file in tmp_path.iterdir()) == ["again", "whole"]
 
 
+def test_a_run_with_other_threads_neither_mixes_with_an_interrupted_one_nor_is_another_result(
+    unet_folder, monkeypatch, tmp_path
+):
+    with monkeypatch.context() as patch:
+        interrupt_after(5, patch)
+        patch.setattr(torch, "get_num_threads", lambda: 8)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_pipeline(unet_folder, QUICK, output="out")
+    with monkeypatch.context() as patch:
+        done = interrupt_after(None, patch)
+        bundle = quantize_pipeline(unet_folder, QUICK, output="out")
+    modules = read_manifest(bundle).components["unet"].quantization.modules
+    assert len(done) == sum(1 for record in modules.values() if record.scheme)
+    with monkeypatch.context() as patch:
+        interrupt_after(0, patch)
+        patch.setattr(torch, "get_num_threads", lambda: 8)
+        assert quantize_pipeline(unet_folder, QUICK, output="out") == bundle
+
+
 # floors
 
 
