@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -61,7 +63,7 @@ class SetWriter(OutputWriter):
         )
 
 
-class CalibrationSet:
+class CalibrationSet(Sequence[DenoiserCall]):
     """What entered the denoisers of a pipeline, call by call, read from the disk as it is asked for.
 
     Calls of one batch follow each other in the order of the run, so whoever takes only a part should draw it at random.
@@ -69,11 +71,16 @@ class CalibrationSet:
 
     def __init__(self, folder: Path, record: CalibrationRecord, component: str | None = None) -> None:
         self.folder, self.record, self.component = folder, record, component
+        self._last: _Shard | None = None  # that a single call was taken from: its neighbours share tensors
 
     @property
     def schedule(self) -> ScheduleId:
         """The grid of the run."""
         return self.record.schedule
+
+    def of(self, component: str) -> CalibrationSet:
+        """The calls of one denoiser alone."""
+        return CalibrationSet(self.folder, self.record, component)
 
     def __len__(self) -> int:
         return sum(map(self._count, self.record.shards))
@@ -81,6 +88,22 @@ class CalibrationSet:
     def __iter__(self) -> Iterator[DenoiserCall]:
         for number in range(len(self.record.shards)):
             yield from self.batch(number)
+
+    @overload
+    def __getitem__(self, place: int) -> DenoiserCall: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[DenoiserCall]: ...
+
+    def __getitem__(self, place: int | slice) -> DenoiserCall | list[DenoiserCall]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(len(self))[place]]
+        place, number = range(len(self))[place], 0
+        while place >= (count := self._count(self.record.shards[number])):
+            place, number = place - count, number + 1
+        if self._last is None or self._last.number != number:
+            self._last = self._shard(number)
+        return self._last.call(place)
 
     def batch(self, number: int) -> Iterator[DenoiserCall]:
         """The calls of one shard, whose samples and calls `record.shards[number]` names.
@@ -91,46 +114,55 @@ class CalibrationSet:
             CalibrationError: a value is NaN or infinite.
             BundleError: the shard is not written as it should be.
         """
-        shard = self.record.shards[number]
-        if not self._count(shard):
-            return
-        file = self.folder / shard.file
-        _, metadata = read_header_and_metadata(file)
-        try:
-            entries = json.loads(metadata["record"])["records"]
-            wanted = [entry for entry in entries if self.component in (None, entry["component"])]
-            with safe_open(file, framework="pt") as stored:  # mapped, not read
-                tensors = _Tensors(file, stored.get_tensor)
-                for entry in wanted:
-                    yield DenoiserCall(
-                        component=entry["component"],
-                        state=RunState(run=-1 - number, **entry["state"]),
-                        args=tuple(unpack(value, tensors.load) for value in entry["args"]),
-                        kwargs={name: unpack(value, tensors.load) for name, value in entry["kwargs"]},
-                    )
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise BundleError(f"{file} has a record that cannot be read ({error}).", mend="Make it anew.") from error
+        if count := self._count(self.record.shards[number]):
+            yield from map(self._shard(number).call, range(count))
+
+    def _shard(self, number: int) -> _Shard:
+        return _Shard(self.folder / self.record.shards[number].file, number, self.component)
 
     def _count(self, shard: ShardRecord) -> int:
         return sum(count for name, count in shard.records.items() if self.component in (None, name))
 
 
-class _Tensors:
-    """The tensors of one shard, each loaded and checked once."""
+class _Shard:
+    """The calls of one file. Only the tensors of those that are asked for are loaded and checked, each once."""
 
-    def __init__(self, file: Path, read: Callable[[str], Tensor]) -> None:
-        self._file, self._read = file, read
+    def __init__(self, file: Path, number: int, component: str | None) -> None:
+        self.number, self._file = number, file
         self._known: dict[str, Tensor] = {}
+        with self._as_written():
+            entries = json.loads(read_header_and_metadata(file)[1]["record"])["records"]
+            self._entries = [entry for entry in entries if component in (None, entry["component"])]
 
-    def load(self, name: str) -> Tensor:
+    def call(self, place: int) -> DenoiserCall:
+        """One of them, in the order of the run."""
+        with self._as_written(), safe_open(self._file, framework="pt") as stored:  # mapped, not read
+            entry, load = self._entries[place], partial(self._load, stored.get_tensor)
+            return DenoiserCall(
+                component=entry["component"],
+                state=RunState(run=-1 - self.number, **entry["state"]),
+                args=tuple(unpack(value, load) for value in entry["args"]),
+                kwargs={name: unpack(value, load) for name, value in entry["kwargs"]},
+            )
+
+    def _load(self, read: Callable[[str], Tensor], name: str) -> Tensor:
         if name not in self._known:
-            tensor = self._read(name).clone()  # a mapped one is not aligned as torch does it: its products differ
+            tensor = read(name).clone()  # a mapped one is not aligned as torch does it: its products differ
             if not is_finite(tensor):
                 raise CalibrationError(
                     f"{self._file} holds NaN or infinity.", mend="Make the set anew with dacc calibrate."
                 )
             self._known[name] = tensor
         return self._known[name]
+
+    @contextmanager
+    def _as_written(self) -> Iterator[None]:
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, SafetensorError) as error:
+            raise BundleError(
+                f"{self._file} has a record that cannot be read ({error}).", mend="Make it anew."
+            ) from error
 
 
 def open_calibration(

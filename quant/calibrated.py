@@ -46,7 +46,7 @@ def quantize_units(
 
     Args:
         model: the float network; its weights and hooks are changed.
-        calls: what enters it, from a calibration set.
+        calls: what enters it, from a calibration set; of one on the disk only those that fit are held.
 
     Returns:
         What the method decided by itself, for the manifest.
@@ -83,7 +83,7 @@ def quantize_units(
     ):
         _finish_unit(treatment, block, chosen)
     if hasattr(method, "finish"):
-        finish_model(treatment, model, [plan for plan in plans if plan.scheme], calls, rounding, chosen, reporter)
+        finish_model(treatment, model, [plan for plan in plans if plan.scheme], walking, rounding, chosen, reporter)
     multiplying = [plan for plan in plans if not isinstance(model.get_submodule(plan.name), nn.Embedding)]
     _tell_of_baselines(treatment, multiplying, reporter)
     return chosen

@@ -48,7 +48,7 @@ class QuantizeConfig(Config):
     settings: dict[str, Any] = Field(default_factory=dict)  # the method's own fields
     cache_gb: float = Field(
         4.0, gt=0
-    )  # what the calls of a calibration set may hold between the units; less: fewer calls
+    )  # what the calls of a calibration set may hold, in front of the units too; less: fewer calls
     target: str = HERE  # machine that the result is to run on; changes what is said, not what is written
     measure: Literal["auto", "never"] = "auto"  # compare with the float pipeline at the end
     seed: int = Field(0, ge=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 from ..core.errors import ResourceError
 from ..core.reporter import Reporter
 from ..core.seeds import named_seed
+from ..runtime.clock import fixed_run
 from ..runtime.trajectory import DenoiserCall
-from .walk import Walk
+from .walk import UnitInput, Walk
 
 GIGABYTE = 1e9
 
@@ -28,7 +30,7 @@ def calls_within(
     seed: int,
     reporter: Reporter,
 ) -> Sequence[DenoiserCall]:
-    """All calls, or as many as stay within the budget, drawn at random; a notice says so.
+    """All calls, or as many as stay within the budget, drawn at random; a notice says so. Others are not loaded.
 
     Args:
         walks: networks that every call walks through.
@@ -36,10 +38,10 @@ def calls_within(
     Raises:
         ResourceError: not even one call fits.
     """
-    each = walks * held_bytes(model, calls[0], units)
+    each = held_bytes(model, calls[0], units, walks=walks)
     fitting = int(budget_gb * GIGABYTE / max(1, each))
     if fitting >= len(calls):
-        return calls
+        return list(calls)
     if fitting < 1:
         raise ResourceError(
             f"one call of the calibration set holds {each / GIGABYTE:.1f} GB on its way through the network.",
@@ -52,20 +54,31 @@ def calls_within(
     return [calls[index] for index in chosen.tolist()]
 
 
-def held_bytes(model: nn.Module, call: DenoiserCall, units: Sequence[str]) -> int:
-    """Most bytes of tensors that one call keeps alive while it waits for a unit, its inputs included."""
+def held_bytes(model: nn.Module, call: DenoiserCall, units: Sequence[str], *, walks: int = 1) -> int:
+    """Most bytes of tensors that one call keeps alive while it waits for a unit, its inputs included.
+
+    Args:
+        walks: networks that it walks through; with two, what a unit gives in the second is kept until it is treated.
+    """
     most, own = 0, {weight.untyped_storage().data_ptr() for weight in (*model.parameters(), *model.buffers())}
     gc.freeze()  # what is alive now does not count, and need not be looked through at every unit
     try:
         with Walk(model, [call], units) as walk:
             for unit in units:
-                walk.advance(unit)
-                alive = {place: size for place, size in _storages().items() if place not in own}
-                most = max(most, sum(alive.values()))
+                (entering,) = walk.advance(unit)
+                alive = sum(size for place, size in _storages().items() if place not in own)
+                given = _given_bytes(model.get_submodule(unit), call, entering) if walks > 1 and entering else 0
+                most = max(most, walks * alive + given)
     finally:
         gc.unfreeze()
-    inputs = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors_of(call)}
-    return most + sum(inputs.values())
+    return most + _bytes_of((call.args, call.kwargs))
+
+
+@torch.no_grad()
+def _given_bytes(unit: nn.Module, call: DenoiserCall, entering: UnitInput) -> int:
+    """What a unit gives in a call."""
+    with fixed_run(call.state):
+        return _bytes_of(unit(*entering.args, **entering.kwargs))
 
 
 def _storages() -> dict[int, int]:
@@ -79,5 +92,7 @@ def _storages() -> dict[int, int]:
     return found
 
 
-def _tensors_of(call: DenoiserCall) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+def _bytes_of(tree: Any) -> int:
+    """Of the memory behind the tensors of a tree."""
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

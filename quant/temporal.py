@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..core.families import Family
 from ..core.seeds import named_seed
+from ..runtime.clock import RunState
 from ..runtime.trajectory import DenoiserCall
 from .block import Block, Sighting
 from .plan import LayerPlan
@@ -110,7 +111,7 @@ def temporal_block(
     Args:
         plans: of the denoiser's layers; those of other layers are left out.
     """
-    entered = [(call, _watch_call(model, call, network.embedders, [])[0]) for call in calls]
+    entered = [(call.state, _watch_call(model, call, network.embedders, [])[0]) for call in calls]
     by_call = _by_call(network, entered)
     merged = _joined([sighting.entering.args[0] for sighting in by_call])
     inside = {name for name, _ in network.named_modules()}
@@ -175,11 +176,11 @@ def _watch_call(
     return entering, inputs
 
 
-def _by_call(network: TemporalNetwork, entered: list[tuple[DenoiserCall, Entering]]) -> list[Sighting]:
+def _by_call(network: TemporalNetwork, entered: list[tuple[RunState | None, Entering]]) -> list[Sighting]:
     """Different rows only, one sighting for each call of the grid."""
-    places: dict[int, list[tuple[DenoiserCall, Entering]]] = {}
-    for call, entering in entered:
-        places.setdefault(call.state.call if call.state else 0, []).append((call, entering))
+    places: dict[int, list[tuple[RunState | None, Entering]]] = {}
+    for state, entering in entered:
+        places.setdefault(state.call if state else 0, []).append((state, entering))
     return [
         _sighting(network, _distinct(_joined([entering for _, entering in found])), found[0][0])
         for _, found in sorted(places.items())
@@ -187,10 +188,8 @@ def _by_call(network: TemporalNetwork, entered: list[tuple[DenoiserCall, Enterin
 
 
 @torch.no_grad()
-def _sighting(network: TemporalNetwork, entering: Entering, call: DenoiserCall | None) -> Sighting:
-    return Sighting(
-        call.state if call else None, UnitInput((entering,), {}), network(entering), UnitInput((entering,), {})
-    )
+def _sighting(network: TemporalNetwork, entering: Entering, state: RunState | None) -> Sighting:
+    return Sighting(state, UnitInput((entering,), {}), network(entering), UnitInput((entering,), {}))
 
 
 def _joined(parts: list[Entering]) -> Entering:

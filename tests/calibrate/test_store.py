@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dacc import open_calibration
+from dacc.calibrate.store import _Shard
 from dacc.core.calibration import read_calibration
 from dacc.core.errors import BundleError, CalibrationError, ConfigError, ModelError
 from dacc.core.reporter import silent
@@ -127,3 +128,22 @@ def test_a_set_of_another_model_is_refused_and_one_of_an_ancestor_noticed(made_s
     assert "earlier passes changed unet" in reporter.notices[0]
     with pytest.raises(ConfigError, match="Known: unet"):
         open_calibration(made_set, component="transformer")
+
+
+def test_a_call_is_taken_by_its_place_without_reading_the_others(made_set: Path, monkeypatch) -> None:
+    whole, loaded, load = list(open_calibration(made_set)), list[str](), _Shard._load
+
+    def watched(shard: _Shard, read: Any, name: str) -> torch.Tensor:
+        loaded.append(name)
+        return load(shard, read, name)
+
+    monkeypatch.setattr(_Shard, "_load", watched)
+    found = open_calibration(made_set)
+    one, same = found[4], whole[4]
+    assert (one.state, list(one.kwargs)) == (same.state, list(same.kwargs))
+    assert torch.equal(one.args[0], same.args[0])
+    assert len(loaded) == sum(isinstance(value, torch.Tensor) for value in (*same.args, *same.kwargs.values()))
+    assert [call.state for call in found[1:5]] == [call.state for call in whole[1:5]]
+    assert found[-1].state == whole[-1].state
+    with pytest.raises(IndexError):
+        found[6]

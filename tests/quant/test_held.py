@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
@@ -30,6 +32,34 @@ def test_a_call_holds_what_is_alive_where_it_waits():
     assert wide <= found <= 2.2 * wide
     assert held_bytes(network(10), calls(1)[0], UNITS) < wide / 5
     assert held_bytes(network(), calls(1, rows=1000)[0], UNITS) == pytest.approx(2 * found, rel=0.1)
+
+
+def test_two_walks_hold_twice_as_much_and_what_the_float_unit_gives():
+    wide = 4 * 500 * 1000  # what the first layer gives
+    (call,) = calls(1)
+    inputs, once = 4 * 500 * 8, held_bytes(network(), call, UNITS[:1])
+    assert once == inputs  # nothing else is there yet
+    assert held_bytes(network(), call, UNITS[:1], walks=2) == inputs + wide
+
+
+class OnDisk(Sequence):
+    """Calls that are loaded when they are asked for."""
+
+    def __init__(self, held):
+        self.held, self.loaded = held, []
+
+    def __len__(self):
+        return len(self.held)
+
+    def __getitem__(self, place):
+        self.loaded.append(place)
+        return self.held[place]
+
+
+def test_calls_that_do_not_fit_are_not_loaded():
+    stored, each = OnDisk(calls(20)), held_bytes(network(), calls(1)[0], UNITS)
+    found = calls_within(3.5 * each / 1e9, network(), stored, UNITS, walks=1, seed=0, reporter=Reporter(quiet=True))
+    assert stored.loaded == [0, *(int(call.args[0][0, 0]) for call in found)]
 
 
 def test_all_calls_are_taken_where_they_fit():
