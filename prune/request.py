@@ -57,10 +57,6 @@ class Request:
         """The units as `select.py` takes them."""
         return [Item(scores[unit.name], self.costs[unit.name], unit.stack, unit.position) for unit in self.units]
 
-    def with_ratio(self, ratio: float) -> Request:
-        """The same for another ratio."""
-        return replace(self, ratio=ratio)
-
     def with_units(self, units: Sequence[Unit]) -> Request:
         """The same with fewer units."""
         return replace(self, units=units)

@@ -97,7 +97,7 @@ def _size(request: Request, names: tuple[str, ...]) -> int:
 
 def _of_transformer(request: Request, config: VdMiniConfig) -> tuple[str, ...]:
     units = [unit for unit in request.units if _is_shallow(unit, request.modules.size(unit.stack))]
-    items = request.with_units(units).items({unit.name: request.scores[unit.name].score for unit in units})
+    items = request.with_units(units).items({name: found.score for name, found in request.scores.items()})
     sets = of_each_cost(items, int(MOST * request.total), request.rules())
     reach = max(sets)
     needed = request.needed() if request.ratio is not None else max(1, round(KEPT_PROMISE * reach))
