@@ -17,12 +17,13 @@ from torch.utils._pytree import tree_leaves
 from ..core.cache_plan import COMPUTE, REUSE, CachePlan
 from ..core.reporter import Reporter
 from ..runtime.cache_hooks import Values
-from ..runtime.cached import CachedUnits, install_plan_, remove_plans_
+from ..runtime.cached import CachedUnits, remove_plans_
 from ..runtime.compare import relative_l2
 from ..runtime.request import RunRequest
 from ..runtime.trajectory import DenoiserCall, sample
 from .capture import capture_batches, record
 from .correct import both_hooked, corrected
+from .window import Window
 
 PROBES = 6  # calls at which the answer of the final sample is measured
 
@@ -53,6 +54,7 @@ def output_cost(
     pipe: Any,
     component: str,
     plan: CachePlan,
+    window: Window,
     request: RunRequest,
     reporter: Reporter,
     *,
@@ -85,7 +87,7 @@ def output_cost(
                 if first + 1 < plan.calls:
                     plain = _reusing(units, calls[first + 1], kept)
                     before[first + 1] += share * _distance(plain, outputs[first + 1])
-    weights = sensitivity(pipe, component, plan, request, before.tolist(), reporter)
+    weights = sensitivity(pipe, component, plan, window, request, before.tolist(), reporter)
     for first in range(plan.calls):
         total[first, first + longest :] = float("inf")
     weighted: list[list[float]] = (total * torch.tensor(weights, dtype=torch.float64)).tolist()
@@ -93,7 +95,13 @@ def output_cost(
 
 
 def sensitivity(
-    pipe: Any, component: str, plan: CachePlan, request: RunRequest, errors: list[float], reporter: Reporter
+    pipe: Any,
+    component: str,
+    plan: CachePlan,
+    window: Window,
+    request: RunRequest,
+    errors: list[float],
+    reporter: Reporter,
 ) -> list[float]:
     """(C,): how far the final sample moves for an error of the output at each call, relative L2 over root mean square.
 
@@ -109,7 +117,7 @@ def sensitivity(
     found: dict[int, float] = {}
     for probe in reporter.progress(probes, "probing"):
         codes = "".join(REUSE if call == probe else COMPUTE for call in range(calls))
-        install_plan_(pipe, component, plan.model_copy(update={"codes": dict.fromkeys(plan.codes, codes)}))
+        window.install_(pipe, component, plan.model_copy(update={"codes": dict.fromkeys(plan.codes, codes)}))
         moved = relative_l2(reference, sample(pipe, request).latents).mean().item()
         if moved > 0 and errors[probe] > 0:
             found[probe] = moved / errors[probe]

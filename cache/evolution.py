@@ -173,14 +173,14 @@ def evolve_component(
     _check_installed()
     denoiser: nn.Module = pipe.components[component]
     units = choose_units(denoiser, config.unit)
-    calls, schedule = first_calls(pipe, component, request)
+    calls, window = first_calls(pipe, component, request)
     cost = None
     if config.speedup is not None:
         cost = checked_cost(known_cost, units) if known_cost else time_calls(denoiser, units, calls, reporter)
-    blank = blank_plan(denoiser, units, count_unit_macs(denoiser, units, calls), schedule, weights, config)
+    blank = blank_plan(denoiser, units, count_unit_macs(denoiser, units, calls), window.schedule, weights, config)
     state = keeper.load()
     seeds = _seeds(pipe, component, blank, request, settings, reporter) if state is None else None
-    objective = PlanObjective(pipe, component, blank, request)
+    objective = PlanObjective(pipe, component, blank, window, request)
     limit = _limit(config, objective, cost)
     search = _Search(objective, method, settings, config.seed)
     if state is None:
@@ -199,18 +199,22 @@ def evolve_component(
             "Ask for less, or search with --device cpu, in float32.",
         )
     chosen = min(fitting, key=lambda name: state.known[name])
-    plan = trimmed(search.plan(chosen))
+    plan, _ = window.whole(trimmed(search.plan(chosen)), {})
     files = front_files(
         component,
-        [Candidate(*state.known[name], search.codes(name)) for name in front],
+        [Candidate(*state.known[name], window.whole(search.plan(name), {})[0].codes) for name in front],
         [state.known[name] for name in state.population],
         front.index(chosen),
     )
     record = CacheRecord.of(
         config.method,
         plan,
-        count_plan(pipe, component, plan, request, reporter),
-        {"calls": plan.calls, "computed": whole_calls(plan), "generations": state.generation},
+        count_plan(pipe, component, plan, window, request, reporter),
+        {
+            "calls": window.calls,
+            "computed": whole_calls(plan) - plan.calls + window.calls,
+            "generations": state.generation,
+        },
     )
     return Found(record, cost, {}, files | schedule_file(component, denoiser, plan))
 

@@ -30,6 +30,7 @@ from .capture import capture_batches, record
 from .correct import both_hooked
 from .cost import errors_of_reuse, flat_values, sensitivity
 from .fitting import Grams
+from .window import Window
 
 AT_ONCE = 1 << 18  # values of each call in double precision
 
@@ -70,6 +71,7 @@ def forecast_cost(
     pipe: Any,
     component: str,
     plan: CachePlan,
+    window: Window,
     request: RunRequest,
     predictor: Predictor,
     reporter: Reporter,
@@ -101,7 +103,7 @@ def forecast_cost(
             if fit:
                 grams.add(units, kept, goals)
     moved = [math.sqrt(float(distances[call - 1, call])) if call else 0.0 for call in range(plan.calls)]
-    answers = sensitivity(pipe, component, plan, request, errors.tolist(), reporter)
+    answers = sensitivity(pipe, component, plan, window, request, errors.tolist(), reporter)
     worth = [answers[call] * float(errors[call]) / far if far else 0.0 for call, far in enumerate(moved)]
     return ForecastCost(
         distances.tolist(), aims.tolist(), list(grams.places), worth, predictor.form, grams if fit else None

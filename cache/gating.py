@@ -12,10 +12,11 @@ from typing import Any
 from ..core.cache_plan import BlockRange, CachePlan, Unit
 from ..core.errors import UnsupportedError
 from ..core.reporter import Reporter
-from ..runtime.cached import install_plan_, no_cache
+from ..runtime.cached import no_cache
 from ..runtime.request import RunRequest
 from .planned import planned
 from .profile import counted_macs
+from .window import Window
 
 
 def gated_plan(
@@ -26,6 +27,7 @@ def gated_plan(
     computed: int,
     method: ModuleType,
     settings: Any,
+    window: Window,
     request: RunRequest,
     reporter: Reporter,
 ) -> tuple[CachePlan, dict[str, int | float | str]]:
@@ -48,7 +50,7 @@ def gated_plan(
 
     def cost(threshold: float) -> float:
         gates = {blank.units[0].id: method.gate(settings, threshold)}
-        install_plan_(pipe, component, planned(blank, places, method, settings, gates))
+        window.install_(pipe, component, planned(blank, places, method, settings, gates))
         found = counted_macs(pipe, component, request) / full
         reporter.detail(f"threshold {threshold:.4g}: {found:.4f} of the MACs, {allowed:.4f} are allowed")
         return found

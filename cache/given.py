@@ -35,7 +35,8 @@ def import_component(
     denoiser: nn.Module = pipe.components[component]
     modules = [name for name, _ in denoiser.named_modules()]
     codes = schedule.units(stacks_of(denoiser), modules, type(denoiser).__name__)
-    calls, grid = first_calls(pipe, component, request)
+    calls, window = first_calls(pipe, component, request)
+    grid = window.grid
     if len(grid.timesteps) != schedule.steps:
         raise UnsupportedError(
             f"the schedule has {schedule.steps} steps; a run of {config.steps} steps of {grid.scheduler} makes "
@@ -50,7 +51,7 @@ def import_component(
     record = CacheRecord.of(
         config.method,
         plan,
-        count_plan(pipe, component, plan, request, reporter),
+        count_plan(pipe, component, plan, window, request, reporter),
         {"calls": plan.calls, "computed": whole_calls(plan)},
     )
     return Found(record, None, {}, schedule_file(component, denoiser, plan))

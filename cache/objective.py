@@ -12,35 +12,41 @@ from torch import Tensor
 
 from ..core.cache_plan import CachePlan
 from ..core.errors import UnsupportedError
-from ..runtime.cached import install_plan_, no_cache
+from ..runtime.cached import no_cache
 from ..runtime.compare import relative_l2
-from ..runtime.correction import Correction
 from ..runtime.plan import planned_macs
 from ..runtime.request import RunRequest
 from ..runtime.trajectory import call_pipeline
+from .window import Window
 
 
 class PlanObjective:
     """Error and multiply-accumulates of plans of the same units. The pipeline keeps the last one that was tried.
 
     Args:
-        blank: a plan with these units that computes everything.
+        blank: a plan with these units that computes everything, of the denoiser's own calls as all that are tried.
         request: the samples, run in its batches.
         reference: the pipeline whose runs are what is wanted; None: the same one without a plan.
     """
 
     def __init__(
-        self, pipe: Any, component: str, blank: CachePlan, request: RunRequest, reference: Any | None = None
+        self,
+        pipe: Any,
+        component: str,
+        blank: CachePlan,
+        window: Window,
+        request: RunRequest,
+        reference: Any | None = None,
     ) -> None:
-        self._pipe, self._component, self._request = pipe, component, request
+        self._pipe, self._component, self._window, self._request = pipe, component, window, request
         self.blank, self._steps = blank, 0
-        self.containers = install_plan_(pipe, component, blank).containers
+        self.containers = window.install_(pipe, component, blank).containers
         with no_cache(pipe):
             self._wanted = self._final(reference or pipe)
 
-    def error(self, plan: CachePlan, correction: Correction | None = None) -> float:
+    def error(self, plan: CachePlan, tables: dict[str, Tensor] | None = None) -> float:
         """Mean relative L2 of the final samples of a plan of these units; infinite where they are not finite."""
-        install_plan_(self._pipe, self._component, plan, correction)
+        self._window.install_(self._pipe, self._component, plan, tables)
         error = float(relative_l2(self._wanted, self._final(self._pipe)).mean())
         return error if math.isfinite(error) else math.inf  # nan would be neither better nor worse than any other
 

@@ -11,20 +11,23 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.cache_plan import Unit, UnitMacs
 from ..core.config import Config
 from ..core.errors import UnsupportedError
+from ..core.pipeline import denoisers
 from ..core.reporter import Reporter
 from ..core.schedule_id import ScheduleId, schedule_id
 from ..runtime.cache_hooks import Values
 from ..runtime.cached import CachedUnits
 from ..runtime.clock import running_scheduler
+from ..runtime.clockwork import attach_clock
 from ..runtime.macs import count_macs, counting_calls
 from ..runtime.request import RunRequest
 from ..runtime.timing import measure_in_turns
-from ..runtime.trajectory import DenoiserCall, call_pipeline, capture_calls, sample
+from ..runtime.trajectory import PROBE_STEPS, DenoiserCall, call_pipeline, capture_calls, sample
+from .window import Window
 
 REPEATS = 5
 
@@ -37,33 +40,58 @@ class CallCost(Config):
     partial_seconds: float  # a call that skips the unit
 
 
-class _FirstStep(Exception):
+class _FirstCall(Exception):
     """The grid is known; the run may end."""
 
 
-def first_calls(pipe: Any, component: str, request: RunRequest) -> tuple[list[DenoiserCall], ScheduleId]:
-    """The evaluations of the first call of a run of one sample, all guidance branches, and the grid of the run.
+def first_calls(pipe: Any, component: str, request: RunRequest) -> tuple[list[DenoiserCall], Window]:
+    """The evaluations of a denoiser's first call in a run of one sample, all guidance branches, and its window.
 
     Raises:
-        UnsupportedError: the denoiser was not called, or the scheduler has no grid.
+        UnsupportedError: the denoiser is not called, or not in one stretch, or the scheduler has no grid.
     """
     one = request.model_copy(update={"seeds": request.seeds[:1], "batch_size": 1})
+    grid = _grid(pipe, component, one)
+    alone = len(denoisers(pipe)) == 1  # and then called at every step; with others only a whole run tells
+    probe = one.model_copy(update={"num_inference_steps": PROBE_STEPS}) if alone else one
+    calls: dict[int, list[DenoiserCall]] = {}
+    for call in capture_calls(pipe, probe, components=[component]):
+        if call.state is not None:
+            calls.setdefault(call.state.call, []).append(call)
+    numbers = sorted(calls)
+    if not numbers or grid is None:
+        raise UnsupportedError(
+            f"{component} is not called in a run of {one.num_inference_steps} steps.",
+            "A plan counts the calls of a run.",
+            "Take more --steps, or choose another model with --component.",
+        )
+    if numbers != list(range(numbers[0], numbers[-1] + 1)):
+        raise UnsupportedError(
+            f"{component} is called at calls {', '.join(map(str, numbers))} of a run.",
+            "A plan is for calls in one stretch.",
+            "Choose another model with --component.",
+        )
+    count = len(grid.timesteps) if alone else len(numbers)
+    return calls[numbers[0]], Window(grid, numbers[0], count)
+
+
+def _grid(pipe: Any, component: str, request: RunRequest) -> ScheduleId | None:
+    """The grid of the run in which a denoiser is first called; None where it is not."""
     grids: list[ScheduleId] = []
 
-    def stop(_: Tensor) -> None:
+    def stop(*_: Any) -> None:
         if (scheduler := running_scheduler(pipe)) is not None:
             grids.append(schedule_id(scheduler))
-        raise _FirstStep
+        raise _FirstCall
 
-    with suppress(_FirstStep):
-        call_pipeline(pipe, one, [0], on_step=stop)
-    captured = capture_calls(pipe, one.model_copy(update={"num_inference_steps": 2}), components=[component])
-    calls = [call for call in captured if call.state is not None and call.state.call == 0]
-    if not calls or not grids:
-        raise UnsupportedError(
-            f"{component} was not called at the first step of a run.", "A plan counts the calls of a run."
-        )
-    return calls, grids[0]
+    attach_clock(pipe)
+    handle = pipe.components[component].register_forward_pre_hook(stop)
+    try:
+        with suppress(_FirstCall):
+            call_pipeline(pipe, request, [0], on_step=lambda _: None)
+    finally:
+        handle.remove()
+    return grids[0] if grids else None
 
 
 def count_unit_macs(denoiser: nn.Module, units: tuple[Unit, ...], calls: list[DenoiserCall]) -> UnitMacs:

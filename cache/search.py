@@ -35,6 +35,7 @@ from .objective import PlanObjective
 from .planned import blank_plan, planned
 from .profile import CallCost, count_unit_macs, counted_macs, first_calls, time_calls, told
 from .units import choose_unit, unit_text
+from .window import Window
 
 REACH = 4  # groups are looked for up to this many times their mean length, where evaluations have to be paid for
 
@@ -81,30 +82,31 @@ def search_component(
     denoiser: nn.Module = pipe.components[component]
     settings = build_config(method.CONFIG, **config.settings)
     unit = choose_unit(denoiser, unit_text(config.unit, config.method, method), whole=getattr(method, "WHOLE", False))
-    calls, schedule = first_calls(pipe, component, request)
+    calls, window = first_calls(pipe, component, request)
     macs = count_unit_macs(denoiser, (unit,), calls)
     cost = None
     if config.speedup is not None:
         cost = checked_cost(known_cost, (unit,)) if known_cost else time_calls(denoiser, (unit,), calls, reporter)
-    count = len(schedule.timesteps)
-    computed = _budget(config, count, macs, unit, cost)
+    computed = _budget(config, window.calls, macs, unit, cost)
     if hasattr(method, "check"):
-        method.check(count, computed, settings)  # before the profile, which takes its time
-    blank = blank_plan(denoiser, (unit,), macs, schedule, weights, config)
-    profile = _profile(pipe, component, blank, method, settings, request, computed, reporter, reference)
-    chosen: dict[str, int | float | str] = {"calls": count}
+        method.check(window.calls, computed, settings)  # before the profile, which takes its time
+    blank = blank_plan(denoiser, (unit,), macs, window.schedule, weights, config)
+    profile = _profile(pipe, component, blank, window, method, settings, request, computed, reporter, reference)
+    chosen: dict[str, int | float | str] = {"calls": window.calls}
     grams, ridge = None, None
     if profile and getattr(settings, "trials", 0) > 0:
-        candidates, grams = method.candidates(count, computed, settings, *profile), profile[0].grams
-        trial = _run_trials(pipe, component, blank, method, settings, candidates, request, reporter, reference, grams)
+        candidates, grams = method.candidates(window.calls, computed, settings, *profile), profile[0].grams
+        trial = _run_trials(
+            pipe, component, blank, window, method, settings, candidates, request, reporter, reference, grams
+        )
         assert trial.best is not None
         settings, places, ridge = trial.best.settings, trial.best.places, trial.best.ridge
         chosen |= {"trials": trial.made, "relative_l2": float(f"{trial.least:.4g}")}
     else:
-        places = method.schedule(count, computed, settings, *profile)
+        places = method.schedule(window.calls, computed, settings, *profile)
     chosen["computed"] = len(places)
     if hasattr(method, "gate"):
-        plan, more = gated_plan(pipe, component, blank, places, computed, method, settings, request, reporter)
+        plan, more = gated_plan(pipe, component, blank, places, computed, method, settings, window, request, reporter)
         chosen |= more
     else:
         plan = planned(blank, places, method, settings)
@@ -119,10 +121,11 @@ def search_component(
         chosen["ridge"] = ridge
     elif getattr(settings, "correct", False) and REUSE in plan.codes[unit.id]:
         plan, tables = _corrected(pipe, component, plan, settings, request, reporter, reference)
-    ratio = count_plan(pipe, component, plan, request, reporter)
+    plan, tables = window.whole(plan, tables)
+    ratio = count_plan(pipe, component, plan, window, request, reporter)
     if plan.gates:
         partial = 1 - macs.units[unit.id] / macs.full
-        chosen["computed"] = round(count * (ratio - partial) / (1 - partial), 1)
+        chosen["computed"] = round(window.calls * (ratio - partial) / (1 - partial), 1)
     record = CacheRecord.of(config.method, plan, ratio, chosen)
     return Found(record, cost, tables)
 
@@ -131,6 +134,7 @@ def _run_trials(
     pipe: Any,
     component: str,
     blank: CachePlan,
+    window: Window,
     method: ModuleType,
     settings: Any,
     candidates: list[Choice],
@@ -140,7 +144,7 @@ def _run_trials(
     grams: Grams | None,
 ) -> Trial:
     """The candidate whose runs are nearest to those without a plan, its calls moved for as long as that helps."""
-    objective = PlanObjective(pipe, component, blank, request, reference)
+    objective = PlanObjective(pipe, component, blank, window, request, reference)
     with closing(reporter.progress(range(max(settings.trials, len(candidates))), "trying plans")) as runs:
 
         def error(choice: Choice) -> float:
@@ -148,8 +152,7 @@ def _run_trials(
             plan = planned(blank, choice.places, method, choice.settings)
             if grams is None or choice.ridge is None:
                 return objective.error(plan)
-            plan, tables = fitted_plan(plan, grams, choice.ridge)
-            return objective.error(plan, Correction(tables, plan))
+            return objective.error(*fitted_plan(plan, grams, choice.ridge))
 
         return best_choice(
             candidates,
@@ -180,7 +183,9 @@ def _corrected(
     return plan, tables
 
 
-def count_plan(pipe: Any, component: str, plan: CachePlan, request: RunRequest, reporter: Reporter) -> float:
+def count_plan(
+    pipe: Any, component: str, plan: CachePlan, window: Window, request: RunRequest, reporter: Reporter
+) -> float:
     """Install a plan and count what a run of one sample costs with it, over one without; with a gate, what all the
     profiled runs do, since each decides by itself.
 
@@ -194,8 +199,8 @@ def count_plan(pipe: Any, component: str, plan: CachePlan, request: RunRequest, 
     cached = counted_macs(pipe, component, request)
     if plan.gates:
         return cached / full
-    predicted = planned_macs(plan, units.containers)
-    if (full, cached) != (plan.macs.full * plan.calls, predicted):
+    predicted = planned_macs(plan, units.containers) - plan.macs.full * (plan.calls - window.calls)
+    if (full, cached) != (plan.macs.full * window.calls, predicted):
         reporter.notice(f"{component}: a run counts {cached} of {full} MACs; the plan predicts {predicted}")
     return cached / full
 
@@ -227,6 +232,7 @@ def _profile(
     pipe: Any,
     component: str,
     plan: CachePlan,
+    window: Window,
     method: ModuleType,
     settings: Any,
     request: RunRequest,
@@ -239,7 +245,10 @@ def _profile(
     if "forecasts" in needs:
         predictor = method.predictor(settings)
         fit = settings.correct
-        return (forecast_cost(pipe, component, plan, request, predictor, reporter, fit=fit, reference=reference),)
+        profile = forecast_cost(
+            pipe, component, plan, window, request, predictor, reporter, fit=fit, reference=reference
+        )
+        return (profile,)
     if "cost" not in needs:
         return ()
     if settings.cost == "feature":
@@ -250,6 +259,7 @@ def _profile(
         pipe,
         component,
         plan,
+        window,
         request,
         reporter,
         longest=longest,

@@ -9,7 +9,6 @@ from dacc.cache.objective import PlanObjective
 from dacc.cache.planned import blank_plan
 from dacc.cache.profile import count_unit_macs, first_calls
 from dacc.cache.units import choose_unit
-from dacc.runtime.clockwork import attach_clock
 from dacc.runtime.request import RunRequest
 
 REQUEST = RunRequest(seeds=(1, 2, 3), num_inference_steps=3, guidance_scale=1.0)
@@ -17,12 +16,11 @@ REQUEST = RunRequest(seeds=(1, 2, 3), num_inference_steps=3, guidance_scale=1.0)
 
 def objective_of(pipe: Any, batch_size: int) -> PlanObjective:
     """Of the blocks of a transformer, and of samples in batches."""
-    attach_clock(pipe)
     unit = choose_unit(pipe.transformer, "auto", whole=True)
-    calls, grid = first_calls(pipe, "transformer", REQUEST)
+    calls, window = first_calls(pipe, "transformer", REQUEST)
     macs = count_unit_macs(pipe.transformer, (unit,), calls)
-    blank = blank_plan(pipe.transformer, (unit,), macs, grid, "", SearchCacheConfig())
-    return PlanObjective(pipe, "transformer", blank, REQUEST.model_copy(update={"batch_size": batch_size}))
+    blank = blank_plan(pipe.transformer, (unit,), macs, window.schedule, "", SearchCacheConfig())
+    return PlanObjective(pipe, "transformer", blank, window, REQUEST.model_copy(update={"batch_size": batch_size}))
 
 
 def reusing(objective: PlanObjective) -> Any:
