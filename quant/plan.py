@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..core.config import nearest
 from ..core.errors import ConfigError, UnsupportedError
-from ..core.families import Family
+from ..core.families import Family, Role
 from ..core.pipeline import walk_layers
 from ..core.scheme import NVFP4_GROUP, Scheme
 from ..runtime.layers import LAYER_CLASSES
 from ..runtime.quantized_layer import can_be_smoothed
-from .config import FAST_BITS, QuantizeConfig
+from .config import FAST_BITS, FIXED_MODES, QuantizeConfig
 from .splits import find_splits
 
 AUTO_GROUP = 64  # input features per scale for narrow weights; halved until it divides a layer's features
@@ -26,6 +26,7 @@ GROUPED_BITS = 5  # up to here one scale per channel costs too much quality
 TEMPORAL_BITS = 8
 MODULATION_BITS = 4
 SPARED_BITS = 8
+BODY = ("body", "text")  # roles that take the bits that were asked for
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Traits:
     spares: bool = False  # the few layers that suffer most have at least 8 bits, weights and activations
     split: bool = False  # layers that read two joined tensors have scales for each
     calls: int = 1  # length of the grid, for scales of every step
-    rank: int | None = None  # linears of the body have smoothing, and a branch of this rank; None: neither
+    # linears of the body have smoothing, and a branch of this rank; what reads text as well, but its inputs stay float
+    rank: int | None = None
     smooth: bool = False  # so have convolutions whose activation scales are found at each call, without a branch
 
 
@@ -127,7 +129,7 @@ def _scheme(
     scheme = _integers(name, layer, family, config, traits, split)
     if traits.smooth and isinstance(layer, nn.Conv2d) and scheme.finds_acts and can_be_smoothed(layer):
         return scheme.model_copy(update={"smooth": True})
-    if traits.rank is None or family.role(name) != "body" or not isinstance(layer, nn.Linear):
+    if traits.rank is None or family.role(name) not in BODY or not isinstance(layer, nn.Linear):
         return scheme
     return scheme.model_copy(update={"smooth": True, "rank": min(traits.rank, *_shape(layer)) or None})
 
@@ -143,15 +145,14 @@ def _integers(
     floor = 0 if traits.temporal else {"temporal": TEMPORAL_BITS, "modulation": MODULATION_BITS}.get(role, 0)
     floor = max(floor, SPARED_BITS) if spared else floor
     bits = asked or max(config.bits, floor)
-    rounded = role == "body" or traits.temporal_acts
-    act_bits = _act_bits(name, config, spared=spared) if rounded and isinstance(layer, nn.Linear | nn.Conv2d) else 16
+    rounded = (role in BODY or traits.temporal_acts) and isinstance(layer, nn.Linear | nn.Conv2d)
+    act_bits = _act_bits(name, role, config, traits, spared=spared) if rounded else 16
     if config.format == "nvfp4" and bits == 4 and isinstance(layer, nn.Linear) and not layer.in_features % NVFP4_GROUP:
         return Scheme(format="nvfp4", bits=bits, group_size=NVFP4_GROUP)
     lifted = asked is None and bits > config.bits
     group_size = _group_size(name, _shape(layer), bits, act_bits, config, lifted=lifted, split=split)
     if act_bits < 16:
-        temporal_only = traits.temporal_acts and role == "body"
-        mode = "dynamic" if config.act_mode == "auto" else "static" if temporal_only else config.act_mode
+        mode = _act_mode(role, config, traits)
         acts: dict[str, Any] = {"act_bits": act_bits, "act_mode": mode}
         if mode == "per-group" and (act_group_size := _act_group_size(layer, group_size, config, split)):
             split = split if group_size is None else None  # groups have scales of their own anyway
@@ -173,9 +174,18 @@ def _has_offset(mode: str, act_bits: int, config: QuantizeConfig) -> bool:
     return not config.act_symmetric
 
 
-def _act_bits(name: str, config: QuantizeConfig, *, spared: bool) -> int:
-    asked = _asked_bits(name, config.layer_act_bits)
-    return asked or max(config.act_bits, SPARED_BITS if spared else 0)
+def _act_mode(role: Role, config: QuantizeConfig, traits: Traits) -> str:
+    if config.act_mode == "auto" or (role == "text" and config.act_mode in FIXED_MODES):
+        return "dynamic"
+    return "static" if traits.temporal_acts and role == "body" else config.act_mode
+
+
+def _act_bits(name: str, role: Role, config: QuantizeConfig, traits: Traits, *, spared: bool) -> int:
+    if asked := _asked_bits(name, config.layer_act_bits):
+        return asked
+    if role == "text" and traits.rank is not None:
+        return 16
+    return max(config.act_bits, SPARED_BITS if spared else 0)
 
 
 def _group_size(

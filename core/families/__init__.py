@@ -5,6 +5,8 @@ Roles decide what a pass may do to a layer:
 - `edge`: the first and last layers, which read and write latents; they stay 16-bit float.
 - `temporal`: embedders of time and class and their projections; weight-only, at least 8 bits.
 - `modulation`: adaLN linears, which turn the time embedding into shifts, scales, gates; weight-only, at least 4 bits.
+- `text`: what reads the states of a text encoder for cross-attention: its keys and values, and projections before them.
+  The first token of these states can be hundreds of times as large as the others, so no two tokens share a scale.
 - `body`: everything else; takes the scheme that was asked for.
 """
 
@@ -14,12 +16,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-Role = Literal["edge", "temporal", "modulation", "body"]
+Role = Literal["edge", "temporal", "modulation", "text", "body"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """Roles as glob patterns over module names; the first match in the order edge, temporal, modulation wins.
+    """Roles as glob patterns over module names; the first match in the order edge, temporal, modulation, text wins.
 
     Args:
         name: for messages.
@@ -36,6 +38,7 @@ class Family:
     edge: tuple[str, ...]
     temporal: tuple[str, ...]
     modulation: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
     embedders: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
     sensitive: tuple[str, ...] = ()
@@ -49,6 +52,8 @@ class Family:
             return "temporal"
         if _matches(module_name, self.modulation):
             return "modulation"
+        if _matches(module_name, self.text):
+            return "text"
         return "body"
 
     def is_sensitive(self, module_name: str) -> bool:

@@ -31,6 +31,7 @@ FAMILY = Family(
         "*.norm1.emb.*",
     ),
     modulation=("*.norm*.linear", "*adaln*.linear", "*adaLN*", "*.linear_modulation*"),
+    text=("caption_projection.*", "encoder_hid_proj", "*.attn2.to_[kv]"),
     blocks=(
         "*TransformerBlock",
         "ResnetBlock2D",

@@ -9,6 +9,7 @@ FAMILY = Family(
     embedders=("adaln_single.emb",),
     temporal=("adaln_single.emb.*",),
     modulation=("adaln_single.linear",),
+    text=("caption_projection.*", "*.attn2.to_[kv]"),
     blocks=("BasicTransformerBlock",),
     stacks=("transformer_blocks",),
 )

@@ -14,6 +14,7 @@ FAMILY = Family(
     edge=("conv_in", "conv_out"),
     embedders=("time_embedding", "add_embedding", "class_embedding"),
     temporal=("time_embedding.*", "add_embedding.*", "class_embedding*", "*.time_emb_proj"),
+    text=("encoder_hid_proj", "*.attentions.*.attn2.to_[kv]"),
     blocks=("ResnetBlock2D", "BasicTransformerBlock", "Attention", "TemporalConvLayer"),
     sensitive=("*.conv_shortcut", "*.downsamplers.*"),
 )

@@ -32,6 +32,7 @@ MODELS = {
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 56,
         "class_embed_type": "timestep",
+        "encoder_hid_dim": 8,
     },
     "UNet3DConditionModel": {
         **SMALL_UNET,
@@ -103,10 +104,10 @@ MODELS = {
     },
 }
 ABSENT = {  # patterns that this class has no layer for
-    "UNet2DModel": {"add_embedding.*"},
-    "UNet3DConditionModel": {"add_embedding.*", "class_embedding*"},
-    "UNetMotionModel": {"add_embedding.*", "class_embedding*"},
-    "UNetSpatioTemporalConditionModel": {"class_embedding*"},
+    "UNet2DModel": {"add_embedding.*", "encoder_hid_proj", "*.attentions.*.attn2.to_[kv]"},
+    "UNet3DConditionModel": {"add_embedding.*", "class_embedding*", "encoder_hid_proj"},
+    "UNetMotionModel": {"add_embedding.*", "class_embedding*", "encoder_hid_proj"},
+    "UNetSpatioTemporalConditionModel": {"class_embedding*", "encoder_hid_proj"},
 }
 ROLES = [
     ("UNet2DModel", "conv_in", "edge"),
@@ -118,9 +119,14 @@ ROLES = [
     ("UNet2DConditionModel", "add_embedding.linear_2", "temporal"),
     ("UNet2DConditionModel", "class_embedding.linear_1", "temporal"),
     ("UNet2DConditionModel", "down_blocks.0.attentions.0.proj_in", "body"),
-    ("UNet2DConditionModel", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "body"),
+    ("UNet2DConditionModel", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "text"),
+    ("UNet2DConditionModel", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q", "body"),
+    ("UNet2DConditionModel", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_v", "body"),
+    ("UNet2DConditionModel", "encoder_hid_proj", "text"),
     ("UNet3DConditionModel", "down_blocks.0.temp_convs.0.conv1.2", "body"),
     ("UNetMotionModel", "down_blocks.0.motion_modules.0.proj_in", "body"),
+    ("UNetMotionModel", "down_blocks.0.motion_modules.0.transformer_blocks.0.attn2.to_v", "body"),
+    ("UNetMotionModel", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v", "text"),
     ("UNetSpatioTemporalConditionModel", "down_blocks.0.resnets.0.temporal_res_block.time_emb_proj", "temporal"),
     ("DiTTransformer2DModel", "pos_embed.proj", "edge"),
     ("DiTTransformer2DModel", "proj_out_1", "edge"),
@@ -130,7 +136,8 @@ ROLES = [
     ("DiTTransformer2DModel", "transformer_blocks.0.attn1.to_q", "body"),
     ("PixArtTransformer2DModel", "adaln_single.emb.timestep_embedder.linear_1", "temporal"),
     ("PixArtTransformer2DModel", "adaln_single.linear", "modulation"),
-    ("PixArtTransformer2DModel", "caption_projection.linear_1", "body"),
+    ("PixArtTransformer2DModel", "caption_projection.linear_1", "text"),
+    ("PixArtTransformer2DModel", "transformer_blocks.0.attn2.to_v", "text"),
     ("SD3Transformer2DModel", "time_text_embed.text_embedder.linear_1", "temporal"),
     ("SD3Transformer2DModel", "transformer_blocks.0.norm1_context.linear", "modulation"),
     ("SD3Transformer2DModel", "transformer_blocks.1.norm1_context.linear", "modulation"),
@@ -177,7 +184,7 @@ def test_every_class_that_a_family_names_is_tried_here():
 def test_every_pattern_matches_a_real_layer(model, layers):
     family, known = find_family(model)
     assert known
-    for pattern in (*family.edge, *family.temporal, *family.modulation, *family.sensitive):
+    for pattern in (*family.edge, *family.temporal, *family.modulation, *family.text, *family.sensitive):
         found = any(fnmatchcase(name, pattern) for name in layers[model])
         assert found != (pattern in ABSENT.get(model, ())), pattern
 

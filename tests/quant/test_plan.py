@@ -307,6 +307,28 @@ def test_the_body_has_the_mode_that_was_asked_for(mode, act_bits):
     assert found["mod"].scheme.act_mode == "none"
 
 
+@pytest.mark.parametrize(
+    ("fields", "traits", "text", "others"),
+    [
+        ({"act_mode": "static"}, Traits(), "w8a8-offset", "w8a8-static"),
+        ({"act_mode": "per-step"}, Traits(calls=5), "w8a8-offset", "w8a8-per-step5"),
+        ({"act_mode": "per-step"}, Traits(temporal_acts=True, calls=5), "w8a8-offset", "w8a8-static"),
+        ({"act_mode": "dynamic"}, Traits(), "w8a8-offset", "w8a8-offset"),
+        ({"act_mode": "dynamic"}, Traits(rank=0), "w8-smooth", "w8a8-offset-smooth"),
+        ({"bits": 4}, Traits(rank=8), "w4-r8-smooth", "w4a8-offset-r8-smooth"),
+        ({"bits": 4, "act_bits": 16}, Traits(rank=8), "w4-r8-smooth", "w4-r8-smooth"),
+        ({"layer_act_bits": (("*.to_k", 6),)}, Traits(rank=0), "w8a6-offset-smooth", "w8a8-offset-smooth"),
+    ],
+    ids=str,
+)
+def test_what_reads_text_has_scales_per_token_or_float_inputs(fields, traits, text, others):
+    family = Family(name="cross", denoisers=(), edge=(), temporal=(), text=("attn2.to_[kv]",))
+    with torch.device("meta"):
+        model = nn.ModuleDict({"attn2": nn.ModuleDict({name: nn.Linear(32, 32) for name in ("to_q", "to_k")})})
+    found = traited(model, traits, family, **{"bits": 8, "act_bits": 8, **fields})
+    assert (found["attn2.to_k"].scheme.name, found["attn2.to_q"].scheme.name) == (text, others)
+
+
 PER_GROUP = {"act_bits": 4, "act_mode": "per-group"}
 
 
