@@ -26,7 +26,7 @@ from .groupwise import treat_groups
 from .held import calls_within
 from .layerwise import treat_layers
 from .plan import LayerPlan
-from .ranges import dynamic_roundings, with_scales
+from .ranges import UNSEEN, dynamic_roundings, is_guessed, with_scales
 from .simulate import RoundedInputs
 from .treatment import Treatment
 from .units import Unit, find_units
@@ -86,6 +86,7 @@ def quantize_units(
         finish_model(treatment, model, [plan for plan in plans if plan.scheme], walking, rounding, chosen, reporter)
     multiplying = [plan for plan in plans if not isinstance(model.get_submodule(plan.name), nn.Embedding)]
     _tell_of_baselines(treatment, multiplying, reporter)
+    _tell_of_guesses(treatment, multiplying, reporter)
     return chosen
 
 
@@ -179,6 +180,19 @@ def _tell_of_baselines(treatment: Treatment, plans: list[LayerPlan], reporter: R
         reporter.notice(f"{method} cannot use what enters these layers; rounded to nearest: {first_names(blind)}.")
     if lost := [name for name, record in fallen.items() if record["output_error"] is not None]:
         reporter.notice(f"{method} was no better than rounding to nearest, which was kept, on {first_names(lost)}.")
+
+
+def _tell_of_guesses(treatment: Treatment, plans: list[LayerPlan], reporter: Reporter) -> None:
+    """Which layers have fixed activation scales that nothing was seen for; from the journal, as above."""
+    fixed = {plan.name: treatment.stored(plan) for plan in plans if plan.scheme and plan.scheme.has_fixed_acts}
+    guessed = [
+        name for name, found in fixed.items() if found.acts and is_guessed(found.acts, found.weight.scheme.act_bits)
+    ]
+    if guessed:
+        reporter.notice(
+            "no call of the calibration set reaches these layers; the ranges of their activations are a guess, "
+            f"-{UNSEEN:g} to {UNSEEN:g}: {first_names(guessed)}."
+        )
 
 
 def first_names(names: list[str]) -> str:

@@ -120,9 +120,7 @@ def scale_of(scheme: Scheme, parts: list[list[Record]], search: Search | Finder)
 def _rows(scheme: Scheme, records: list[Record], finder: Finder) -> tuple[Tensor, Tensor]:
     """(S,) scales and zero points of one part."""
     if not records:  # a layer that no call reaches
-        scale, zero = grid_of(
-            torch.tensor(-UNSEEN), torch.tensor(UNSEEN * (1 - 2.0 ** (1 - scheme.act_bits))), scheme.act_bits
-        )
+        scale, zero = _guess(scheme.act_bits)
         size = (scheme.act_steps or 0) + 1
         return scale.expand(size).clone(), zero.expand(size).clone()
     everything = [seen for _, seen in records]
@@ -136,6 +134,16 @@ def _rows(scheme: Scheme, records: list[Record], finder: Finder) -> tuple[Tensor
     ranges.append(finder(everything, scheme.act_bits))
     grids = [grid_of(low, high, scheme.act_bits) for low, high in ranges]
     return torch.stack([scale for scale, _ in grids]), torch.stack([zero for _, zero in grids])
+
+
+def _guess(bits: int) -> tuple[Tensor, Tensor]:
+    return grid_of(torch.tensor(-UNSEEN), torch.tensor(UNSEEN * (1 - 2.0 ** (1 - bits))), bits)
+
+
+def is_guessed(acts: ActivationScale, bits: int) -> bool:
+    """Whether a table is that of a layer that no call reaches, as far as learning does not tell the two apart."""
+    scale, zero = _guess(bits)
+    return bool(acts.scale.isclose(scale).all() and (acts.zero_point == zero).all())
 
 
 def grid_of(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
 from safetensors.torch import load
 from torch import nn
 
@@ -249,6 +250,19 @@ def test_embeddings_are_rounded_to_nearest_which_is_no_news(run, request):
         expected = rtn.quantize(model.get_submodule(name).weight, Scheme(bits=8), NEAREST)
         assert torch.equal(done.weight(name).qweight, expected.qweight)
     assert done.notices == []
+
+
+def test_activation_ranges_that_are_a_guess_are_told(run, calls_of, monkeypatch):
+    calls = calls_of("unet")
+    monkeypatch.setattr(UNetMidBlock2D, "forward", lambda self, hidden_states, temb=None: hidden_states)
+    done = run("unet", calls=calls, bits=8, act_bits=8, act_mode="static")
+    fixed = [plan.name for plan in done.plans if plan.scheme and plan.scheme.has_fixed_acts]
+    blind = [name for name in fixed if name.startswith("mid_block.")]
+    told = [notice for notice in done.notices if "-8 to 8" in notice]
+    assert told == [
+        "no call of the calibration set reaches these layers; the ranges of their activations are a guess, -8 to 8: "
+        f"{', '.join(blind[:3])} and {len(blind) - 3} more."
+    ]
 
 
 @pytest.mark.parametrize("fields", [{}, {"bits": 8, "act_bits": 8, "act_mode": "static"}], ids=["w4", "static"])

@@ -16,6 +16,7 @@ from dacc.quant.ranges import (
     dynamic_roundings,
     find_scales,
     grid_of,
+    is_guessed,
     observe,
     quantized_weights,
     roundings_of,
@@ -23,6 +24,7 @@ from dacc.quant.ranges import (
     with_scales,
 )
 from dacc.quant.simulate import rounding_of
+from dacc.runtime.activation import ActivationScale
 
 STATIC = Scheme(bits=8, act_bits=8, act_mode="static")
 PER_STEP = Scheme(bits=8, act_bits=8, act_mode="per-step", act_steps=3)
@@ -138,6 +140,10 @@ def test_a_layer_that_never_runs_has_a_table_that_does_no_harm(scheme):
     assert found.scale.shape == found.zero_point.shape == ((scheme.act_steps or 0) + 1, scheme.parts)
     assert (found.scale == 2 * UNSEEN / 2**scheme.act_bits).all()
     assert found.zero_point.dtype == torch.uint8
+    assert is_guessed(found, scheme.act_bits)
+    assert is_guessed(ActivationScale(found.scale.log().exp(), found.zero_point), scheme.act_bits)
+    known = scale_of(scheme, [[(0, seen(torch.tensor([-7.0, 8.0])))] for _ in range(scheme.parts)], "minmax")
+    assert not is_guessed(known, scheme.act_bits)
 
 
 # watching a unit
