@@ -234,13 +234,13 @@ def _tell_defaults(pipe: Any, config: CalibrateConfig, request: RunRequest, call
 
 def _affordable(config: CalibrateConfig, sample_bytes: float, writer: SetWriter, reporter: Reporter) -> int:
     """How many samples fit the budget, in whole batches where that is not all; also looks at the disk."""
-    budget = config.budget_gb * 1e9
+    budget, batch = config.budget_gb * 1e9, min(config.batch_size, config.samples)
     samples = config.samples
     if sample_bytes * samples > budget:
-        samples = int(budget / sample_bytes) // config.batch_size * config.batch_size
+        samples = int(budget / sample_bytes) // batch * batch
         if not samples:
             raise ConfigError(
-                f"a batch of {config.batch_size} samples takes {config.batch_size * sample_bytes / 1e9:.3g} GB, "
+                f"a batch of {batch} samples takes {batch * sample_bytes / 1e9:.3g} GB, "
                 f"--budget-gb is {config.budget_gb:g}.",
                 mend="Give a larger --budget-gb, fewer --timesteps, a smaller --batch-size, or --store-dtype bfloat16.",
             )

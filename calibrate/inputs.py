@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ..core.calibration import existing_set
-from ..core.errors import BundleError, BusyError, ModelError
+from ..core.errors import BundleError, BusyError, CalibrationError, ConfigError, DaccError, ModelError
 from ..core.lock import wait_for_writer
 from ..core.reporter import Reporter
 from ..core.source import Source
@@ -58,7 +58,10 @@ def _on_the_fly(
     def make() -> CalibrationSet:
         reporter.say(f"no --calib given: making a calibration set in {folder}")
         overwrite = folder.is_dir()  # it is damaged
-        calibrate_pipeline(source, config, output=folder, overwrite=overwrite, device=device, reporter=reporter)
+        try:
+            calibrate_pipeline(source, config, output=folder, overwrite=overwrite, device=device, reporter=reporter)
+        except (CalibrationError, ConfigError) as error:
+            raise _for_another_command(error, source) from None
         return open_calibration(folder, weights=weights, reporter=reporter)
 
     found: CalibrationSet | None = None
@@ -77,6 +80,13 @@ def _on_the_fly(
     for notice in found.record.notices:  # the same whether the set was made now or in an earlier run
         reporter.notice(notice)
     return found
+
+
+def _for_another_command(error: DaccError, source: Source) -> DaccError:
+    """The same, with advice that the command which needs the set can follow: it has no options for making one."""
+    name = source.path if source.kind in ("folder", "bundle") else source.identity
+    advice = f"Make a set with dacc calibrate {name} -o inputs, and give --calib inputs."
+    return type(error)(error.what, error.why, f"{advice} For that command: {error.mend}" if error.mend else advice)
 
 
 def cache_folder() -> Path:

@@ -171,6 +171,8 @@ def test_fewer_drawn_samples_are_the_first_of_all(unet_folder, calibrated) -> No
 def test_a_budget_below_one_batch_is_refused(unet_folder, calibrated, tmp_path) -> None:
     with pytest.raises(ConfigError, match="--store-dtype bfloat16"):
         calibrated(unet_folder, budget_gb=1e-6)
+    with pytest.raises(ConfigError, match="a batch of 2 samples takes"):
+        calibrated(unet_folder, samples=2, batch_size=8, budget_gb=1e-6)
     assert not list(tmp_path.iterdir())
 
 

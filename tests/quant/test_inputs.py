@@ -42,6 +42,17 @@ def use_small_sets(monkeypatch: pytest.MonkeyPatch, small: CalibrateConfig) -> N
     )
 
 
+def test_a_set_that_cannot_be_made_on_the_fly_is_left_to_the_command_with_its_options(
+    unet_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("dacc.quant.config.ON_THE_FLY_GB", 1e-6)
+    with pytest.raises(ConfigError, match="a batch of 8 samples takes") as caught:
+        quantize_pipeline(unet_folder, GPTQ, output=tmp_path / "out")
+    made, why = caught.value.mend.split(" For that command: ")
+    assert made == f"Make a set with dacc calibrate {unet_folder} -o inputs, and give --calib inputs."
+    assert "--budget-gb" in why
+
+
 def test_a_given_set_is_used_and_named_in_the_manifest(dit_folder: Path, calibration: Path, tmp_path: Path) -> None:
     bundle = quantize_pipeline(dit_folder, GPTQ, calib=calibration, output=tmp_path / "small")
     manifest, record = read_manifest(bundle), read_calibration(calibration)
