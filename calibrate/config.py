@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, FiniteFloat, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ..core.config import Config, build_config
 from ..core.errors import ConfigError
@@ -25,7 +25,7 @@ class CalibrateConfig(Config):
     timesteps: int | None = Field(None, ge=1)  # calls kept of each run, for strategies that take it; None: theirs
     samples: int = Field(32, ge=1)  # pictures; more: better statistics, longer, larger set
     steps: int | None = Field(None, ge=1)  # solver steps; None: the zoo's own, else 50
-    guidance_scale: float | None = None  # None: the zoo's own, else the pipeline's
+    guidance_scale: FiniteFloat | None = None  # None: the zoo's own, else the pipeline's
     class_labels: tuple[int, ...] | None = None  # None: all classes in turn
     prompts: tuple[str, ...] | None = None  # None: the zoo's calibration prompts, else a few neutral ones
     images: Path | None = None  # a folder of pictures that take the place of what runs would draw; NAME.txt: captions
@@ -35,7 +35,7 @@ class CalibrateConfig(Config):
     num_frames: int | None = Field(None, ge=1)  # of a clip; None: the zoo's own, else the pipeline's default
     batch_size: int = Field(8, ge=1)  # samples of one pipeline call and of one record; larger: faster, more memory
     store_dtype: Literal["as-is", "bfloat16", "float16"] = "as-is"  # of large float tensors; 16 bits: half the size
-    budget_gb: float = Field(4.0, gt=0)  # the set may take; fewer samples are run where it would take more
+    budget_gb: FiniteFloat = Field(4.0, gt=0)  # the set may take; fewer samples are run where it would take more
     component: tuple[str, ...] = ()  # empty: all denoisers
     seed: int = Field(0, ge=0)  # another seed: other noise
     settings: dict[str, Any] = Field(default_factory=dict)  # the strategy's own fields

@@ -35,7 +35,7 @@ def read_folder(folder: Path) -> PictureFolder:
 
     Raises:
         ModelError: there is no such folder.
-        ConfigError: it has no pictures, or captions for some of them only.
+        ConfigError: it has no pictures, or captions for some of them only or that are not UTF-8 text.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder} is no folder.", mend="Give --images a folder of pictures.")
@@ -53,4 +53,11 @@ def read_folder(folder: Path) -> PictureFolder:
         )
     if missing:
         return PictureFolder(files, ())
-    return PictureFolder(files, tuple(text.read_text(encoding="utf-8").strip() for text in beside))
+    return PictureFolder(files, tuple(map(_caption, beside)))
+
+
+def _caption(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise ConfigError(f"the caption {file} is not UTF-8 text.", mend="Save it as UTF-8.") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -35,9 +36,13 @@ def build_config(config_class: type[ConfigT], **values: Any) -> ConfigT:
         ConfigError: a value has the wrong type or range, or a field is unknown (the nearest names are given).
     """
     try:
-        return config_class(**values)
+        config = config_class(**values)
     except ValidationError as error:
         raise ConfigError(_describe_all(config_class, error.errors()), mend=_advice(config_class, error)) from None
+    for field, value in config:
+        if isinstance(value, float) and not math.isfinite(value):  # no JSON could hold it
+            raise ConfigError(f"{field}={value}: Input should be a finite number.")
+    return config
 
 
 def parse_settings(pairs: list[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError, field_validator, model_validator
 
 from ..calibrate.config import CalibrateConfig
 from ..core.config import Config
@@ -46,7 +46,7 @@ class QuantizeConfig(Config):
     layer_act_bits: tuple[tuple[str, int], ...] = ()  # likewise for activations, where they are quantized at all
     component: tuple[str, ...] = ()  # empty: all denoisers
     settings: dict[str, Any] = Field(default_factory=dict)  # the method's own fields
-    cache_gb: float = Field(
+    cache_gb: FiniteFloat = Field(
         4.0, gt=0
     )  # what the calls of a calibration set may hold, in front of the units too; less: fewer calls
     target: str = HERE  # machine that the result is to run on; changes what is said, not what is written

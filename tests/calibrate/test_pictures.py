@@ -13,6 +13,7 @@ from PIL import Image
 
 import dacc
 from dacc import CalibrateConfig, calibrate_pipeline, open_calibration
+from dacc.calibrate.picture_folder import read_folder
 from dacc.calibrate.pictures import read_picture
 from dacc.core.errors import ConfigError, ModelError, UnsupportedError
 from dacc.core.seeds import named_seed, seed_stream
@@ -34,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 def caption(folder: Path, *texts: str) -> None:
     for number, text in enumerate(texts):
-        (folder / f"{number}.txt").write_text(text + "\n")
+        (folder / f"{number}.txt").write_text(text + "\n", encoding="utf-8")
 
 
 def calls_of(source: Any, folder: Path, **fields: Any) -> list[Any]:
@@ -168,6 +169,15 @@ def test_what_is_no_folder_of_pictures_is_refused(unet_folder, folder, spoil, er
     spoil(folder)
     with pytest.raises(error, match=said):
         calls_of(unet_folder, folder)
+
+
+def test_captions_are_utf_8_with_or_without_a_mark(folder):
+    caption(folder, "a caf\u00e9", "\ufeffa lake")
+    assert read_folder(folder).captions == ("a caf\u00e9", "a lake")
+    (folder / "1.txt").write_bytes("a caf\u00e9".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"1\.txt is not UTF-8 text") as refused:
+        read_folder(folder)
+    assert refused.value.mend
 
 
 def test_captions_for_a_pipeline_without_prompts_are_refused(unet_folder, folder):

@@ -8,17 +8,24 @@ from dacc.core.errors import ConfigError
 class Example(Config):
     bits: int = Field(4, ge=2, le=8)
     search: str = "mse"
+    minutes: float = 1.0
 
 
 def test_an_unknown_field_names_the_nearest_and_lists_all():
     with pytest.raises(ConfigError, match=r"there is no field 'serch'. Did you mean search\?") as caught:
         build_config(Example, serch="minmax")
-    assert "Fields: bits, search." in caught.value.mend
+    assert "Fields: bits, search, minutes." in caught.value.mend
 
 
 def test_a_bad_value_is_told_with_its_field():
     with pytest.raises(ConfigError, match="bits=9: Input should be less than or equal to 8"):
         build_config(Example, bits=9)
+
+
+@pytest.mark.parametrize("minutes", ["inf", "nan", -float("inf")])
+def test_a_number_without_end_is_refused(minutes):
+    with pytest.raises(ConfigError, match="minutes=.*: Input should be a finite number"):
+        build_config(Example, minutes=minutes)
 
 
 def test_all_mistakes_are_told_at_once():
