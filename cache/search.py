@@ -245,10 +245,10 @@ def _profile(
     if "forecasts" in needs:
         predictor = method.predictor(settings)
         fit = settings.correct
-        profile = forecast_cost(
+        forecasts = forecast_cost(
             pipe, component, plan, window, request, predictor, reporter, fit=fit, reference=reference
         )
-        return (profile,)
+        return (forecasts,)
     if "cost" not in needs:
         return ()
     if settings.cost == "feature":
