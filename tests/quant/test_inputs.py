@@ -174,7 +174,8 @@ def test_on_an_accelerator_it_says_that_the_layers_are_treated_on_the_cpu(
 ) -> None:
     reporter, said = Reporter(quiet=True), []
     monkeypatch.setattr(reporter, "say", said.append)
-    monkeypatch.setattr("dacc.quant.driver.pick_device", lambda _: torch.device("cuda"))
+    for place in ("dacc.quant.driver.pick_device", "dacc.runtime.load.pick_device"):
+        monkeypatch.setattr(place, lambda _: torch.device("cuda"))
     monkeypatch.setattr("dacc.quant.outcome.target_of", lambda *_: None)  # it would look for the device
     quantize_pipeline(dit_folder, GPTQ, calib=calibration, output=tmp_path / "out", device="cuda", reporter=reporter)
     assert [line for line in said if "gptq treats the layers on the CPU, not on cuda" in line]
