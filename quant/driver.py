@@ -34,7 +34,7 @@ from .block import Treated
 from .calibrated import first_names, quantize_units
 from .config import QuantizeConfig
 from .layerwise import weight_error_of
-from .plan import LayerPlan, Traits, integers_instead, plan_layers, without_groups
+from .plan import LayerPlan, Traits, integers_instead, plan_layers, ungrouped, without_groups
 from .treatment import Treatment, load_float, six_digits
 
 WIDE = ("F32", "F64")
@@ -181,6 +181,11 @@ def _tell_of_plans(plans: list[LayerPlan], config: QuantizeConfig, reporter: Rep
         reporter.notice(
             "no group of input features divides these linears; their activations have one scale per token: "
             f"{first_names(names)}."
+        )
+    if names := ungrouped(plans, config):
+        reporter.notice(
+            f"no group of input features divides these {len(names)} layers, or the tensors that they read joined; "
+            f"their weights have one scale per channel: {first_names(names)}."
         )
     if config.format == "nvfp4":
         reporter.notice(

@@ -248,6 +248,24 @@ def without_groups(plans: list[LayerPlan], config: QuantizeConfig) -> list[str]:
     return [plan.name for plan in linears if gcd(plan.shape[1], plan.scheme.split or 0) % size]  # type: ignore[union-attr]
 
 
+def ungrouped(plans: list[LayerPlan], config: QuantizeConfig) -> list[str]:
+    """Layers whose weights were to have groups and have one scale per channel, or for each of the two tensors that they
+    read joined: no group divides their input features."""
+    if config.group_size == "channel":
+        return []
+    return [plan.name for plan in plans if plan.scheme and _lacks_groups(plan.shape, plan.scheme, config)]
+
+
+def _lacks_groups(shape: tuple[int, ...], scheme: Scheme, config: QuantizeConfig) -> bool:
+    features, wanted = prod(shape[1:]), config.group_size
+    whole = gcd(features, scheme.split or 0)
+    if scheme.group_size is not None or (scheme.act_bits < 16 and scheme.bits > 4):
+        return False
+    if isinstance(wanted, int):  # without a split it was refused
+        return scheme.split is not None and scheme.bits <= config.bits and features > wanted and whole % wanted > 0
+    return scheme.bits <= GROUPED_BITS and features > SMALLEST_GROUP and whole % SMALLEST_GROUP > 0
+
+
 def integers_instead(plans: list[LayerPlan], config: QuantizeConfig) -> list[str]:
     """Layers of 4 bits that cannot have the floats that were asked for."""
     if config.format == "integer":

@@ -7,7 +7,7 @@ from dacc.core.errors import ConfigError, UnsupportedError
 from dacc.core.families import Family, find_family
 from dacc.core.scheme import Scheme
 from dacc.quant.config import QuantizeConfig
-from dacc.quant.plan import Traits, integers_instead, plan_layers, without_groups
+from dacc.quant.plan import Traits, integers_instead, plan_layers, ungrouped, without_groups
 
 PLAIN = Family(name="plain", denoisers=(), edge=("first", "last"), temporal=("time.*",), modulation=("mod",))
 BLOCK = "transformer_blocks.0"
@@ -390,6 +390,37 @@ def test_joined_inputs_have_groups_that_end_at_the_split(flux):
         plans = plan_layers(flux, find_family("FluxTransformer2DModel")[0], config, Traits(split=True))
         assert {plan.name: plan.scheme for plan in plans}[name].name == expected
         assert without_groups(plans, config) == ([name] if "split" in expected and "group" not in expected else [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({}, ["odd", "kernel"]),
+        ({"bits": 5}, ["odd", "kernel"]),
+        ({"bits": 8}, []),
+        ({"act_bits": 8}, ["odd", "kernel"]),
+        ({"bits": 5, "act_bits": 8}, []),
+        ({"group_size": "channel"}, []),
+        ({"group_size": 8}, []),
+        ({"format": "nvfp4"}, ["odd", "kernel"]),
+    ],
+    ids=str,
+)
+def test_layers_that_no_group_divides_are_named(fields, names):
+    table = nn.Embedding(10, 24)
+    model = toy(
+        odd=nn.Linear(72, 8), kernel=nn.Conv2d(8, 8, 3), even=nn.Linear(64, 8), few=nn.Linear(8, 8), table=table
+    )
+    config = QuantizeConfig(**fields)
+    assert ungrouped(plan_layers(model, PLAIN, config), config) == names
+
+
+@pytest.mark.parametrize(("group_size", "names"), [(32, []), (40, ["single_transformer_blocks.0.proj_out"])])
+def test_joined_inputs_that_a_group_does_not_divide_are_named(group_size, names, flux):
+    name = "single_transformer_blocks.0.proj_out"  # 32 channels of attention, then 128
+    config = QuantizeConfig(group_size=group_size, include=(name,))
+    plans = plan_layers(flux, find_family("FluxTransformer2DModel")[0], config, Traits(split=True))
+    assert ungrouped(plans, config) == names
 
 
 @pytest.mark.parametrize(
