@@ -184,8 +184,8 @@ def _tell_of_plans(plans: list[LayerPlan], config: QuantizeConfig, reporter: Rep
         )
     if names := ungrouped(plans, config):
         reporter.notice(
-            f"no group of input features divides these {len(names)} layers, or the tensors that they read joined; "
-            f"their weights have one scale per channel: {first_names(names)}."
+            "no group of input features divides what these layers read, or the tensors that they read joined; their "
+            f"weights have one scale per channel: {first_names(names)}."
         )
     if config.format == "nvfp4":
         reporter.notice(

@@ -116,7 +116,14 @@ def test_components_that_are_not_treated_are_carried_unchanged(dit_folder, bundl
 
 def test_an_unknown_model_is_quantized_with_a_notice(sana_folder, bundle_of):
     notices = read_manifest(bundle_of(sana_folder)).passes[-1].notices
-    assert notices == ["SanaTransformer2DModel is not a known family; roles of its layers are guessed from names"]
+    assert notices[0] == "SanaTransformer2DModel is not a known family; roles of its layers are guessed from names"
+
+
+def test_layers_without_groups_are_named(sana_folder, bundle_of):
+    """Of 24 features."""
+    (notice,) = read_manifest(bundle_of(sana_folder)).passes[-1].notices[1:]
+    assert notice.startswith("no group of input features divides")
+    assert notice.endswith("one scale per channel: caption_projection.linear_1.")
 
 
 def test_any_component_can_be_asked_for(dit_folder):
