@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..core.errors import ConfigError, ModelError
-from ..core.safe_read import combined_hash, file_sha256
+from ..core.safe_read import combined_hash, file_hashes
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -27,7 +27,7 @@ class PictureFolder:
     @cached_property
     def sha256(self) -> str:
         """Hash of the pictures; captions are known as prompts."""
-        return combined_hash({file.name: file_sha256(file) for file in self.files})
+        return combined_hash(file_hashes({file.name: file for file in self.files}))
 
 
 def read_folder(folder: Path) -> PictureFolder:

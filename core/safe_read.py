@@ -288,7 +288,7 @@ def file_hashes(files: Mapping[str, Path]) -> dict[str, str]:
 
 def weight_hash(component_folder: Path) -> str:
     """Identity of a component's weights: one hash over the names and hashes of its weight files."""
-    return combined_hash({name: file_sha256(path) for name, path in resolve_shards(component_folder).items()})
+    return combined_hash(file_hashes(resolve_shards(component_folder)))
 
 
 def combined_hash(hashes: Mapping[str, str]) -> str:

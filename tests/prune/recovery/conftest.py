@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 from dacc.core.config import build_config
 from dacc.core.reporter import silent
+from dacc.prune.recovery import trainer
 from dacc.prune.recovery.config import RecoveryConfig
 from dacc.prune.recovery.trainer import recover
 from dacc.runtime.clock import RunState
@@ -162,3 +164,26 @@ def clip_calls() -> Callable[..., list[DenoiserCall]]:
         return found
 
     return make
+
+
+@pytest.fixture
+def stopped_before() -> Callable[[int], AbstractContextManager[None]]:
+    """`with stopped_before(5):` a training inside is interrupted before that update, and has saved all others."""
+
+    @contextmanager
+    def stop(update: int) -> Iterator[None]:
+        usual = trainer._Run.update
+
+        def failing(self: Any, training: Any) -> None:
+            if training.done == update:
+                raise KeyboardInterrupt
+            usual(self, training)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "SAVE_SECONDS", 0.0)
+            patch.setattr(trainer, "SAVE_SHARE", 0.0)
+            patch.setattr(trainer._Run, "update", failing)
+            with pytest.raises(KeyboardInterrupt):
+                yield
+
+    return stop

@@ -10,7 +10,6 @@ from dacc.core.config import build_config
 from dacc.core.reporter import silent
 from dacc.prune.frames import Layout, layout_of
 from dacc.prune.noise import Noise
-from dacc.prune.recovery import trainer as module
 from dacc.prune.recovery.adversary import GRADIENT_PENALTY, Heads, first_stages, heads_loss, stage_features
 from dacc.prune.recovery.config import RecoveryConfig
 from dacc.prune.recovery.icmd import Adversary, VideoObjective, content_loss, objective_for
@@ -252,7 +251,7 @@ def cut(teacher, make):
 
 
 @pytest.mark.slow
-def test_a_video_student_learns_and_an_interrupted_one_goes_on(motion_unet, clip_calls, train, monkeypatch):
+def test_a_video_student_learns_and_an_interrupted_one_goes_on(motion_unet, clip_calls, train, stopped_before):
     teacher, calls = motion_unet(2), clip_calls(1, clips=1, frames=5)
     student = cut(teacher, motion_unet)
     other, before = copy.deepcopy(student), copy.deepcopy(teacher.state_dict())
@@ -268,19 +267,8 @@ def test_a_video_student_learns_and_an_interrupted_one_goes_on(motion_unet, clip
     assert whole.error_after < whole.error_before
     assert set(whole.losses) == {"output", "feature", "heads", "motion"}
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "SAVE_SHARE", 0.0)
-    update = module._Run.update
-
-    def failing(self, training):
-        if training.done == 3:
-            raise KeyboardInterrupt
-        update(self, training)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module._Run, "update", failing)
-        with pytest.raises(KeyboardInterrupt):
-            train(copy.deepcopy(other), teacher, calls, name="parts", **fields)
+    with stopped_before(3):
+        train(copy.deepcopy(other), teacher, calls, name="parts", **fields)
     assert train(other, teacher, calls, name="parts", **fields) == whole
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in student.state_dict().items())
 

@@ -87,10 +87,8 @@ def test_an_interrupted_run_goes_on_to_the_very_same_weights(toy, train, monkeyp
     assert not starts
 
 
-def test_a_run_goes_on_where_a_weight_never_gets_a_gradient(toy, train, monkeypatch):
+def test_a_run_goes_on_where_a_weight_never_gets_a_gradient(toy, train, stopped_before):
     """As the text stream of the last block of some transformers, when nothing inside is looked at."""
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "SAVE_SHARE", 0.0)
 
     def pair():
         student, teacher = toy()
@@ -99,17 +97,8 @@ def test_a_run_goes_on_where_a_weight_never_gets_a_gradient(toy, train, monkeypa
 
     student, teacher = pair()
     whole = train(student, teacher, name="whole", steps=8)
-    update = module._Run.update
-
-    def failing(self, training):
-        if training.done == 5:
-            raise Stop
-        update(self, training)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module._Run, "update", failing)
-        with pytest.raises(Stop):
-            train(*pair(), name="parts", steps=8)
+    with stopped_before(5):
+        train(*pair(), name="parts", steps=8)
     other, _ = pair()
     assert train(other, teacher, name="parts", steps=8) == whole
     assert equal(weights(other), weights(student))
