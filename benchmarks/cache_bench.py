@@ -46,7 +46,8 @@ def cell_options(bench: Bench, target: str, row: str) -> dict[str, Any]:
     wanted = ROWS[row]
     taken = steps // 2 if wanted.halved else steps
     ratio = round(steps / taken / TARGETS[target], 6)
-    return {"method": wanted.method, "settings": wanted.settings, "macs_ratio": ratio, "steps": taken}
+    named = {} if wanted.unit == "auto" else {"unit": wanted.unit}
+    return {"method": wanted.method, "settings": wanted.settings, "macs_ratio": ratio, "steps": taken, **named}
 
 
 def treat(bench: Bench, source: str, row: str, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Seen]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from ..core.cache_plan import BlockRange, ModuleUnit, UnetCut, UnetEncoder, Unit
+from ..core.cache_plan import BlockRange, ModuleUnit, UnetBody, UnetCut, UnetEncoder, Unit
 from ..core.config import Config
 from ..core.errors import ConfigError
 from ..core.registry import Registry
@@ -20,7 +20,7 @@ TRIED = ("deepcache", "taylor", "dp")  # by auto
 GIVEN = "ecad"  # the method that takes a schedule from a file
 DEFAULT_SPEEDUP = 2.0
 DEFAULT_STEPS = 50
-UNIT_FORMS = "auto, cut:BLOCK.LAYER, encoder, blocks:FIRST-END or module:NAME"
+UNIT_FORMS = "auto, cut:BLOCK.LAYER, encoder, body, blocks:FIRST-END or module:NAME"
 
 
 class SearchCacheConfig(Config):
@@ -106,6 +106,8 @@ def parse_unit(text: str, stacks: tuple[str, ...]) -> Unit:
             return UnetCut(id="deep", block=int(block), layer=int(layer or 0))
         if kind == "encoder" and not where:
             return UnetEncoder(id="encoder")
+        if kind == "body" and not where:
+            return UnetBody(id="body")
         if kind == "blocks":
             first, _, end = where.partition("-")
             return BlockRange(id="body", stacks=stacks, first=int(first), end=int(end))

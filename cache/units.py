@@ -25,7 +25,7 @@ def choose_unit(denoiser: nn.Module, text: str, *, whole: bool = False) -> Unit:
     takes all blocks of a transformer but the first and the last.
 
     Args:
-        whole: "auto" takes the first and the last block too.
+        whole: "auto" takes these too: all of a UNet up to its last norm, all blocks of a transformer.
 
     Raises:
         ConfigError: the denoiser has no such part.
@@ -42,7 +42,7 @@ def choose_unit(denoiser: nn.Module, text: str, *, whole: bool = False) -> Unit:
         _check(denoiser, unit, text)
         return unit
     if hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks"):
-        unit = parse_unit("cut:0.0", stacks)
+        unit = parse_unit("body" if whole else "cut:0.0", stacks)
         layout_of(denoiser, unit)  # refuses a UNet of unusual blocks
         return unit
     if not stacks or len(block_names(denoiser, stacks)) < 2:

@@ -47,6 +47,13 @@ class UnetEncoder(Config):
     id: str = Field(min_length=1)
 
 
+class UnetBody(Config):
+    """All of a UNet but its time embedding and what stands behind its last up block, whose output is kept."""
+
+    kind: Literal["unet_body"] = "unet_body"
+    id: str = Field(min_length=1)
+
+
 class ModuleUnit(Config):
     """One submodule; its output is kept."""
 
@@ -72,7 +79,7 @@ class BlockRange(Config):
         return self
 
 
-Unit = Annotated[UnetCut | UnetEncoder | ModuleUnit | BlockRange, Field(discriminator="kind")]
+Unit = Annotated[UnetCut | UnetEncoder | UnetBody | ModuleUnit | BlockRange, Field(discriminator="kind")]
 
 
 class Predictor(Config):

@@ -56,7 +56,13 @@ def layout_of(denoiser: nn.Module, unit: Unit) -> Layout:
             )
         inside = tuple(blocks[unit.first : unit.end])
         return Layout(unit, inside, frozenset(inside[-1:]))
-    return _encoder(denoiser, unit) if isinstance(unit, UnetEncoder) else _cut(denoiser, unit)
+    if isinstance(unit, UnetCut):
+        return _cut(denoiser, unit)
+    names = _encoder(denoiser)
+    if isinstance(unit, UnetEncoder):
+        return Layout(unit, names, frozenset(names))
+    names += tuple(f"up_blocks.{number}" for number in range(len(_unet_blocks(denoiser)[1])))
+    return Layout(unit, names, frozenset(names[-1:]))
 
 
 def containers_of(layouts: Iterable[Layout]) -> dict[str, frozenset[str]]:
@@ -137,11 +143,10 @@ def readers_of(denoiser: nn.Module, unit: UnetCut) -> tuple[str, ...]:
     return tuple(f"{stem}.{name}" for name in names if isinstance(getattr(residual, name, None), nn.Module))
 
 
-def _encoder(denoiser: nn.Module, unit: UnetEncoder) -> Layout:
+def _encoder(denoiser: nn.Module) -> tuple[str, ...]:
     down, _ = _unet_blocks(denoiser)
     first = [name for name in ("conv_in", "transformer_in") if getattr(denoiser, name, None) is not None]
-    names = (*first, *(f"down_blocks.{number}" for number in range(len(down))), *_middle(denoiser))
-    return Layout(unit, names, frozenset(names))
+    return (*first, *(f"down_blocks.{number}" for number in range(len(down))), *_middle(denoiser))
 
 
 def _cut(denoiser: nn.Module, unit: UnetCut) -> Layout:

@@ -9,8 +9,8 @@ even        0 ... w - 1, then w - 1 + floor(i (C - w + 1) / (K - w + 1)), i = 1 
 interval    0 ... w - 1, then w - 1 + N, w - 1 + 2 N, ... with the smallest whole N that gives no more than K calls
 
 Published for the output of every attention and feed-forward of a transformer; here for one unit. Unless another is
-named that is all blocks of a transformer: a forecast needs no fresh block beside it, and what one costs in every call
-is better spent on calls that compute. How values are continued: `runtime/forecast.py`.
+named that is all blocks of a transformer or UNet: a forecast needs no fresh block beside it, and what one costs in
+every call is better spent on calls that compute. How values are continued: `runtime/forecast.py`.
 Letters: C calls of a run, K calls that compute, w warmup.
 """
 

@@ -8,7 +8,7 @@ from dacc.core.cache_plan import UnetCut
 from dacc.core.errors import ModelError, UnsupportedError
 from dacc.runtime.cache_units import containers_of, layout_of, skips_per_group
 
-from .cache_plans import CUT, ENCODER, blocks, module
+from .cache_plans import BODY, CUT, ENCODER, blocks, module
 
 
 def cut(block: int, layer: int) -> UnetCut:
@@ -47,11 +47,27 @@ def test_the_deepest_cut_of_a_block_keeps_what_enters_its_mirror(unet_pipeline):
     assert layout_of(unet, cut(1, 1)).skipped == ("mid_block",)
 
 
+def test_a_body_is_all_that_a_unet_runs_but_the_time_and_what_is_last(unet_pipeline):
+    unet = unet_pipeline().unet
+    layout = layout_of(unet, BODY)
+    assert set(layout.skipped) == {
+        "conv_in",
+        "down_blocks.0",
+        "down_blocks.1",
+        "mid_block",
+        "up_blocks.0",
+        "up_blocks.1",
+    }
+    rest = {name for name, _ in unet.named_children()} - {name.partition(".")[0] for name in layout.skipped}
+    assert rest == {"time_proj", "time_embedding", "conv_norm_out", "conv_act", "conv_out"}
+    assert layout.kept == {"up_blocks.1"}
+
+
 def test_a_deeper_cut_lies_in_a_shallower_one(unet_pipeline):
     unet = unet_pipeline().unet
     cuts = [cut(0, 0), cut(0, 1), cut(1, 0), cut(1, 1)]
-    containers = containers_of(layout_of(unet, unit) for unit in cuts)
-    assert [len(containers[unit.id]) for unit in cuts] == [0, 1, 2, 3]
+    containers = containers_of(layout_of(unet, unit) for unit in (*cuts, BODY))
+    assert [len(containers[unit.id]) for unit in (BODY, *cuts)] == [0, 1, 2, 3, 4]
 
 
 def test_units_that_reach_across_each_other_or_are_the_same_are_refused(unet_pipeline, dit_pipeline):
@@ -72,6 +88,7 @@ def test_what_a_model_does_not_have_is_refused_by_name(unet_pipeline, dit_pipeli
         (unet, module("nowhere"), ModelError, "'nowhere'"),
         (unet, blocks(0, 1), ModelError, "no list of blocks 'transformer_blocks'"),
         (transformer, blocks(0, 3), ModelError, "has 2 blocks"),
+        (transformer, BODY, UnsupportedError, "no lists of down and up blocks"),
         (transformer, CUT, UnsupportedError, "no lists of down and up blocks"),
     ):
         with pytest.raises(error, match=said):

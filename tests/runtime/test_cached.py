@@ -22,7 +22,7 @@ from dacc.runtime.clockwork import attach_clock
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import call_pipeline, capture_calls, sample
 
-from .cache_plans import CUT, ENCODER, blocks, denoiser_of, grid_of, module, plan_for
+from .cache_plans import BODY, CUT, ENCODER, blocks, denoiser_of, grid_of, module, plan_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy 2 inside diffusers
 FLUX = ("transformer_blocks", "single_transformer_blocks")
@@ -32,13 +32,16 @@ UNITS = {
     "unet cut at an attention": ("unet_pipeline", UnetCut(id="deep", block=1, layer=0)),
     "unet cut at the middle": ("unet_pipeline", UnetCut(id="deep", block=1, layer=1)),
     "unet encoder": ("unet_pipeline", ENCODER),
+    "unet body": ("unet_pipeline", BODY),
     "conditional cut": ("sd_pipeline", CUT),
     "conditional cut at cross attention": ("sd_pipeline", UnetCut(id="deep", block=1, layer=0)),
     "conditional encoder": ("sd_pipeline", ENCODER),
+    "conditional body": ("sd_pipeline", BODY),
     "cut of clips": ("video_pipeline", CUT),
     "cut of clips at cross attention": ("video_pipeline", UnetCut(id="deep", block=1, layer=0)),
     "cut of clips at the last layer": ("video_pipeline", UnetCut(id="deep", block=0, layer=1)),
     "encoder of clips": ("video_pipeline", ENCODER),
+    "body of clips": ("video_pipeline", BODY),
     "motion module": ("video_pipeline", module("up_blocks.1.motion_modules.0")),
     "residual of a block": ("dit_pipeline", blocks(1, 2)),
     "output of blocks": ("dit_pipeline", blocks(0, 2, store="output")),
@@ -141,6 +144,7 @@ ADAPTED = {
     "cut": CUT,
     "cut at the last layer": UnetCut(id="deep", block=1, layer=1),
     "encoder": ENCODER,
+    "body": BODY,
     "middle": module("mid_block"),
     "last layer of a block": module("down_blocks.0.downsamplers.0"),
 }
@@ -204,6 +208,7 @@ def test_nested_units_follow_the_outer_one(dit_pipeline):
 NESTED = {
     "cut in a cut": ("unet_pipeline", CUT, UnetCut(id="inner", block=0, layer=1)),
     "middle of an encoder": ("unet_pipeline", ENCODER, module("mid_block")),
+    "encoder in a body": ("unet_pipeline", BODY, ENCODER),
     "first block of a range": ("dit_pipeline", blocks(0, 2), module("transformer_blocks.0")),
     "last block of a range": ("dit_pipeline", blocks(0, 2), module("transformer_blocks.1")),
     "range in a range": ("dit_pipeline", blocks(0, 2), blocks(1, 2).model_copy(update={"id": "inner"})),
