@@ -180,9 +180,10 @@ class CachedUnits:
 
         def fitted(unit: str, path: str) -> Any:
             points = branch.history.points((unit, path))
-            if [point.call for point in points] != computed_before(plan, unit, call):
+            meant = computed_before(plan, unit, call)[-correction.looks_back(unit, path, call) :]
+            if [point.call for point in points[-len(meant) :]] != meant:
                 return None
-            return correction.forecast(unit, path, call, [point.value for point in points])
+            return correction.forecast(unit, path, call, [point.value for point in points[-len(meant) :]])
 
         return fitted
 

@@ -46,6 +46,12 @@ class Correction:
     def __init__(self, tables: Mapping[str, Tensor], plan: CachePlan) -> None:
         self.tables = dict(tables)
         self._check(plan)
+        self._backs = {name: _backs(table) for name, table in tables.items() if name.endswith(f".{WEIGHTS}")}
+
+    def looks_back(self, unit: str, path: str, call: int) -> int:
+        """To how many of the last computed values a forecast at a call gives weight, 1 to H."""
+        stem = f"{unit}/{path}/"
+        return max((backs[call] for name, backs in self._backs.items() if name.startswith(stem)), default=1)
 
     def apply(self, unit: str, path: str, call: int, value: Any) -> Any:
         """The kept output of a module, corrected for a call.
@@ -136,6 +142,15 @@ def affine(value: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     shape = [1] * value.ndim
     shape[channel_axis(value)] = -1
     return torch.addcmul(shift.to(value.dtype).reshape(shape), value, scale.to(value.dtype).reshape(shape))
+
+
+def _backs(table: Tensor) -> list[int]:
+    """(C, H, N) weights -> of every call how far the first one that counts stands from the end, at least 1."""
+    counts = (table != 0).any(-1).int()
+    return [
+        counts.shape[1] - first if some else 1
+        for first, some in zip(counts.argmax(1).tolist(), counts.any(1).tolist(), strict=True)
+    ]
 
 
 def table_name(unit: str, path: str, number: int) -> str:

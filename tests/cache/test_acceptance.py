@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dacc
 from dacc import SearchCacheConfig, search_cache
@@ -18,16 +19,41 @@ REQUEST = RunRequest(seeds=seed_stream("effect", 0, 4), num_inference_steps=20, 
 JOINT, NAIVE = {"cost": "feature"}, {"cost": "feature", "joint": False, "correct": False}
 
 
-@pytest.mark.slow
-def test_joint_search_and_correction_bring_a_quantized_pipeline_nearer_to_the_float_one(tmp_path: Path) -> None:
-    config = dacc.QuantizeConfig(bits=4, act_bits=8, measure="never")
-    quantized = dacc.quantize_pipeline("zoo:digits-unet", config, output=tmp_path / "q", device="cpu")
-    wanted = sample(dacc.load("zoo:digits-unet", device="cpu"), REQUEST).latents
+PIPELINES = pytest.mark.parametrize("name", ["zoo:digits-unet", "zoo:digits-dit"])
 
-    def error(name: str, **fields: Any) -> float:
+
+def latents(source: str | Path, request: RunRequest = REQUEST) -> torch.Tensor:
+    return sample(dacc.load(source, device="cpu"), request).latents
+
+
+@pytest.mark.slow
+@PIPELINES
+def test_a_searched_plan_is_nearer_than_uniform_ones_and_than_fewer_steps(tmp_path: Path, name: str) -> None:
+    wanted = latents(name)
+
+    def error(place: str, **fields: Any) -> float:
         request = SearchCacheConfig(macs_ratio=0.4, steps=20, samples=4, measure="never", **fields)
-        bundle = search_cache(quantized, request, output=tmp_path / name, device="cpu")
-        return float(relative_l2(wanted, sample(dacc.load(bundle, device="cpu"), REQUEST).latents).mean())
+        bundle = search_cache(name, request, output=tmp_path / place, device="cpu")
+        return float(relative_l2(wanted, latents(bundle)).mean())
+
+    rules = [error(form, method="deepcache", settings={"form": form}) for form in ("even", "code")]
+    fewer = latents(name, REQUEST.model_copy(update={"num_inference_steps": 8}))
+    assert error("searched", method="taylor") < 0.9 * min(*rules, float(relative_l2(wanted, fewer).mean()))
+
+
+@pytest.mark.slow
+@PIPELINES
+def test_joint_search_and_correction_bring_a_quantized_pipeline_nearer_to_the_float_one(
+    tmp_path: Path, name: str
+) -> None:
+    config = dacc.QuantizeConfig(bits=4, act_bits=8, measure="never")
+    quantized = dacc.quantize_pipeline(name, config, output=tmp_path / "q", device="cpu")
+    wanted = latents(name)
+
+    def error(place: str, **fields: Any) -> float:
+        request = SearchCacheConfig(macs_ratio=0.4, steps=20, samples=4, measure="never", **fields)
+        bundle = search_cache(quantized, request, output=tmp_path / place, device="cpu")
+        return float(relative_l2(wanted, latents(bundle)).mean())
 
     even = error("even", method="deepcache")
     naive = error("naive", method="dp", settings=NAIVE)

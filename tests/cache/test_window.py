@@ -11,12 +11,18 @@ import torch
 from dacc import SearchCacheConfig
 from dacc.cache.config import METHODS
 from dacc.cache.evolution import evolve_component
-from dacc.cache.profile import first_calls
+from dacc.cache.fitting import fitted_plan
+from dacc.cache.forecast_cost import forecast_cost
+from dacc.cache.planned import blank_plan
+from dacc.cache.profile import count_unit_macs, first_calls
 from dacc.cache.search import Found, search_component
+from dacc.cache.units import choose_unit
+from dacc.core.cache_plan import Predictor
 from dacc.core.errors import UnsupportedError
 from dacc.core.reporter import Reporter
 from dacc.runtime.cached import no_cache
 from dacc.runtime.compare import relative_l2
+from dacc.runtime.correction import Correction
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import sample
 
@@ -86,6 +92,28 @@ def test_each_of_two_denoisers_gets_a_plan_of_its_own_calls(pipe, method, compon
     assert 0 < error < 0.5
     if method == "taylor":
         assert error == pytest.approx(record.chosen["relative_l2"], rel=1e-3)
+
+
+def test_forecasts_are_fitted_from_the_own_calls_on(pipe, monkeypatch):
+    reporter, predictor = Reporter(quiet=True), Predictor(order=2)
+    component, own = "transformer_2", OWN["transformer_2"]
+    calls, window = first_calls(pipe, component, REQUEST)
+    unit = choose_unit(pipe.transformer_2, "auto")
+    macs = count_unit_macs(pipe.transformer_2, (unit,), calls)
+    blank = blank_plan(pipe.transformer_2, (unit,), macs, window.schedule, "", SearchCacheConfig())
+    cost = forecast_cost(pipe, component, blank, window, REQUEST, predictor, reporter, fit=True)
+    plan = blank.model_copy(update={"codes": {unit.id: "CFCF"}, "predict": {unit.id: predictor}})
+    found = []
+    forecast = Correction.forecast
+
+    def watched(self: Correction, name: str, path: str, call: int, values: Any) -> Any:
+        found.append((call, len(values)))
+        return forecast(self, name, path, call, values)
+
+    monkeypatch.setattr(Correction, "forecast", watched)
+    window.install_(pipe, component, *fitted_plan(plan, cost.grams, 1e-4))
+    sample(pipe, REQUEST)
+    assert sorted(set(found)) == [(own.start + 1, 1), (own.start + 3, 2)]
 
 
 def test_a_denoiser_that_no_step_reaches_is_refused_with_advice(pipe):
