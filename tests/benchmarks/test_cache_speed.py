@@ -1,0 +1,26 @@
+"""The table of times of cached runs, on a tiny network."""
+
+import shutil
+
+import pytest
+import torch
+
+from dacc.benchmarks import cache_speed
+
+
+def test_rows_hold_what_was_promised_and_what_was_reached(dit_folder, tmp_path, monkeypatch):
+    def make(model, folder, **_):
+        return shutil.copytree(dit_folder, folder)
+
+    times = iter([9.0, 1.0, 8.0, 4.0, 3.0, 6.0] * 2)  # the first runs warm up; then plan and none take turns
+    monkeypatch.setattr(cache_speed, "make_pipeline_folder", make)
+    monkeypatch.setattr(cache_speed, "loop_seconds", lambda *_: next(times))
+    monkeypatch.setattr(cache_speed, "SHARES", (2,))
+    rows = cache_speed.rows_of("dit-xl", tmp_path / "made", torch.float32, 2)
+    cells = [[cell.strip() for cell in row.split("|")] for row in rows]
+    assert [row[2:4] for row in cells] == [["deepcache", "6 of 12"], ["taylor", "6 of 12"]]
+    for row in cells:
+        promised, reached, share = map(float, row[5:8])
+        assert 1 < promised < 2.2
+        assert reached == 2
+        assert share == pytest.approx(2 / promised, abs=0.01)
