@@ -69,6 +69,7 @@ class Row:
     )  # option by layer -> bits of all; only where there are some
     spared: bool = False  # the layers that efficientdm spares have 8 bits, in networks that have such layers
     calibration: dict[str, Any] = field(default_factory=dict)  # options of `dacc calibrate` beside the strategy's
+    pipelines: tuple[str, ...] = PIPELINES
     swept: bool = False  # one of many that differ in a field: measured when it is named
 
     def is_for(self, pipeline: str, setting: str) -> bool:
@@ -76,7 +77,7 @@ class Row:
         special = (not (self.linears or self.convolutions) or pipeline in LINEAR_GLOBS) and (
             not self.spared or pipeline in SENSITIVE_GLOBS
         )
-        return setting in self.settings and special
+        return setting in self.settings and pipeline in self.pipelines and special
 
 
 STATIC = {"act_mode": "static"}
@@ -113,15 +114,24 @@ ROWS: dict[str, Row] = {
     "gptq (linears)": Row({"method": "gptq"}, settings=MAIN[:4], linears=True),
     # activation scales for each group of features too: less error, slower
     "gptq (linears, per group)": Row(
-        {"method": "gptq", "act_mode": "per-group", "group_size": "channel"}, settings=("W8A8",), linears=True
+        {"method": "gptq", "act_mode": "per-group", "group_size": "channel"},
+        settings=("W8A8",),
+        linears=True,
+        pipelines=("shapes-sd",),
     ),
     # as a peer does that rounds the inputs of linears alone
     "gptq (convolutions' inputs float)": Row(
-        {"method": "gptq"}, settings=("W8A8", "W4A8"), convolutions={"layer_act_bits": 16}
+        {"method": "gptq"},
+        settings=("W8A8", "W4A8"),
+        convolutions={"layer_act_bits": 16},
+        pipelines=("shapes-sd",),
     ),
     # linears as peers treat them that leave convolutions float, and the convolutions at 8 bits
     "gptq (convolutions W8)": Row(
-        {"method": "gptq"}, settings=("W4A16", "W4A8"), convolutions={"layer_bits": 8, "layer_act_bits": 16}
+        {"method": "gptq"},
+        settings=("W4A16", "W4A8"),
+        convolutions={"layer_bits": 8, "layer_act_bits": 16},
+        pipelines=("shapes-sd",),
     ),
 }
 RANKS = (0, 4, 8, 16, "auto")
