@@ -1,7 +1,9 @@
-"""Whether a run with a cache plan is as much faster as it has fewer multiply-accumulates, at the sizes that people run.
+"""Cache plans at the sizes that people run: whether a run is as much faster as it has fewer multiply-accumulates, and
+whether one that computes everything gives the same bits.
 
-    python benchmarks/cache_speed.py                  # writes the table in docs/results.md
-    python benchmarks/cache_speed.py --model sd15     # one model, printed
+    python benchmarks/cache_speed.py                  # writes the tables in docs/results.md
+    python benchmarks/cache_speed.py --model sd15     # times of one model, printed
+    python benchmarks/cache_speed.py --exact          # the table of bits alone
 
 The weights are random: calls compute at equal distances, and no plan is searched for. The denoiser loop of one image
 runs in turns with and without each plan, from the first denoiser call to the last step of the solver.
@@ -18,7 +20,8 @@ from typing import Any
 
 import torch
 
-from dacc.benchmarks.full_size import make_pipeline_folder
+from dacc.benchmarks.full_size import example_inputs, make_denoiser, make_pipeline_folder
+from dacc.benchmarks.full_size_models import MODELS
 from dacc.benchmarks.study import RESULTS, write_between
 from dacc.cache.config import METHODS, SearchCacheConfig
 from dacc.cache.measuring import loop_seconds
@@ -28,12 +31,13 @@ from dacc.cache.units import choose_unit
 from dacc.core.config import build_config
 from dacc.core.machine import describe_machine
 from dacc.core.pipeline import denoisers
-from dacc.runtime.cached import no_cache, remove_plans_
+from dacc.runtime.cached import CachedUnits, no_cache, remove_plans_
 from dacc.runtime.load import DTYPES, load
 from dacc.runtime.request import RunRequest
 from dacc.runtime.timing import measure_in_turns
 
 DEPTH = {"dit-xl": 8, "sd15": 2}
+SHALLOW = {"dit-xl": 3, "sd15": 1, "sdxl": 1, "pixart-xl": 3, "sd35-medium": 3, "flux": 1, "wan-1.3b": 3}
 SIDE = {"sd15": 32}  # of the latents: 256 pixels; of DiT-XL/2 that is its own
 STEPS = 12
 SHARES = (2, 3)  # one call in so many computes
@@ -92,14 +96,49 @@ def promise_and_measure(pipe: Any, component: str, request: RunRequest, repeats:
     return promised, before / after, before
 
 
+@torch.inference_mode()
+def exact_row(model: str) -> str:
+    """Row of one model: its call with hooks before all modules of a unit, of each kind that is taken by default."""
+    denoiser = make_denoiser(model, depth=SHALLOW[model], dtype=torch.float32)
+    inputs = example_inputs(model, resolution=list(MODELS[model].resolutions)[-1], dtype=torch.float32)
+    plain, told = denoiser(**inputs)[0], []
+    for whole in (False, True):
+        unit = choose_unit(denoiser, "auto", whole=whole)
+        units = CachedUnits(denoiser, [unit])
+        with units.recording({}):
+            same = torch.equal(denoiser(**inputs)[0], plain)
+        units.remove_()
+        told.append(f"{unit.kind} of {len(units.layouts[unit.id].skipped)} modules: {'same' if same else 'OTHER'} bits")
+    row = f"| {model}, {SHALLOW[model]} | {type(denoiser).__name__} | {'; '.join(told)} |"
+    print(row, flush=True)
+    return row
+
+
+def write_exact() -> None:
+    """The table of bits."""
+    machine = describe_machine()
+    rows = [exact_row(model) for model in SHALLOW]
+    heading = (
+        f"One call in float32 at full width with all values kept and none reused; {machine['processor']} "
+        f"({machine['instruction_sets']}), torch {machine['torch']}, {datetime.date.today().isoformat()}."
+    )
+    table = ["| model, depth | class | units |", "|---|---|---|"]
+    write_between(RESULTS, "cache-exact", {"full-size": "\n".join([heading, "", *table, *rows])})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--model", choices=DEPTH, action="append", help="default: all, into the results")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--exact", action="store_true", help="the table of bits, no times")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if not options.model:
+        write_exact()
+    if options.exact:
+        return
     rows = []
     for model in options.model or DEPTH:
         with tempfile.TemporaryDirectory() as temporary:
