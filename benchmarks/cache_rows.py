@@ -45,7 +45,9 @@ ROWS: dict[str, Row] = {
     "taylor, even, order 2": Row("taylor", {"spacing": "even", "warmup": 2}),
     "dp": Row("dp", sources=EVERYWHERE),
     "dp, not corrected": Row("dp", {"correct": False}),
-    "dp, neither joint nor corrected": Row("dp", {"joint": False, "correct": False}, sources=("W8A8", "W4A8")),
+    "dp, neither joint nor corrected": Row(
+        "dp", {"joint": False, "correct": False, "trials": 0}, sources=("W8A8", "W4A8")
+    ),
     "dp, by features": Row("dp", {"cost": "feature"}),
     "gated": Row("gated", pipelines=TRANSFORMERS),
     "evolve": Row("evolve", slow=True),

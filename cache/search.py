@@ -17,7 +17,7 @@ from ..core.config import build_config
 from ..core.errors import ConfigError
 from ..core.reporter import Reporter
 from ..core.tensor_file import content_hash
-from ..runtime.cached import install_plan_, no_cache
+from ..runtime.cached import install_plan_, no_cache, remove_plans_
 from ..runtime.correction import Correction
 from ..runtime.decode_ahead import has_step_scales
 from ..runtime.plan import planned_macs
@@ -95,10 +95,12 @@ def search_component(
     chosen: dict[str, int | float | str] = {"calls": window.calls}
     grams, ridge = None, None
     if profile and getattr(settings, "trials", 0) > 0:
-        candidates, grams = method.candidates(window.calls, computed, settings, *profile), profile[0].grams
+        candidates = method.candidates(window.calls, computed, settings, *profile)
+        grams = getattr(profile[0], "grams", None)
         trial = _run_trials(
             pipe, component, blank, window, method, settings, candidates, request, reporter, reference, grams
         )
+        remove_plans_(pipe)  # the last one that was tried
         assert trial.best is not None
         settings, places, ridge = trial.best.settings, trial.best.places, trial.best.ridge
         chosen |= {"trials": trial.made, "relative_l2": float(f"{trial.least:.4g}")}
@@ -158,7 +160,7 @@ def _run_trials(
             candidates,
             error,
             calls=blank.calls,
-            fixed=settings.warmup,
+            fixed=getattr(settings, "warmup", 1),
             trials=settings.trials,
             ridges=RIDGES if grams else (),
         )

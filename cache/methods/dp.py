@@ -3,6 +3,7 @@ call and reuses what that gave until its end. Of all ways to cut a run into K gr
 
     D(i, j) = sum over t = i ... j - 1 of cost[i, t],    M(n, k) = min over j of M(j, k - 1) + D(j, n)
 
+Whole runs then move calls for as long as they get better (`cache/moving.py`), which is not in the paper.
 cost[i, t] is what it does to reuse at call t what call i computed, profiled on runs that compute everything. On a
 quantized network cost[i, i] is the error of a full call and counts too.
 Letters: C calls of a run, K groups, which is also the number of calls that compute.
@@ -12,8 +13,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from ...core.config import Config
 from ...core.errors import ConfigError, UnsupportedError
+from ..moving import Choice
 
 INFINITE = float("inf")
 
@@ -26,6 +30,7 @@ class DPConfig(Config):
     joint: bool = True  # on a quantized source: against what the float network computes, rounding errors included
     correct: bool = True  # fit an affine map per call and channel to what is reused
     layers: bool = True  # on a quantized source: and to the outputs of the layers that read it, against the float ones
+    trials: int = Field(24, ge=0)  # whole runs in which calls that compute are moved; more: better, longer
     bounds: bool = False  # groups of ceil(N / 2) to 2 N calls only, N = ceil(C / K), as the authors' program
 
 
@@ -72,6 +77,11 @@ def schedule(calls: int, computed: int, config: DPConfig, cost: list[list[float]
         end = start[end][groups]
         found.append(end)
     return tuple(reversed(found))
+
+
+def candidates(calls: int, computed: int, config: DPConfig, cost: list[list[float]]) -> list[Choice]:
+    """What whole runs start from. Arguments as for `schedule`."""
+    return [Choice(config, schedule(calls, computed, config, cost))]
 
 
 def segment_costs(cost: list[list[float]]) -> list[list[float]]:

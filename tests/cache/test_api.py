@@ -64,9 +64,9 @@ def test_a_search_gives_an_intact_bundle_whose_plan_the_loader_installs(request,
     assert record.cache.macs_ratio == pytest.approx(1 - saved * skipped / (full * 8), abs=1e-12)
     told = {"calls": 8, "computed": codes.count("C")}
     chosen = dict(record.cache.chosen)
-    if method == "taylor":
+    if method != "deepcache":
         chosen.pop("ridge", None)  # where fitted forecasts were better
-        assert chosen.pop("trials") <= 40
+        assert chosen.pop("trials") <= (40 if method == "taylor" else 24)
         assert chosen.pop("relative_l2") > 0
     assert chosen == told
     pipe: Any = dacc.load(bundle, device="cpu")
@@ -222,6 +222,18 @@ def test_whole_runs_choose_order_and_calls_of_forecasts_and_the_manifest_tells(u
             assert chosen["relative_l2"] <= error_of(unet_folder, other) * 1.001
     alone = cached(unet_folder, method="taylor", settings={"order": 1, "spacing": "searched"})
     assert plan_of(alone).predict["body"].order == 1
+
+
+def test_whole_runs_move_the_calls_of_a_dynamic_programme(unet_folder, cached):
+    first = cached(unet_folder, method="dp", settings={"trials": 0, "correct": False})
+    assert "trials" not in read_manifest(first).components["unet"].cache.chosen
+    moved = cached(unet_folder, method="dp", settings={"correct": False})
+    chosen = read_manifest(moved).components["unet"].cache.chosen
+    assert 1 < chosen["trials"] <= 24
+    assert chosen["relative_l2"] == pytest.approx(error_of(unet_folder, moved), rel=1e-3)
+    assert chosen["relative_l2"] <= error_of(unet_folder, first) * 1.001
+    plans = plan_of(first), plan_of(moved)
+    assert plans[0].codes["deep"].count("C") == plans[1].codes["deep"].count("C")
 
 
 @pytest.mark.parametrize(
