@@ -124,7 +124,7 @@ def test_memory_grows_with_depth_by_the_network_alone(dit_pipeline, calibration_
     """What a block needs while it is treated is there for the next one."""
     quick = QuantizeConfig(method="svdquant", settings={"rank": 4, "steps": 2, "refinements": 0}, **W4A4)
     peaks, sizes = [], []
-    for depth in (1, 4):
+    for depth in (1, 10):  # far apart: what a process holds besides varies by some 30 MB
         pipe, folder = dit_pipeline(), tmp_path / f"deep-{depth}"
         config = pipe.transformer.config | {"num_attention_heads": 16, "num_layers": depth}
         pipe.transformer = type(pipe.transformer).from_config(config)
