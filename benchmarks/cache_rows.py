@@ -30,7 +30,7 @@ class Row:
     targets: tuple[str, ...] = tuple(TARGETS)
     halved: bool = False  # half the steps, and a plan for what is left to save
     slow: bool = False  # measured when it is named
-    unit: str = "auto"
+    unit: str = "auto"  # of `--unit`
 
 
 EVERYWHERE = tuple(SOURCES)

@@ -109,7 +109,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(dit_folder, calibration_of, file
 
 PEAK = """
 import sys
-from dacc import CalibrateConfig, QuantizeConfig, calibrate_pipeline, quantize_pipeline
+from dacc import QuantizeConfig, quantize_pipeline
 from dacc.evaluate.memory import peak_resident_bytes
 
 source, calib, output, config = sys.argv[1:]
