@@ -83,11 +83,11 @@ class Packer:
         return {"tensor": name, **note}
 
 
-def unpack(packed: Any, load: Callable[[str], Tensor]) -> Any:
+def unpack(packed: Any, load: Callable[[str, torch.dtype | None], Tensor]) -> Any:
     """The value that `Packer.pack` was given.
 
     Args:
-        load: gives a tensor by its name.
+        load: gives a tensor by its name and the type that it had, None for that in which it is stored.
 
     Raises:
         BundleError: nothing that `Packer` writes.
@@ -96,9 +96,9 @@ def unpack(packed: Any, load: Callable[[str], Tensor]) -> Any:
         return packed
     match packed:
         case {"tensor": str(name), "dtype": str(dtype)} if dtype in TORCH_NAMES:
-            return load(name).to(getattr(torch, dtype))
+            return load(name, getattr(torch, dtype))
         case {"tensor": str(name), **rest} if not rest:
-            return load(name)
+            return load(name, None)
         case {"list": list(parts), **rest} if not rest:
             return [unpack(part, load) for part in parts]
         case {"tuple": list(parts), **rest} if not rest:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..core.calibration import existing_set
 from ..core.errors import BundleError, BusyError, CalibrationError, ConfigError, DaccError, ModelError
+from ..core.manifest import read_manifest
 from ..core.lock import wait_for_writer
 from ..core.reporter import Reporter
 from ..core.source import Source
@@ -39,7 +40,9 @@ def calibration_of(
     if given is None:
         found = _on_the_fly(source, weights, made, device, reporter)
     else:
-        found = open_calibration(given, weights=weights, reporter=reporter)
+        before = read_manifest(source.path)
+        ancestors = {name: [value] for name, value in before.source.weights.items()} if before else None
+        found = open_calibration(given, weights=weights, ancestors=ancestors, reporter=reporter)
     if missing := [name for name in weights if name not in found.record.branches]:
         raise ModelError(
             f"{found.folder} holds no calls of {missing[0]}; it was made with {found.record.source.name}.",

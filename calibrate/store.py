@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -67,10 +68,23 @@ class CalibrationSet(Sequence[DenoiserCall]):
     """What entered the denoisers of a pipeline, call by call, read from the disk as it is asked for.
 
     Calls of one batch follow each other in the order of the run, so whoever takes only a part should draw it at random.
+
+    Args:
+        component: calls of this denoiser alone.
+        dtype: of float tensors of at least two dimensions; None: as they entered. Vectors, such as timesteps, stay.
+        device: where all tensors are.
     """
 
-    def __init__(self, folder: Path, record: CalibrationRecord, component: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        record: CalibrationRecord,
+        component: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.folder, self.record, self.component = folder, record, component
+        self._dtype, self._device = dtype, device
         self._last: _Shard | None = None  # that a single call was taken from: its neighbours share tensors
 
     @property
@@ -78,9 +92,16 @@ class CalibrationSet(Sequence[DenoiserCall]):
         """The grid of the run."""
         return self.record.schedule
 
-    def of(self, component: str) -> CalibrationSet:
-        """The calls of one denoiser alone."""
-        return CalibrationSet(self.folder, self.record, component)
+    @property
+    def moments(self) -> list[int]:
+        """At which call of its run each was made; of all headers, without a tensor."""
+        return [moment for number in range(len(self.record.shards)) for moment in self._shard(number).moments]
+
+    def of(
+        self, component: str, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> CalibrationSet:
+        """The calls of one denoiser alone, for a network of this type on this device; see the class."""
+        return CalibrationSet(self.folder, self.record, component, dtype, device)
 
     def __len__(self) -> int:
         return sum(map(self._count, self.record.shards))
@@ -118,7 +139,8 @@ class CalibrationSet(Sequence[DenoiserCall]):
             yield from map(self._shard(number).call, range(count))
 
     def _shard(self, number: int) -> _Shard:
-        return _Shard(self.folder / self.record.shards[number].file, number, self.component)
+        file = self.folder / self.record.shards[number].file
+        return _Shard(file, number, self.component, self._dtype, self._device)
 
     def _count(self, shard: ShardRecord) -> int:
         return sum(count for name, count in shard.records.items() if self.component in (None, name))
@@ -127,12 +149,20 @@ class CalibrationSet(Sequence[DenoiserCall]):
 class _Shard:
     """The calls of one file. Only the tensors of those that are asked for are loaded and checked, each once."""
 
-    def __init__(self, file: Path, number: int, component: str | None) -> None:
-        self.number, self._file = number, file
-        self._known: dict[str, Tensor] = {}
+    def __init__(
+        self, file: Path, number: int, component: str | None, dtype: torch.dtype | None, device: torch.device | None
+    ) -> None:
+        self.number, self._file, self._dtype, self._device = number, file, dtype, device
+        self._known: dict[tuple[str, torch.dtype | None], Tensor] = {}
         with self._as_written():
             entries = json.loads(read_header_and_metadata(file)[1]["record"])["records"]
             self._entries = [entry for entry in entries if component in (None, entry["component"])]
+
+    @property
+    def moments(self) -> list[int]:
+        """At which call of the run each was made."""
+        with self._as_written():
+            return [RunState(run=-1 - self.number, **entry["state"]).call for entry in self._entries]
 
     def call(self, place: int) -> DenoiserCall:
         """One of them, in the order of the run."""
@@ -145,15 +175,16 @@ class _Shard:
                 kwargs={name: unpack(value, load) for name, value in entry["kwargs"]},
             )
 
-    def _load(self, read: Callable[[str], Tensor], name: str) -> Tensor:
-        if name not in self._known:
+    def _load(self, read: Callable[[str], Tensor], name: str, entered_as: torch.dtype | None) -> Tensor:
+        if (name, entered_as) not in self._known:
             tensor = read(name).clone()  # a mapped one is not aligned as torch does it: its products differ
             if not is_finite(tensor):
                 raise CalibrationError(
                     f"{self._file} holds NaN or infinity.", mend="Make the set anew with dacc calibrate."
                 )
-            self._known[name] = tensor
-        return self._known[name]
+            wanted = self._dtype if tensor.is_floating_point() and tensor.ndim > 1 else None
+            self._known[name, entered_as] = tensor.to(self._device, wanted or entered_as or tensor.dtype)
+        return self._known[name, entered_as]
 
     @contextmanager
     def _as_written(self) -> Iterator[None]:

@@ -180,7 +180,12 @@ def _show_preview(
         source, config, calib=calib, device=device, from_reference=from_reference, reporter=reporter
     )
     if plot is not None:
-        units = {name: unit for component in preview.components.values() for name, unit in component.units.items()}
+        many = len(preview.components) > 1  # two denoisers of one class have units of the same names
+        units = {
+            f"{component}.{name}" if many else name: unit
+            for component, previewed in preview.components.items()
+            for name, unit in previewed.units.items()
+        }
         plot.write_bytes(picture(units, f"{preview.source}: {', '.join(preview.components)}"))
         reporter.say(f"plot: {plot}")
     if as_json:

@@ -92,9 +92,10 @@ def _transformer(
 def _check_stack(stack: Stack, count: int, lost: set[int]) -> None:
     if stack.last and count - 1 in lost:
         raise UnsupportedError(f"the last of {stack.path} is built in another way than the others: it has to stay.")
-    if stack.mirrored and (wrong := next((place for place in sorted(lost) if not _paired(place, count, lost)), None)):
+    wrong = [place for place in sorted(lost) if stack.mirrored and not _paired(place, count, lost)]
+    if wrong:
         raise UnsupportedError(
-            f"{stack.path}.{wrong} cannot go alone: blocks i and {count - 1} - i are joined by a skip connection, and "
+            f"{stack.path}.{wrong[0]} cannot go alone: blocks i and {count - 1} - i are joined by a skip connection, and "
             "the two in the middle by none.",
             mend="Remove both or none.",
         )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..calibrate.inputs import calibration_of
 from ..calibrate.store import CalibrationSet
@@ -121,7 +120,7 @@ def whole_of(job: Job, name: str, calibration: CalibrationSet | None, device: st
     folder, noise = job.source.path / name, noise_of(job.source.path)
     if calibration is None or name not in job.running:
         return Whole(build_skeleton(folder), [], None, noise)
-    calls = [_on(call, pick_device(device)) for call in calibration if call.component == name]
+    calls = list(calibration.of(name, dtype=torch.float32, device=pick_device(device)))  # as the network is
     denoiser: Any = load_denoiser(build_skeleton(folder), folder, device)
     guidance_scale = guidance_of(calibration.record, distilled=bool(denoiser.config.get("guidance_embeds")))
     return Whole(denoiser, calls, guidance_scale, noise)
@@ -228,14 +227,3 @@ class JournalledScores(MutableMapping[str, dict[str, float]]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-
-def _on(call: DenoiserCall, device: torch.device) -> DenoiserCall:
-    """A call on another device."""
-    if device.type == "cpu":
-        return call
-
-    def move(value: Any) -> Any:
-        return value.to(device) if torch.is_tensor(value) else value
-
-    return replace(call, args=tree_map(move, call.args), kwargs=tree_map(move, call.kwargs))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calibrate.store import CalibrationSet
 from ..core.errors import UnsupportedError
 from ..core.families import Family
 from ..core.memory import give_back_memory
@@ -72,6 +73,7 @@ def quantize_units(
         treatment.cache_gb,
         model,
         calls,
+        _moments(calls),
         [unit.name for unit in units],
         walks=2 if method.UNIT == "block" else 1,
         seed=treatment.seed,
@@ -88,6 +90,13 @@ def quantize_units(
     _tell_of_baselines(treatment, multiplying, reporter)
     _tell_of_guesses(treatment, multiplying, reporter)
     return chosen
+
+
+def _moments(calls: Sequence[DenoiserCall]) -> Sequence[int]:
+    """At which call of its run each was made; a set on the disk tells it without loading them."""
+    if isinstance(calls, CalibrationSet):
+        return calls.moments
+    return [call.state.call if call.state else 0 for call in calls]
 
 
 def _blocks(

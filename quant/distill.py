@@ -153,7 +153,10 @@ class Training:
                         key: average.clone() for key, average in averages.items()
                     }
         if record["improved"]:
-            self.best = {name: _restored(start, name, tensors) for name, start in self.starts.items()}
+            self.best = {
+                name: _restored(start, name, tensors, trained=name in self.student.weights)
+                for name, start in self.starts.items()
+            }
 
 
 def distill(
@@ -261,10 +264,15 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
     return torch.cat([value.detach().flatten() for value in values])
 
 
-def _restored(start: Treated, name: str, tensors: Mapping[str, Tensor]) -> Treated:
+def _restored(start: Treated, name: str, tensors: Mapping[str, Tensor], *, trained: bool) -> Treated:
+    """A layer of the best state, as `Student.folded` gave it."""
     keys = [*start.tensors(), "bias"]
     found = {key: tensors[f"best.{name}.{key}"] for key in keys if f"best.{name}.{key}" in tensors}
     weight = start.weight
     return Treated.from_tensors(
-        found, weight.scheme, weight.shape, method=start.method, output_error=start.output_error
+        found,
+        weight.scheme,
+        weight.shape,
+        method=None if trained else start.method,
+        output_error=start.output_error,
     )

@@ -70,7 +70,7 @@ def quantize_component(
         treatment = Treatment(name, method, method_config, writer, folder, job.config.seed, job.config.cache_gb)
         if target.type != "cpu":
             reporter.say(f"{job.config.method} treats the layers on the CPU, not on {target}")
-        calls = calibration.of(name)
+        calls = calibration.of(name, dtype=torch.float32)  # as the network has it; sets may be made with --dtype
         chosen = quantize_units(treatment, load_float(folder, skeleton), plans, family, calls, reporter)
     modules: dict[str, ModuleRecord] = {}
     for plan in reporter.progress(plans, f"quantize {name}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,15 +25,18 @@ def calls_within(
     budget_gb: float,
     model: nn.Module,
     calls: Sequence[DenoiserCall],
+    moments: Sequence[int],
     units: Sequence[str],
     *,
     walks: int,
     seed: int,
     reporter: Reporter,
 ) -> Sequence[DenoiserCall]:
-    """All calls, or as many as stay within the budget, drawn at random; a notice says so. Others are not loaded.
+    """All calls, or as many as stay within the budget, drawn at random so that all moments of the run have their share;
+    a notice says so. Others are not loaded.
 
     Args:
+        moments: at which call of its run each was made.
         walks: networks that every call walks through.
 
     Raises:
@@ -50,8 +54,22 @@ def calls_within(
         )
     reporter.notice(f"{fitting} of the {len(calls)} calls of the calibration set fit into {budget_gb:g} GB.")
     generator = torch.Generator().manual_seed(named_seed(seed, "calls"))
-    chosen = torch.randperm(len(calls), generator=generator)[:fitting].sort().values
-    return [calls[index] for index in chosen.tolist()]
+    return [calls[place] for place in spread_over(moments, fitting, generator)]
+
+
+def spread_over(moments: Sequence[int], count: int, generator: torch.Generator) -> list[int]:
+    """Places of so many, ascending: one drawn of each moment, then one more of each, evenly spread where not all fit."""
+    rounds: defaultdict[int, list[int]] = defaultdict(list)
+    seen = Counter[int]()
+    for place in torch.randperm(len(moments), generator=generator).tolist():
+        rounds[seen[moments[place]]].append(place)
+        seen[moments[place]] += 1
+    chosen: list[int] = []
+    for _, places in sorted(rounds.items()):
+        ordered = sorted(places, key=lambda place: moments[place])
+        taken = min(count - len(chosen), len(ordered))
+        chosen += [ordered[(2 * number + 1) * len(ordered) // (2 * taken)] for number in range(taken)]
+    return sorted(chosen)
 
 
 def held_bytes(model: nn.Module, call: DenoiserCall, units: Sequence[str], *, walks: int = 1) -> int:

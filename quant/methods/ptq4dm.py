@@ -15,7 +15,7 @@ from torch import Tensor
 from ...core.config import Config
 from ...core.scheme import Scheme
 from ...runtime.weight import QuantizedWeight, to_rows
-from ..grid import Grid, find_grid, round_codes, split_groups, stored_scale, two_level_scale
+from ..grid import Grid, minmax_grid, round_codes, split_groups, stored_scale, two_level_scale
 from ..ranges import NORM, Finder, Observed, Range, best_range
 
 NEEDS: tuple[str, ...] = ()
@@ -45,26 +45,33 @@ def quantize(weight: Tensor, scheme: Scheme, config: PTQ4DMConfig) -> QuantizedW
         weight: (O, *features), any float dtype.
     """
     rows = to_rows(weight).float()
-    grid = find_grid(rows, scheme, search=False) if not scheme.symmetric else _symmetric_grid(rows, scheme)
+    grid = _searched_grid(rows, scheme)
     return grid.pack(grid.nearest(rows), tuple(weight.shape))
 
 
-def _symmetric_grid(rows: Tensor, scheme: Scheme) -> Grid:
-    """The threshold of every channel or group with the least error."""
+def _searched_grid(rows: Tensor, scheme: Scheme) -> Grid:
+    """The share of the range of every channel or group with the least error; with zero points both ends shrink."""
     groups = split_groups(rows, scheme.group_size)  # (O, G, N)
     absmax, top = groups.abs().amax(-1), 2 ** (scheme.bits - 1) - 1
     absmax = torch.where(absmax > 0, absmax, 1.0)
-    zero, best, least = torch.zeros_like(absmax), absmax / top, torch.full_like(absmax, torch.inf)
+    best = best_zero = torch.zeros_like(absmax)
+    least = torch.full_like(absmax, torch.inf)
     for step in range(1, CANDIDATES + 1):
-        scale = absmax * (step / CANDIDATES) / top
+        share = step / CANDIDATES
+        if scheme.symmetric:
+            scale, zero = absmax * share / top, torch.zeros_like(absmax)
+        else:
+            scale, zero = minmax_grid(groups * share, scheme.bits, symmetric=False)
         codes = round_codes(groups, scale, zero, scheme.code_range)
-        error = (codes * scale.unsqueeze(-1) - groups).abs().pow(NORM).mean(-1)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        error = ((codes - zero.unsqueeze(-1)) * scale.unsqueeze(-1) - groups).abs().pow(NORM).mean(-1)
+        better = error < least
+        best, best_zero = torch.where(better, scale, best), torch.where(better, zero, best_zero)
+        least = torch.minimum(error, least)
     ones = torch.ones_like(best[:, :1])
     if scheme.two_level:
         row_scale, multipliers = two_level_scale(torch.where(groups.any(-1), best, 0.0))
-        return Grid(scheme, row_scale, zero, multipliers)
-    return Grid(scheme, stored_scale(best), zero, ones)
+        return Grid(scheme, row_scale, best_zero, multipliers)
+    return Grid(scheme, stored_scale(best), best_zero, ones)
 
 
 def mixed_range(records: list[Observed], bits: int) -> Range:

@@ -13,10 +13,15 @@ from dacc.calibrate.arguments import Packer, unpack
 from dacc.core.errors import BundleError, CalibrationError, UnsupportedError
 
 
+def loading(packer: Packer) -> Any:
+    """What gives a stored tensor in the type that it had."""
+    return lambda name, dtype: packer.tensors[name].to(dtype or packer.tensors[name].dtype)
+
+
 def through_json(value: Any, store_dtype: str = "as-is") -> Any:
     packer = Packer(store_dtype)
     packed = json.loads(json.dumps(packer.pack(value, "it"), sort_keys=True))
-    return unpack(packed, packer.tensors.__getitem__)
+    return unpack(packed, loading(packer))
 
 
 def same(one: Any, other: Any) -> bool:
@@ -48,7 +53,7 @@ def test_equal_tensors_are_kept_once_and_later_changes_do_not_reach_them() -> No
     tensor.zero_()
     assert packed[0] == packed[1] != packed[2]
     assert len(packer.tensors) == 2
-    assert torch.equal(unpack(packed[0], packer.tensors.__getitem__), torch.ones(3))
+    assert torch.equal(unpack(packed[0], loading(packer)), torch.ones(3))
 
 
 def test_a_cast_is_for_large_float_tensors_alone() -> None:
@@ -77,4 +82,4 @@ def test_other_kinds_are_refused_by_name(value: Any) -> None:
 @pytest.mark.parametrize("packed", [{"pickle": "x"}, {}, {"list": [], "tuple": []}, [1], {"tensor": 3}])
 def test_what_we_never_write_is_not_read(packed: Any) -> None:
     with pytest.raises(BundleError, match="a stored argument is written as"):
-        unpack(packed, lambda name: torch.zeros(1))
+        unpack(packed, lambda name, dtype: torch.zeros(1))

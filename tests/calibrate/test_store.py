@@ -44,6 +44,21 @@ def test_a_set_is_read_in_the_order_of_the_run(made_set: Path) -> None:
     assert len(open_calibration(made_set, component="unet")) == 6
 
 
+def test_a_network_of_another_type_gets_large_floats_in_its_own(made_set: Path) -> None:
+    entered = list(open_calibration(made_set))
+    found = list(open_calibration(made_set).of("unet", dtype=torch.bfloat16))
+    assert {call.args[0].dtype for call in found} == {torch.bfloat16}
+    for call, whole in zip(found, entered, strict=True):
+        assert torch.equal(call.args[0], whole.args[0].bfloat16())
+        assert torch.equal(call.args[1], whole.args[1])  # the timestep, exactly
+        assert call.args[1].dtype == whole.args[1].dtype
+
+
+def test_the_moments_of_all_calls_are_known_without_their_tensors(made_set: Path, monkeypatch) -> None:
+    monkeypatch.delattr(_Shard, "_load")
+    assert open_calibration(made_set).moments == [0, 2, 4, 0, 2, 4]
+
+
 def test_the_files_can_be_read_without_dacc(made_set: Path) -> None:
     record = json.loads((made_set / "dacc_calibration.json").read_text())
     shard = record["shards"][0]
@@ -133,9 +148,9 @@ def test_a_set_of_another_model_is_refused_and_one_of_an_ancestor_noticed(made_s
 def test_a_call_is_taken_by_its_place_without_reading_the_others(made_set: Path, monkeypatch) -> None:
     whole, loaded, load = list(open_calibration(made_set)), list[str](), _Shard._load
 
-    def watched(shard: _Shard, read: Any, name: str) -> torch.Tensor:
+    def watched(shard: _Shard, read: Any, name: str, entered_as: Any) -> torch.Tensor:
         loaded.append(name)
-        return load(shard, read, name)
+        return load(shard, read, name, entered_as)
 
     monkeypatch.setattr(_Shard, "_load", watched)
     found = open_calibration(made_set)

@@ -179,6 +179,7 @@ def test_a_first_block_of_dit_leaves_its_embedding_to_the_next():
 REFUSED = {
     "the last of sd3": (toys.sd3(), blocks(DEEP, 4), "built in another way"),
     "one of a pair": (toys.hunyuan_dit(), blocks("blocks", 1), "cannot go alone"),
+    "the first of a pair": (toys.hunyuan_dit(), blocks("blocks", 0), "blocks.0 cannot go alone"),
     "the middle of hunyuan": (toys.hunyuan_dit(), blocks("blocks", 3, 4), "cannot go alone"),
     "half a block": (toys.flux(), [f"{DEEP}.0.ff"], "no whole block"),
     "a layer without its mirror": (toys.unet_condition(), ["down_blocks.0.resnets.1"], "going up"),

@@ -6,7 +6,7 @@ from torch import nn
 
 from dacc.core.errors import ResourceError
 from dacc.core.reporter import Reporter
-from dacc.quant.held import calls_within, held_bytes
+from dacc.quant.held import calls_within, held_bytes, spread_over
 from dacc.runtime.trajectory import DenoiserCall
 
 UNITS = ["0", "2", "4"]
@@ -22,7 +22,9 @@ def calls(count, rows=500):
 
 def chosen(budget_gb, count=20, seed=0, walks=1):
     reporter = Reporter(quiet=True)
-    found = calls_within(budget_gb, network(), calls(count), UNITS, walks=walks, seed=seed, reporter=reporter)
+    found = calls_within(
+        budget_gb, network(), calls(count), [0] * count, UNITS, walks=walks, seed=seed, reporter=reporter
+    )
     return [int(call.args[0][0, 0]) for call in found], reporter.notices
 
 
@@ -58,7 +60,9 @@ class OnDisk(Sequence):
 
 def test_calls_that_do_not_fit_are_not_loaded():
     stored, each = OnDisk(calls(20)), held_bytes(network(), calls(1)[0], UNITS)
-    found = calls_within(3.5 * each / 1e9, network(), stored, UNITS, walks=1, seed=0, reporter=Reporter(quiet=True))
+    found = calls_within(
+        3.5 * each / 1e9, network(), stored, [0] * 20, UNITS, walks=1, seed=0, reporter=Reporter(quiet=True)
+    )
     assert stored.loaded == [0, *(int(call.args[0][0, 0]) for call in found)]
 
 
@@ -76,6 +80,18 @@ def test_fewer_are_drawn_within_a_small_budget_and_a_notice_says_so():
     assert len(chosen(5.5 * each / 1e9, walks=2)[0]) == 2
     (notice,) = notices
     assert notice.startswith("5 of the 20 calls of the calibration set fit into")
+
+
+@pytest.mark.parametrize(("count", "most"), [(3, 1), (10, 1), (25, 3), (40, 4)])
+def test_those_drawn_cover_the_run_evenly(count, most):
+    moments = [call for _ in range(4) for call in range(10)]  # 4 batches of a run of 10 calls
+    found = spread_over(moments, count, torch.Generator().manual_seed(0))
+    per_moment = [sum(moments[place] == moment for place in found) for moment in range(10)]
+    assert len(set(found)) == len(found) == count
+    assert max(per_moment) == most
+    assert max(per_moment) - min(per_moment) <= 1
+    if count == 3:
+        assert sorted(moments[place] for place in found) == [1, 5, 8]
 
 
 def test_where_not_even_one_fits_it_says_what_to_do():

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dacc import CalibrateConfig, QuantizeConfig, calibrate_pipeline, load, quantize_pipeline, verify_bundle
+from dacc import (
+    CalibrateConfig,
+    PruneConfig,
+    QuantizeConfig,
+    calibrate_pipeline,
+    load,
+    prune_pipeline,
+    quantize_pipeline,
+    verify_bundle,
+)
 from dacc.calibrate.store import _Shard, open_calibration
 from dacc.core.calibration import read_calibration
 from dacc.core.errors import BundleError, ConfigError, ModelError
@@ -278,3 +287,23 @@ def test_fixed_scales_of_plain_rounding_are_found_on_the_set(
     unet = load(bundle, device="cpu").unet
     rows = {layer.act_scale.shape for layer in unet.modules() if getattr(layer, "act_scale", None) is not None}
     assert rows == {(4, 1) if config.act_mode == "per-step" else (1, 1)}
+
+
+def test_a_set_of_another_type_serves_the_float_network(dit_folder: Path, tmp_path: Path) -> None:
+    recipe = CalibrateConfig(samples=4, steps=3, batch_size=2)
+    half = calibrate_pipeline(dit_folder, recipe, output=tmp_path / "half", dtype="bfloat16")
+    assert {call.args[0].dtype for call in open_calibration(half)} == {torch.bfloat16}
+    config = QuantizeConfig(bits=4, act_bits=8, method="gptq", measure="never")
+    bundle = quantize_pipeline(dit_folder, config, calib=half, output=tmp_path / "out", device="cpu")
+    layers = read_manifest(bundle).components["transformer"].quantization.modules.values()
+    assert 0 < max(layer.output_error or 0 for layer in layers) < 0.5
+
+
+def test_a_set_of_before_an_earlier_pass_serves_with_a_notice(dit_folder: Path, calibration_of, tmp_path: Path) -> None:
+    pruned = prune_pipeline(
+        dit_folder, PruneConfig(ratio=0.2, method="bksdm", measure="never"), output=tmp_path / "pruned", device="cpu"
+    )
+    reporter, config = silent(), QuantizeConfig(bits=4, method="gptq", measure="never")
+    given = {"calib": calibration_of(dit_folder), "output": tmp_path / "out", "device": "cpu"}
+    quantize_pipeline(pruned, config, **given, reporter=reporter)
+    assert any("before earlier passes changed transformer" in notice for notice in reporter.notices)

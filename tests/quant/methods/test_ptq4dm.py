@@ -57,6 +57,31 @@ def test_formula_equals_trying_every_threshold(scheme):
             assert float(found.scale[row, group]) == pytest.approx(scale, rel=2e-3)  # float16
 
 
+def slow_grid(values, bits):
+    """Error, scale and zero point of the best of a hundred ranges whose ends shrink together."""
+    low, high, best = min(0.0, float(values.min())), max(0.0, float(values.max())), None
+    for number in range(1, 101):
+        scale = (high - low) * number / 100 / (2**bits - 1)
+        zero = round(-low * number / 100 / scale)
+        codes = ((values.double() / scale).round() + zero).clamp(0, 2**bits - 1)
+        error = float(((codes - zero) * scale - values.double()).abs().pow(2.4).mean())
+        if best is None or error < best[0]:
+            best = error, scale, zero
+    return best
+
+
+def test_formula_with_zero_points_equals_trying_every_range():
+    weight = example() + 0.5
+    found = quantize(weight, SCHEMES[3], PTQ4DMConfig())
+    for row in range(4):
+        for group in range(3):
+            values = weight[row, group * 16 : (group + 1) * 16]
+            error, scale, _ = slow_grid(values, 4)
+            mine = found.dequantize()[row, group * 16 : (group + 1) * 16]
+            assert float((mine - values).abs().double().pow(2.4).mean()) == pytest.approx(error, rel=3e-2)
+            assert float(found.scale[row, group]) == pytest.approx(scale, rel=2e-3)  # float16
+
+
 def test_formula_codes_are_the_nearest():
     weight = example()
     for scheme in SCHEMES:
