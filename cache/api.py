@@ -30,7 +30,7 @@ from ..core.manifest import (
 )
 from ..core.output import check_output
 from ..core.pipeline import pipeline_class, select_components
-from ..core.reference import find_reference
+from ..core.reference import find_reference, given_reference
 from ..core.reporter import Reporter, silent
 from ..core.requirements import parse_requirements
 from ..core.safe_read import component_tensors, weight_hash
@@ -65,6 +65,7 @@ def search_cache(
     overwrite: bool = False,
     device: str = "auto",
     cost_profile: str | Path | None = None,
+    reference: str | Path | Source | None = None,
     require: tuple[str, ...] = (),
     keep_failed: bool = False,
     reporter: Reporter | None = None,
@@ -78,6 +79,7 @@ def search_cache(
         overwrite: replace an existing folder (only when the new one is complete).
         device: where the pipeline runs and is timed.
         cost_profile: `dacc_run.json` of an earlier result; its call times are taken in place of measuring.
+        reference: the float pipeline that a quantized source was made from; None: found by what its manifest says.
         require: floors such as "psnr>=25"; when one is missed nothing is put in place.
         keep_failed: keep what missed a floor as `<output>.failed`.
 
@@ -90,7 +92,7 @@ def search_cache(
     config, reporter, started = config or SearchCacheConfig(), reporter or silent(), time.time()
     earlier = len(reporter.notices)  # a reporter may have served another pass before
     requirements = parse_requirements(require)
-    job = prepare(source, config, reporter, cost_profile)
+    job = prepare(source, config, reporter, cost_profile, reference)
     target = Path(output) if output else default_output(job)
     if not overwrite and existing_bundle(target, job.run_key):
         return requirements.accept(target, reporter)
@@ -121,7 +123,9 @@ def search_cache(
                 "seconds": round(time.time() - started, 1),
                 "speedup_measured": result.speedup,
                 "cost_profile": {
-                    name: found.cost.model_dump() for name, found in result.found.items() if found.cost is not None
+                    name: [cost.model_dump() for cost in found.costs]
+                    for name, found in result.found.items()
+                    if found.costs
                 },
                 **describe_machine(),
             },
@@ -136,11 +140,12 @@ def prepare(
     config: SearchCacheConfig,
     reporter: Reporter,
     cost_profile: str | Path | None = None,
+    reference: str | Path | Source | None = None,
 ) -> Job:
     """Resolve names and check everything that can be checked without reading weights.
 
     Raises:
-        DaccError: unknown method or component, no pipeline, or a profile that cannot be read.
+        DaccError: unknown method or component, no pipeline, a profile that cannot be read, or another reference.
     """
     config = config.resolved()
     found = source if isinstance(source, Source) else resolve_source(_text(source), reporter=reporter)
@@ -151,16 +156,31 @@ def prepare(
     components = select_components(found.path, list(config.component))
     hashes = {name: weight_hash(found.path / name) for name in components}
     costs = read_costs(Path(cost_profile)) if cost_profile else {}
-    reference = find_reference(found, reporter)
+    float_source = _reference(found, components, reference, reporter)
     identity = {
         "source": source_identity(found.path, hashes),
         "config": told_config(config),
         "costs": costs,
         "schedule": content,
-        "reference": reference is not None,
+        "reference": float_source is not None,
     }
     run_key = hashlib.sha256(json.dumps({"search-cache": identity}, sort_keys=True).encode()).hexdigest()
-    return Job(found, config, components, hashes, costs, reference, run_key)
+    return Job(found, config, components, hashes, costs, float_source, run_key)
+
+
+def _reference(
+    source: Source, components: list[str], given: str | Path | Source | None, reporter: Reporter
+) -> Source | None:
+    """The float pipeline of a quantized source: the one that was given, else where its manifest says."""
+    if given is None:
+        return find_reference(source, reporter)
+    manifest = read_manifest(source.path)
+    treated = {name: manifest.components.get(name) for name in components} if manifest else {}
+    rounded = {name: record.reference_hash for name, record in treated.items() if record and record.quantization}
+    if not rounded:
+        reporter.notice(f"{source.name} is not quantized: --reference is not used.")
+        return None
+    return given_reference(given, source, rounded, reporter)
 
 
 def default_output(job: Job) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import Any
@@ -26,7 +27,7 @@ def search_auto(
     request: RunRequest,
     weights: str,
     reporter: Reporter,
-    known_cost: CallCost | None = None,
+    known_costs: Sequence[CallCost] = (),
     reference: Any | None = None,
 ) -> Found:
     """The best of several plans for one denoiser, by the relative L2 of the final latents of the profiled runs.
@@ -37,16 +38,16 @@ def search_auto(
     wanted = sample(reference or pipe, request).latents
     found: dict[str, Found] = {}
     errors: dict[str, float] = {}
-    costs: dict[bool, CallCost | None] = {}  # of the units that methods treat: calls of each are timed once
+    costs: dict[bool, tuple[CallCost, ...]] = {}  # of the units that methods treat: calls of each are timed once
     for name in TRIED:
         method = METHODS.load(name)
         whole = getattr(method, "WHOLE", False)
         own = config.model_copy(update={"method": name})
         try:
             plan = search_component(
-                pipe, component, own, method, request, weights, reporter, costs.get(whole, known_cost), reference
+                pipe, component, own, method, request, weights, reporter, known_costs or costs.get(whole, ()), reference
             )
-            costs[whole] = plan.cost
+            costs[whole] = plan.costs
             errors[name] = _error(pipe, component, plan, request, wanted)
         except (ConfigError, UnsupportedError) as error:
             if name == TRIED[-1] and not found:
@@ -58,7 +59,8 @@ def search_auto(
     best = min(errors, key=lambda name: errors[name])
     record = found[best].record
     figures = {f"relative_l2_{name}": round(error, 6) for name, error in errors.items()}
-    return replace(found[best], record=record.model_copy(update={"chosen": record.chosen | figures}))
+    measured = tuple(dict.fromkeys(cost for own in costs.values() for cost in own))  # both may treat one unit
+    return replace(found[best], record=record.model_copy(update={"chosen": record.chosen | figures}), costs=measured)
 
 
 def _error(pipe: Any, component: str, found: Found, request: RunRequest, wanted: Tensor) -> float:

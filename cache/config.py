@@ -32,6 +32,12 @@ class SearchCacheConfig(Config):
     unit: str = "auto"  # what is reused
     steps: int | None = Field(None, ge=2)  # solver steps that the plan is for; None: the zoo's own, else 50
     guidance_scale: float | None = None  # None: the zoo's own, else the pipeline's
+    class_labels: tuple[int, ...] | None = None  # None: the zoo's own, else all of the pipeline
+    prompts: tuple[str, ...] | None = None  # None: the zoo's own, else a few neutral ones
+    negative_prompt: str | None = None
+    height: int | None = Field(None, ge=1)  # pixels; None: the zoo's own, else the pipeline's
+    width: int | None = Field(None, ge=1)
+    num_frames: int | None = Field(None, ge=1)  # of clips
     samples: int = Field(8, ge=1)  # runs that are profiled, for methods that look at the model
     batch_size: int = Field(8, ge=1)  # of these runs; larger: faster, more memory
     rule: StepRule = "nearest"  # on another grid: follow the noise levels, or refuse

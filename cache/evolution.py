@@ -7,6 +7,7 @@ Letters: P plans, C calls of a run, U units.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from math import isfinite
@@ -32,7 +33,7 @@ from .methods import dp
 from .objective import PlanObjective
 from .planned import blank_plan
 from .profile import CallCost, count_unit_macs, first_calls, time_calls
-from .search import Found, checked_cost, count_plan
+from .search import Found, count_plan, known_cost
 from .units import choose_units
 
 Pair = tuple[float, float]  # error and MAC ratio
@@ -156,13 +157,13 @@ def evolve_component(
     request: RunRequest,
     weights: str,
     reporter: Reporter,
-    known_cost: CallCost | None,
+    known_costs: Sequence[CallCost],
     keeper: Keeper,
 ) -> Found:
     """Find the front of plans of one denoiser of a pipeline that runs without plans, and the one that meets the target.
 
     Args:
-        config, request, weights, known_cost: see `search_component`.
+        config, request, weights, known_costs: see `search_component`.
         keeper: where finished generations are kept.
 
     Raises:
@@ -176,7 +177,7 @@ def evolve_component(
     calls, window = first_calls(pipe, component, request)
     cost = None
     if config.speedup is not None:
-        cost = checked_cost(known_cost, units) if known_cost else time_calls(denoiser, units, calls, reporter)
+        cost = known_cost(known_costs, units) if known_costs else time_calls(denoiser, units, calls, reporter)
     blank = blank_plan(denoiser, units, count_unit_macs(denoiser, units, calls), window.schedule, weights, config)
     state = keeper.load()
     seeds = _seeds(pipe, component, blank, request, settings, reporter) if state is None else None
@@ -216,7 +217,7 @@ def evolve_component(
             "generations": state.generation,
         },
     )
-    return Found(record, cost, {}, files | schedule_file(component, denoiser, plan))
+    return Found(record, (cost,) if cost else (), {}, files | schedule_file(component, denoiser, plan))
 
 
 def _seeds(pipe: Any, component: str, blank: CachePlan, request: RunRequest, settings: Any, reporter: Reporter) -> Any:

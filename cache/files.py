@@ -44,18 +44,16 @@ def read_costs(file: Path) -> dict[str, Any]:
     return costs
 
 
-def parse_cost(costs: dict[str, Any], component: str) -> Any:
-    """Call times of a component from a profile; None when it has none.
+def parse_costs(costs: dict[str, Any], component: str) -> tuple[Any, ...]:
+    """Call times of a component from a profile, one for each unit; none when it has none.
 
     Raises:
         ConfigError: they cannot be read.
     """
     from .profile import CallCost
 
-    if component not in costs:
-        return None
     try:
-        return CallCost(**costs[component])
+        return tuple(CallCost(**cost) for cost in costs.get(component, ()))
     except (ValidationError, TypeError):
         raise ConfigError(
             f"the cost profile of {component} cannot be read.", mend="Measure anew: leave --cost-profile out."

@@ -54,7 +54,7 @@ def import_component(
         count_plan(pipe, component, plan, window, request, reporter),
         {"calls": plan.calls, "computed": whole_calls(plan)},
     )
-    return Found(record, None, {}, schedule_file(component, denoiser, plan))
+    return Found(record, (), {}, schedule_file(component, denoiser, plan))
 
 
 def schedule_file(component: str, denoiser: nn.Module, plan: CachePlan) -> dict[str, bytes]:

@@ -7,16 +7,17 @@ from typing import Any
 
 from ..core.manifest import Effect
 from ..core.output import OutputWriter
+from ..core.pipeline import denoisers
 from ..core.reporter import Reporter
 from ..core.seeds import seed_stream
 from ..core.source import zoo_entry_of
 from ..runtime.cached import remove_plans_
-from ..runtime.request import RunRequest
+from ..runtime.request import DEFAULT_PROMPTS, RunRequest, call_arguments
 from .api import Job
 from .auto import search_auto
 from .config import AUTO, METHODS, TRIED
 from .evolution import Keeper, evolve_component
-from .files import parse_cost
+from .files import parse_costs
 from .floats import FloatReference, wants_reference
 from .given import import_component
 from .measuring import check_promise, measure_plan, measure_speedup
@@ -46,8 +47,17 @@ def search_all(pipe: Any, job: Job, journal: OutputWriter, reporter: Reporter) -
         num_inference_steps=config.steps,
         guidance_scale=config.guidance_scale,
         batch_size=config.batch_size,
-        prompts=entry.calibration_prompts or None if entry else None,
+        class_labels=config.class_labels,
+        prompts=config.prompts or (entry.calibration_prompts or None if entry else None),
+        negative_prompt=config.negative_prompt,
+        height=config.height,
+        width=config.width,
+        num_frames=config.num_frames,
     ).with_zoo_defaults(entry)
+    if request.prompts is None and "prompt" in call_arguments(pipe, request, [0]):
+        reporter.notice(
+            f"no prompts were given: {len(DEFAULT_PROMPTS)} neutral ones take turns; --prompts FILE gives more"
+        )
     methods = [METHODS.load(name) for name in (TRIED if config.method == AUTO else (config.method,))]
     method = methods[-1]
     wanted = any(wants_reference(own, config) for own in methods)
@@ -55,7 +65,7 @@ def search_all(pipe: Any, job: Job, journal: OutputWriter, reporter: Reporter) -
     found: dict[str, Found] = {}
     for name in job.components:
         remove_plans_(pipe)
-        known = parse_cost(job.costs, name)
+        known = parse_costs(job.costs, name)
         reference = floats.pipeline(name) if floats else None
         weights = job.hashes[name]
         if config.method == AUTO:
@@ -73,7 +83,13 @@ def search_all(pipe: Any, job: Job, journal: OutputWriter, reporter: Reporter) -
         return Result(found, Effect(not_measured="switched off with --measure never"), None)
     try:
         speedup, seconds = measure_speedup(pipe, request, reporter)
-        if config.speedup is not None:
+        others = [name for name in denoisers(pipe) if name not in job.components]
+        if config.speedup is not None and others:
+            reporter.notice(
+                f"--speedup was planned for {' and '.join(job.components)} alone: with {' and '.join(others)}, which "
+                f"computes everything, the whole loop is {speedup:.2f} times as fast"
+            )
+        elif config.speedup is not None:
             check_promise(config.speedup, speedup)
         return Result(found, measure_plan(pipe, request, seconds, config.seed, reporter), speedup)
     finally:

@@ -5,6 +5,7 @@ Letters: C calls of a run, K calls that compute.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -45,7 +46,7 @@ class Found:
     """A plan and what was decided on the way."""
 
     record: CacheRecord
-    cost: CallCost | None
+    costs: tuple[CallCost, ...]  # call times that were measured or known, one for each unit that was tried
     tables: dict[str, Tensor]  # of the plan's correction, if it has one
     files: dict[str, bytes] = field(default_factory=dict)  # what else the search has to tell, by name in the bundle
 
@@ -63,7 +64,7 @@ def search_component(
     request: RunRequest,
     weights: str,
     reporter: Reporter,
-    known_cost: CallCost | None = None,
+    known_costs: Sequence[CallCost] = (),
     reference: Any | None = None,
 ) -> Found:
     """Find the plan of one denoiser of a pipeline that runs without plans.
@@ -72,7 +73,7 @@ def search_component(
         config: resolved.
         request: the runs to profile.
         weights: hash of the denoiser's weight files.
-        known_cost: call times of an earlier search, in place of measuring.
+        known_costs: call times of an earlier search, in place of measuring.
         reference: the float pipeline that a quantized one was made from.
 
     Raises:
@@ -86,7 +87,7 @@ def search_component(
     macs = count_unit_macs(denoiser, (unit,), calls)
     cost = None
     if config.speedup is not None:
-        cost = checked_cost(known_cost, (unit,)) if known_cost else time_calls(denoiser, (unit,), calls, reporter)
+        cost = known_cost(known_costs, (unit,)) if known_costs else time_calls(denoiser, (unit,), calls, reporter)
     computed = _budget(config, window.calls, macs, unit, cost)
     if hasattr(method, "check"):
         method.check(window.calls, computed, settings)  # before the profile, which takes its time
@@ -129,7 +130,7 @@ def search_component(
         partial = 1 - macs.units[unit.id] / macs.full
         chosen["computed"] = round(window.calls * (ratio - partial) / (1 - partial), 1)
     record = CacheRecord.of(config.method, plan, ratio, chosen)
-    return Found(record, cost, tables)
+    return Found(record, (cost,) if cost else (), tables)
 
 
 def _run_trials(
@@ -217,17 +218,18 @@ def _budget(config: SearchCacheConfig, calls: int, macs: UnitMacs, unit: Unit, c
     return computed_calls(calls, config.macs_ratio, 1 - macs.units[unit.id] / macs.full, wish="macs")
 
 
-def checked_cost(cost: CallCost, units: tuple[Unit, ...]) -> CallCost:
-    """A profile of earlier, refused where it is not of these units.
+def known_cost(costs: Sequence[CallCost], units: tuple[Unit, ...]) -> CallCost:
+    """Of profiles of earlier that of these units.
 
     Raises:
-        ConfigError: it is of others.
+        ConfigError: all are of others.
     """
-    if cost.unit != told(units):
-        raise ConfigError(
-            f"the cost profile is of another unit ({cost.unit}).", mend="Measure anew: leave --cost-profile out."
-        )
-    return cost
+    for cost in costs:
+        if cost.unit == told(units):
+            return cost
+    raise ConfigError(
+        f"the cost profile is of another unit ({costs[0].unit}).", mend="Measure anew: leave --cost-profile out."
+    )
 
 
 def _profile(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..core.calibration import existing_set
 from ..core.errors import BundleError, BusyError, CalibrationError, ConfigError, DaccError, ModelError
-from ..core.manifest import read_manifest
 from ..core.lock import wait_for_writer
+from ..core.manifest import read_manifest
 from ..core.reporter import Reporter
 from ..core.source import Source
 from .api import calibrate_pipeline, prepare

@@ -34,6 +34,17 @@ def download(repository: str, revision: str | None, reporter: Reporter) -> Path:
     return _pipeline(repository, first)
 
 
+def cached(repository: str, revision: str) -> Path | None:
+    """The snapshot folder of a commit as far as it lies in the Hub's cache; None where it does not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True)).resolve()
+    except LocalEntryNotFoundError:
+        return None
+
+
 def _pipeline(repository: str, first: Path) -> Path:
     """Fetch the components alone: repositories often hold whole checkpoints and 16-bit variants besides."""
     components = _components(first)

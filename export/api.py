@@ -8,11 +8,11 @@ from types import ModuleType
 from typing import Any
 
 from ..core.config import Config, build_config
-from ..core.errors import ModelError, UnsupportedError
+from ..core.errors import UnsupportedError
 from ..core.manifest import ComponentRecord, Manifest, read_manifest
 from ..core.output import check_output
 from ..core.pipeline import select_components
-from ..core.reference import find_reference, has_weights
+from ..core.reference import find_reference, given_reference, has_weights
 from ..core.reporter import Reporter, silent
 from ..core.source import Source, component_entries, resolve_source
 from ..core.treatable import quantized_by, refuse_other_libraries
@@ -160,12 +160,7 @@ def _origin(job: Job, reference: SourceLike | None, reporter: Reporter) -> Origi
     records = {name: _of(job.manifest, name) for name in job.components}
     rounded = {name: record.reference_hash for name, record in records.items() if record}
     if reference is not None:
-        given = reference if isinstance(reference, Source) else resolve_source(str(reference), reporter=reporter)
-        if not has_weights(given.path, rounded):
-            raise ModelError(
-                f"{given.name} has other weights than what {job.source.name} was made from.",
-                mend=f"Give {job.manifest.source.name} as it was then, or leave --reference out.",
-            )
+        given = given_reference(reference, job.source, rounded, reporter)
         return Origin(given.path, read_manifest(given.path), "rounded anew from the float reference")
     if (found := find_reference(job.source, reporter)) and has_weights(found.path, rounded):
         reporter.notice(f"{job.config.format} rounds the weights of {found.identity}; the bundle's are not used.")

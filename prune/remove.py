@@ -95,8 +95,8 @@ def _check_stack(stack: Stack, count: int, lost: set[int]) -> None:
     wrong = [place for place in sorted(lost) if stack.mirrored and not _paired(place, count, lost)]
     if wrong:
         raise UnsupportedError(
-            f"{stack.path}.{wrong[0]} cannot go alone: blocks i and {count - 1} - i are joined by a skip connection, and "
-            "the two in the middle by none.",
+            f"{stack.path}.{wrong[0]} cannot go alone: blocks i and {count - 1} - i are joined by a skip connection, "
+            "and the two in the middle by none.",
             mend="Remove both or none.",
         )
 

@@ -58,7 +58,7 @@ def calls_within(
 
 
 def spread_over(moments: Sequence[int], count: int, generator: torch.Generator) -> list[int]:
-    """Places of so many, ascending: one drawn of each moment, then one more of each, evenly spread where not all fit."""
+    """Places of so many, ascending: one drawn of each moment, then one more, evenly spread where not all have one."""
     rounds: defaultdict[int, list[int]] = defaultdict(list)
     seen = Counter[int]()
     for place in torch.randperm(len(moments), generator=generator).tolist():

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks._helpers import TransformerBlockMetadata
 from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..core.cache_plan import COMPUTE, FORECAST, REUSE, SKIPPING, BlockRange
 from ..core.errors import UnsupportedError
+from .block_streams import entering, leaving
 from .clock import RunState
 from .forecast import History
 
@@ -185,47 +186,20 @@ class BlockHook(ModelHook):
                 raise UnsupportedError(
                     f"the blocks of {self.unit.id!r} turn {tuple(before.shape)} into {tuple(after.shape)}.",
                     "What a range adds can be kept only where it leaves the shape alone.",
-                    "Let the unit store its output, or choose other blocks.",
+                    "Choose blocks of one list alone.",
                 )
         return _difference(left[0], entered[0]), _difference(left[1], entered[1])
-
-
-def entering(metadata: TransformerBlockMetadata, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The image and text streams that enter a block; no text where it has no stream of its own."""
-    read = metadata._get_parameter_from_args_kwargs
-    image = read(metadata.hidden_states_argument_name, args, kwargs)
-    if metadata.return_encoder_hidden_states_index is None:
-        return image, None
-    return image, read(metadata.encoder_hidden_states_argument_name, args, kwargs)
-
-
-def leaving(metadata: TransformerBlockMetadata, output: Any) -> tuple[Any, Any]:
-    """The image and text streams in what a block returns."""
-    if not isinstance(output, tuple):
-        return output, None
-    place = metadata.return_encoder_hidden_states_index
-    return output[metadata.return_hidden_states_index], None if place is None else output[place]
-
-
-def block_metadata(block: nn.Module) -> TransformerBlockMetadata:
-    """Where a transformer block takes and returns its streams.
-
-    Raises:
-        UnsupportedError: diffusers does not tell for blocks of this class.
-    """
-    try:
-        return TransformerBlockRegistry.get(type(block))
-    except ValueError:
-        raise UnsupportedError(
-            f"blocks of class {type(block).__name__} cannot be cached as a range.",
-            "It is not known which of their arguments and results belong together.",
-            "Cache single modules of this model.",
-        ) from None
 
 
 def original_of(hook: ModelHook) -> Any:
     """What the module of a hook would run without it."""
     return hook.fn_ref.original_forward
+
+
+def has_free_u(denoiser: nn.Module) -> bool:
+    """Whether the up blocks of a UNet scale what enters them in place (`pipe.enable_freeu`)."""
+    blocks = getattr(denoiser, "up_blocks", None) or ()
+    return any(getattr(block, "b1", None) is not None for block in blocks)
 
 
 def drop(values: Values, units: Iterable[str]) -> None:

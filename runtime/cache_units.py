@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
 
 from ..core.cache_plan import BlockRange, ModuleUnit, UnetCut, UnetEncoder, Unit
 from ..core.errors import ModelError, UnsupportedError
 from ..core.families import find_family
+from .block_streams import is_described
 
 # whose forward is the plain one: residual layers and what stands behind each of them in turn, then the sampler
 DOWN_BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"}
@@ -24,6 +24,7 @@ UP_BLOCKS = {"UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D", "SimpleCrossAtt
 UP_BLOCKS |= {"UpBlockMotion", "CrossAttnUpBlockMotion", "UpBlock3D", "CrossAttnUpBlock3D"}
 UP_BLOCKS |= {"UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"}
 SINGLE_LAST = ("transformer_blocks", "single_transformer_blocks")
+JOINING = {"Flux2Transformer2DModel"}  # between the two, image and text become one stream: no range reaches across
 # what runs behind every residual layer, where a block has it, in this order
 BEHIND = ("temp_convs", "attentions", "motion_modules", "temp_attentions")
 
@@ -95,22 +96,20 @@ def block_names(denoiser: nn.Module, stacks: Iterable[str]) -> list[str]:
 
 def stacks_of(denoiser: nn.Module) -> tuple[str, ...]:
     """A denoiser's lists of transformer blocks, in the order in which they run: those that its family names, else its
-    one list whose blocks diffusers describes, or the two of a network that goes on with single blocks; else none."""
-    if known := find_family(type(denoiser).__name__)[0].stacks:
+    one list of blocks whose streams are known, or the two of a network that goes on with single blocks; else none.
+
+    Lists that refine image or text alone before the others do not count.
+    """
+    kind = type(denoiser).__name__
+    if known := find_family(kind)[0].stacks:
         return known
     own = ((name, child) for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList))
-    found = tuple(name for name, blocks in own if len(blocks) and all(map(_is_described, blocks)))
+    found = tuple(
+        name for name, blocks in own if "refiner" not in name and len(blocks) and all(map(is_described, blocks))
+    )
     if set(found) == set(SINGLE_LAST):
-        return SINGLE_LAST
+        return SINGLE_LAST[1:] if kind in JOINING else SINGLE_LAST
     return found if len(found) == 1 else ()  # of several the order is not known
-
-
-def _is_described(block: nn.Module) -> bool:
-    try:
-        TransformerBlockRegistry.get(type(block))
-    except ValueError:
-        return False
-    return True
 
 
 def skips_per_group(denoiser: nn.Module) -> list[int]:

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from ..core.cache_plan import COMPUTE, GATE, REUSE, SKIPPING, CachePlan, Unit
 from ..core.pipeline import denoisers
 from ..core.schedule_id import NoiseGrid, same_levels
-from .cache_hooks import ADDITIONS, FRAME, Frame, Values, computing, drop, original_of
+from .cache_hooks import ADDITIONS, FRAME, Frame, Values, computing, drop, has_free_u, original_of
 from .cache_units import Layout, containers_of, layout_of
 from .clock import change_samples, current_grid, current_run, run_storage, running_order, running_solver
 from .clockwork import attach_clock
+from .compiled import CompiledModules
 from .correction import Correction
 from .decode_ahead import DecodeAhead, has_step_scales
 from .ending import ending_its_run
@@ -83,6 +84,7 @@ class CachedUnits:
         self._gated = next(iter(plan.gates), None) if plan else None
         self._predictors = predictors_of(plan, self.layouts, denoiser) if plan else {}
         hook_units_(self, denoiser, self.layouts, self.containers, plan)
+        self.compiled = CompiledModules(module for module in denoiser.modules() if self._hooks_of(module))
         _registry(denoiser).register_hook(_RootHook(self), HOOK)
 
     @property
@@ -92,11 +94,16 @@ class CachedUnits:
 
     def remove_(self) -> None:
         """Take the hooks away; the denoiser runs as it did."""
+        self.compiled.give_back_()
         for module in self.denoiser.modules():
-            registry: Any = getattr(module, "_diffusers_hook", None)
-            for name in [name for name in registry.hooks if name.startswith(HOOK)] if registry else []:
-                if getattr(registry.hooks[name], "owner", None) is self:
-                    registry.remove_hook(name, recurse=False)
+            for name in reversed(self._hooks_of(module)):  # the outermost first: what lies around one keeps calling it
+                _registry(module).remove_hook(name, recurse=False)
+
+    def _hooks_of(self, module: nn.Module) -> list[str]:
+        """Names of our hooks of a module, the innermost first."""
+        registry: Any = getattr(module, "_diffusers_hook", None)
+        hooks = registry.hooks.items() if registry else ()
+        return [name for name, hook in hooks if name.startswith(HOOK) and getattr(hook, "owner", None) is self]
 
     @contextmanager
     def recording(self, values: Values) -> Iterator[None]:
@@ -251,11 +258,12 @@ class _RootHook(ModelHook):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.owner.compiled.step_outside_()
         opened = self.owner.open(args, kwargs)
         if opened is None:
             return original_of(self)(*args, **kwargs)
         frame, row = opened
-        frame.changed = any(kwargs.get(name) is not None for name in ADDITIONS)
+        frame.changed = any(kwargs.get(name) is not None for name in ADDITIONS) or has_free_u(self.owner.denoiser)
         forward = original_of(self) if frame.ahead is None else partial(frame.ahead, original_of(self))
         token = FRAME.set(frame)
         try:

@@ -18,7 +18,8 @@ from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 
 from ..core.cache_plan import COMPUTE, FORECAST, GATE, REUSE, SKIPPING, BlockRange, CachePlan, Gate, Predictor
-from .cache_hooks import FRAME, entering, leaving, original_of
+from .block_streams import entering, leaving
+from .cache_hooks import FRAME, original_of
 from .cache_units import Layout, block_names
 
 

@@ -9,7 +9,8 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from ..core.cache_plan import BlockRange, CachePlan
-from .cache_hooks import BlockHook, LayerHook, SkipHook, block_metadata
+from .block_streams import block_metadata
+from .cache_hooks import BlockHook, LayerHook, SkipHook
 from .cache_units import Layout, checked_path
 from .gate import GateHook, probe_of
 from .plan import Containers

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from dacc import SearchCacheConfig, search_cache, verify_bundle
 from dacc.core.cache_plan import CachePlan
 from dacc.core.errors import BundleError, ConfigError, ModelError, QualityError, UnsupportedError
 from dacc.core.manifest import Manifest, read_manifest
-from dacc.core.reporter import Reporter
+from dacc.core.reporter import Reporter, silent
 from dacc.core.seeds import seed_stream
 from dacc.runtime.compare import relative_l2
 from dacc.runtime.request import RunRequest
@@ -114,15 +116,46 @@ def test_a_result_that_is_there_is_returned_at_once(unet_folder, cached, monkeyp
     assert search_cache(unet_folder, config, output=bundle, device="cpu") == bundle
 
 
+def test_call_times_of_all_that_auto_tried_are_kept_and_decide_again(unet_folder, tmp_path):
+    config = SearchCacheConfig(**{**QUICK, "macs_ratio": None}, speedup=1.2, method="auto")
+    bundle = search_cache(unet_folder, config, output="out", device="cpu")
+    costs = json.loads((bundle / "dacc_run.json").read_text())["cost_profile"]["unet"]
+    assert len({cost["unit"] for cost in costs}) == len(costs) == 2  # a cut, and a body for forecasts
+    told = silent()
+    again = search_cache(
+        unet_folder, config, output="again", cost_profile=bundle / "dacc_run.json", device="cpu", reporter=told
+    )
+    assert plan_of(again) == plan_of(bundle)
+    assert not any("left out" in notice for notice in told.notices)
+
+
+def test_the_runs_of_a_search_draw_what_is_asked_for(sd_folder, monkeypatch, tmp_path):
+    seen = []
+    call = diffusers.StableDiffusionPipeline.__call__
+
+    @functools.wraps(call)
+    def watched(pipe, *args, **kwargs):
+        seen.append((kwargs["prompt"], kwargs.get("negative_prompt"), kwargs.get("height")))
+        return call(pipe, *args, **kwargs)
+
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "__call__", watched)
+    asked = {"prompts": ("one", "two"), "negative_prompt": "dull", "height": 32, "width": 32, "method": "deepcache"}
+    told = silent()
+    search_cache(sd_folder, SearchCacheConfig(**QUICK, **asked), output="out", device="cpu", reporter=told)
+    assert {height for _, _, height in seen} == {32}
+    assert all(set(prompts) <= {"one", "two"} and set(negative) == {"dull"} for prompts, negative, _ in seen)
+    assert not any("neutral" in notice for notice in told.notices)
+
+
 def test_call_times_of_a_profile_decide_in_place_of_the_clock(unet_folder, tmp_path):
     unit = {"kind": "unet_cut", "id": "deep", "block": 0, "layer": 0}
     cost = {"unit": json.dumps(unit, separators=(",", ":")), "full_seconds": 1.0, "partial_seconds": 0.2}
     profile = tmp_path / "costs.json"
-    profile.write_text(json.dumps({"cost_profile": {"unet": cost}}))
+    profile.write_text(json.dumps({"cost_profile": {"unet": [cost]}}))
     config = SearchCacheConfig(**{**QUICK, "macs_ratio": None}, speedup=2, method="deepcache")
     bundle = search_cache(unet_folder, config, output="out", cost_profile=profile, device="cpu")
     assert plan_of(bundle).codes["deep"].count("C") == 3  # 3 + 5 / 5 = 8 / 2
-    profile.write_text(json.dumps({"cost_profile": {"unet": {**cost, "unit": "other"}}}))
+    profile.write_text(json.dumps({"cost_profile": {"unet": [{**cost, "unit": "other"}]}}))
     with pytest.raises(ConfigError, match="another unit.*--cost-profile"):
         search_cache(unet_folder, config, output="other", cost_profile=profile, device="cpu")
     for text, said in (("{}", "no cost profile"), ('{"cost_profile": {"unet": 3}}', "cannot be read")):

@@ -14,9 +14,9 @@ import dacc
 from dacc import SearchCacheConfig, search_cache, verify_bundle
 from dacc.cache.correct import Moments, corrected
 from dacc.core.cache_plan import CORRECTION_NAME, ModuleUnit
-from dacc.core.errors import BundleError
+from dacc.core.errors import BundleError, ModelError
 from dacc.core.manifest import read_manifest
-from dacc.core.reporter import Reporter
+from dacc.core.reporter import Reporter, silent
 from dacc.core.seeds import seed_stream
 from dacc.runtime.cached import CachedUnits, CachePlanWarning
 from dacc.runtime.compare import relative_l2
@@ -210,3 +210,16 @@ def test_runs_of_forecasts_on_a_quantized_source_are_compared_with_the_float_one
     reference = dacc.load(unet_folder if joint else source, device="cpu")
     wanted, found = (sample(pipe, request).latents for pipe in (reference, dacc.load(bundle, device="cpu")))
     assert told == pytest.approx(float(relative_l2(wanted, found).mean()), rel=1e-3)
+
+
+def test_a_reference_that_lies_elsewhere_is_named(unet_folder, bundle_of, tmp_path):
+    source = bundle_of(unet_folder, bits=3)
+    elsewhere = shutil.copytree(unet_folder, tmp_path / "elsewhere")
+    config, reporter = SearchCacheConfig(**{**QUICK, "method": "dp"}, settings={"trials": 0}), silent()
+    given = {"output": tmp_path / "found", "device": "cpu", "reporter": reporter}
+    search_cache(source, config, **given, reference=elsewhere)
+    assert not any("was not found" in notice for notice in reporter.notices)
+    with pytest.raises(ModelError, match="other weights"):
+        search_cache(source, config, **given, reference=source, overwrite=True)
+    search_cache(unet_folder, config, **given, reference=elsewhere, overwrite=True)
+    assert any("is not quantized: --reference is not used" in notice for notice in reporter.notices)

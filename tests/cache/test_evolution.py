@@ -129,7 +129,7 @@ def test_call_times_of_a_profile_decide_for_a_speed_up(dit_folder, evolved, tmp_
     pipe: Any = dacc.load(dit_folder, device="cpu")
     cost = {"unit": told(choose_units(pipe.transformer, "auto")), "full_seconds": 1.0, "partial_seconds": 0.2}
     profile = tmp_path / "costs.json"
-    profile.write_text(json.dumps({"cost_profile": {"transformer": cost}}))
+    profile.write_text(json.dumps({"cost_profile": {"transformer": [cost]}}))
     config = SearchCacheConfig(**{**QUICK, "macs_ratio": None, "speedup": 1.5, "settings": SMALL})
     bundle = search_cache(dit_folder, config, output="out", cost_profile=profile, device="cpu")
     front = front_of(bundle, "transformer")

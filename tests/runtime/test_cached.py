@@ -170,6 +170,25 @@ def test_what_an_adapter_adds_in_place_never_reaches_what_is_kept(unit, down):
             assert torch.equal(unet(**inputs, down_intrablock_additional_residuals=list(added))[0], plain)
 
 
+@pytest.mark.parametrize("unit", [module("mid_block"), ENCODER, UnetCut(id="deep", block=1, layer=0), CUT, BODY])
+@torch.no_grad()
+def test_what_free_u_scales_in_place_never_reaches_what_is_kept(unit):
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (16, 32), "norm_num_groups": 8, "cross_attention_dim": 16, "attention_head_dim": 4}
+    kinds = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+    kinds |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    unet = diffusers.UNet2DConditionModel(**kinds, layers_per_block=1, **sizes).eval()
+    inputs = {"sample": torch.randn(1, 4, 16, 16), "timestep": 5, "encoder_hidden_states": torch.randn(1, 6, 16)}
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    plain = unet(**inputs)[0]
+    units, values = CachedUnits(unet, [unit]), {}
+    with units.recording(values):
+        assert torch.equal(unet(**inputs)[0], plain)
+    for _ in range(2):
+        with units.reusing(values, [unit.id]):
+            assert torch.equal(unet(**inputs)[0], plain)
+
+
 def test_a_cut_feeds_the_fresh_layers_what_the_deep_ones_gave_before(unet_pipeline):
     """Slow and obvious: the last up layer by hand, on a fresh first convolution and an old deep state."""
     pipe = unet_pipeline()
@@ -234,6 +253,11 @@ def test_an_outer_unit_keeps_what_a_skipped_inner_one_gave(request, kind, outer,
         torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-6)
     for path, recorder in owned.items():
         assert sorted(set(recorder.calls)) == ([0] if path in inside else [0, 1]), path
+    hooked = {path: denoiser.get_submodule(path) for path in {*leaves, *inside}}
+    installed(pipe, {outer: "CCRR", inner: "CRRR"})
+    remove_plans_(pipe)
+    for path, own in hooked.items():  # also where both units have a hook
+        assert getattr(own.forward, "__func__", None) is type(own).forward, path
 
 
 def last_leaf(denoiser: torch.nn.Module, path: str) -> torch.nn.Module:

@@ -1,5 +1,5 @@
-"""Networks of clips, whose blocks no other test runs. Lists of transformer blocks that no family file tells are found
-by what diffusers says of their blocks."""
+"""Networks whose blocks no other test runs, of clips and of images. Lists of transformer blocks that no family file
+tells are found by what is known of their blocks."""
 
 from __future__ import annotations
 
@@ -71,7 +71,62 @@ def mochi() -> Any:
     return model, inputs | {"encoder_attention_mask": torch.ones(1, 6).bool()}
 
 
-@pytest.mark.parametrize("make", [wan, wan_vace, ltx, cogvideox, hunyuan_video, mochi])
+def sana() -> Any:
+    sizes = {"attention_head_dim": 8, "cross_attention_head_dim": 8, "cross_attention_dim": 16, "sample_size": 8}
+    text = {"num_cross_attention_heads": 2, "caption_channels": 16, "mlp_ratio": 2.0}
+    model = diffusers.SanaTransformer2DModel(**HEADS, out_channels=4, num_layers=4, **sizes, **text)
+    return model, {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": STEP, "encoder_hidden_states": TEXT}
+
+
+def hunyuan_dit() -> Any:
+    """Blocks of the second half read what those of the first half gave."""
+    sizes = {"attention_head_dim": 8, "hidden_size": 16, "patch_size": 2, "sample_size": 8, "num_layers": 4}
+    text = {"cross_attention_dim": 16, "cross_attention_dim_t5": 16, "text_len": 6, "text_len_t5": 6}
+    more = {"pooled_projection_dim": 16, "use_style_cond_and_image_meta_size": False}
+    model = diffusers.HunyuanDiT2DModel(**HEADS, **sizes, **text, **more)
+    inputs = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": STEP.float(), "encoder_hidden_states": TEXT}
+    inputs |= {"encoder_hidden_states_t5": TEXT, "text_embedding_mask": torch.ones(1, 6)}
+    return model, inputs | {"text_embedding_mask_t5": torch.ones(1, 6)}
+
+
+def pixart() -> Any:
+    sizes = {"attention_head_dim": 8, "cross_attention_dim": 16, "caption_channels": 16, "sample_size": 8}
+    model = diffusers.PixArtTransformer2DModel(**HEADS, **sizes, num_layers=4, patch_size=2)
+    added = {"resolution": None, "aspect_ratio": None}
+    inputs = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": STEP, "encoder_hidden_states": TEXT}
+    return model, inputs | {"added_cond_kwargs": added}
+
+
+def sd3() -> Any:
+    sizes = {"attention_head_dim": 8, "joint_attention_dim": 16, "caption_projection_dim": 16, "sample_size": 8}
+    more = {"pooled_projection_dim": 8, "pos_embed_max_size": 8, "num_layers": 4, "patch_size": 2}
+    model = diffusers.SD3Transformer2DModel(**HEADS, out_channels=4, **sizes, **more)
+    inputs = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": STEP, "encoder_hidden_states": TEXT}
+    return model, inputs | {"pooled_projections": torch.randn(1, 8)}
+
+
+def lumina2() -> Any:
+    """With lists that refine image and text before the one that counts."""
+    sizes = {"hidden_size": 24, "num_attention_heads": 2, "num_kv_heads": 2, "cap_feat_dim": 16, "sample_size": 8}
+    more = {"num_layers": 4, "num_refiner_layers": 1, "axes_dim_rope": (4, 4, 4), "axes_lens": (32, 16, 16)}
+    model = diffusers.Lumina2Transformer2DModel(in_channels=4, out_channels=4, patch_size=2, **sizes, **more)
+    inputs = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": STEP.float(), "encoder_hidden_states": TEXT}
+    return model, inputs | {"encoder_attention_mask": torch.ones(1, 6).bool()}
+
+
+def flux2() -> Any:
+    """Image and text become one stream behind the first list."""
+    sizes = {"attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 16, "in_channels": 16}
+    more = {"axes_dims_rope": (2, 2, 2, 2), "guidance_embeds": False, "timestep_guidance_channels": 16}
+    model = diffusers.Flux2Transformer2DModel(num_layers=1, num_single_layers=4, **sizes, **more)
+    inputs = {"hidden_states": torch.randn(1, 16, 16), "timestep": STEP / 1000, "encoder_hidden_states": TEXT}
+    return model, inputs | {"img_ids": torch.zeros(16, 4), "txt_ids": torch.zeros(6, 4)}
+
+
+MAKERS = [wan, wan_vace, ltx, cogvideox, hunyuan_video, mochi, sana, hunyuan_dit, pixart, sd3, lumina2, flux2]
+
+
+@pytest.mark.parametrize("make", MAKERS)
 @torch.no_grad()
 def test_blocks_in_the_middle_are_found_skipped_and_change_nothing_on_the_same_input(make: Callable[[], Any]) -> None:
     torch.manual_seed(0)

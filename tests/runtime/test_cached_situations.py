@@ -10,6 +10,7 @@ import torch
 
 from dacc.core.cache_plan import UnetCut
 from dacc.runtime.cached import install_plan_, no_cache, remove_plans_
+from dacc.runtime.compiled import Outside
 from dacc.runtime.trajectory import sample
 
 from .cache_plans import CUT, blocks, grid_of, plan_for
@@ -98,13 +99,19 @@ def test_compiled_blocks_run_as_the_others(dit_pipeline, when):
     if when == "before":
         remove_plans_(pipe)
     for block in pipe.transformer.transformer_blocks:
-        block.compile(backend="eager")  # as compile_repeated_blocks of classes that name theirs
+        block.compile(backend="eager", fullgraph=True)  # as compile_repeated_blocks of classes that name theirs
     if when == "before":
         installed(pipe, {body: "CRCR"})
     torch.testing.assert_close(sample(pipe, request).latents, wanted)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.testing.assert_close(sample(pipe, request).latents, wanted)
     with no_cache(pipe):
         torch.testing.assert_close(sample(pipe, request).latents, full)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled  # none for what a call decides
     assert not torch.allclose(wanted, full)
+    remove_plans_(pipe)
+    assert not any(isinstance(block._compiled_call_impl, Outside) for block in pipe.transformer.transformer_blocks)
+    torch.testing.assert_close(sample(pipe, request).latents, full)
     torch.compiler.reset()
 
 
