@@ -97,6 +97,14 @@ class CalibrationSet(Sequence[DenoiserCall]):
         """At which call of its run each was made; of all headers, without a tensor."""
         return [moment for number in range(len(self.record.shards)) for moment in self._shard(number).moments]
 
+    @property
+    def largest(self) -> DenoiserCall:
+        """One with the most samples."""
+        shards = self.record.shards
+        known = [number for number, shard in enumerate(shards) if self._count(shard)]
+        number = max(known, key=lambda place: (len(shards[place].samples), -place))
+        return self._shard(number).call(0)
+
     def of(
         self, component: str, *, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> CalibrationSet:

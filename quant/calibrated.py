@@ -29,7 +29,7 @@ from .layerwise import treat_layers
 from .plan import LayerPlan
 from .ranges import UNSEEN, dynamic_roundings, is_guessed, with_scales
 from .simulate import RoundedInputs
-from .treatment import Treatment
+from .treatment import Treatment, load_float
 from .units import Unit, find_units
 from .walk import Walk
 from .whole_network import finish_model
@@ -74,6 +74,7 @@ def quantize_units(
         model,
         calls,
         _moments(calls),
+        calls.largest if isinstance(calls, CalibrationSet) else calls[0],
         [unit.name for unit in units],
         walks=2 if method.UNIT == "block" else 1,
         seed=treatment.seed,
@@ -85,7 +86,9 @@ def quantize_units(
     ):
         _finish_unit(treatment, block, chosen)
     if hasattr(method, "finish"):
-        finish_model(treatment, model, [plan for plan in plans if plan.scheme], walking, rounding, chosen, reporter)
+        whole = [plan for plan in plans if plan.scheme]
+        intact = reference or load_float(treatment.folder, model)
+        finish_model(treatment, model, intact, whole, walking, rounding, chosen, reporter)
     multiplying = [plan for plan in plans if not isinstance(model.get_submodule(plan.name), nn.Embedding)]
     _tell_of_baselines(treatment, multiplying, reporter)
     _tell_of_guesses(treatment, multiplying, reporter)

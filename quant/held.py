@@ -26,6 +26,7 @@ def calls_within(
     model: nn.Module,
     calls: Sequence[DenoiserCall],
     moments: Sequence[int],
+    largest: DenoiserCall,
     units: Sequence[str],
     *,
     walks: int,
@@ -37,12 +38,13 @@ def calls_within(
 
     Args:
         moments: at which call of its run each was made.
+        largest: one with the most samples.
         walks: networks that every call walks through.
 
     Raises:
         ResourceError: not even one call fits.
     """
-    each = held_bytes(model, calls[0], units, walks=walks)
+    each = held_bytes(model, largest, units, walks=walks)
     fitting = int(budget_gb * GIGABYTE / max(1, each))
     if fitting >= len(calls):
         return list(calls)

@@ -14,22 +14,26 @@ from .block import Block, Sighting, Treated, outputs_of
 from .checkpoint import Checkpoint
 from .plan import LayerPlan
 from .simulate import RoundedInputs
-from .treatment import Treatment, entry, load_float
+from .treatment import Treatment, entry
 from .walk import UnitInput
 
 
 def finish_model(
     treatment: Treatment,
     model: nn.Module,
+    reference: nn.Module,
     plans: Sequence[LayerPlan],
     calls: Sequence[DenoiserCall],
     rounding: RoundedInputs,
     chosen: dict[str, Any],
     reporter: Reporter,
 ) -> None:
-    """Let a method that trains the whole network go on from what it made of the units."""
+    """Let a method that trains the whole network go on from what it made of the units.
+
+    Args:
+        reference: the float network.
+    """
     done = f"trained:{treatment.component}"
-    reference = load_float(treatment.folder, model)
     if done in treatment.writer.finished_units():
         for notice in treatment.writer.unit_record(done)["notices"]:  # of the training, as if it were now
             reporter.notice(notice)

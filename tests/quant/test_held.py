@@ -23,7 +23,7 @@ def calls(count, rows=500):
 def chosen(budget_gb, count=20, seed=0, walks=1):
     reporter = Reporter(quiet=True)
     found = calls_within(
-        budget_gb, network(), calls(count), [0] * count, UNITS, walks=walks, seed=seed, reporter=reporter
+        budget_gb, network(), calls(count), [0] * count, calls(1)[0], UNITS, walks=walks, seed=seed, reporter=reporter
     )
     return [int(call.args[0][0, 0]) for call in found], reporter.notices
 
@@ -61,9 +61,17 @@ class OnDisk(Sequence):
 def test_calls_that_do_not_fit_are_not_loaded():
     stored, each = OnDisk(calls(20)), held_bytes(network(), calls(1)[0], UNITS)
     found = calls_within(
-        3.5 * each / 1e9, network(), stored, [0] * 20, UNITS, walks=1, seed=0, reporter=Reporter(quiet=True)
+        3.5 * each / 1e9,
+        network(),
+        stored,
+        [0] * 20,
+        calls(1)[0],
+        UNITS,
+        walks=1,
+        seed=0,
+        reporter=Reporter(quiet=True),
     )
-    assert stored.loaded == [0, *(int(call.args[0][0, 0]) for call in found)]
+    assert stored.loaded == [int(call.args[0][0, 0]) for call in found]
 
 
 def test_all_calls_are_taken_where_they_fit():
