@@ -127,7 +127,14 @@ class CachedUnits:
         if (forced := _FORCED.get()) is not None and forced.owner is self:
             return forced, None
         storage, state, grid = run_storage(), current_run(), current_grid()
-        if self.plan is None or id(self) in _OFF.get() or storage is None or state is None or grid is None:
+        if self.plan is None or id(self) in _OFF.get():
+            return None
+        if state is None:
+            self._tell(
+                f"{type(self.denoiser).__name__} has a cache plan, but is evaluated outside of a run of the scheduler "
+                "that its pipeline had when the plan was installed: everything is computed"
+            )
+        if storage is None or state is None or grid is None:
             return None
         if (self, "rows") not in storage:
             storage[self, "rows"] = self._rows(self.plan, grid)

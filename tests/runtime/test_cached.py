@@ -343,6 +343,20 @@ def test_a_scheduler_that_takes_the_place_of_another_runs_the_plan_too(unet_pipe
     assert run_storage() is None
 
 
+def test_a_pipeline_that_shares_the_denoiser_under_a_scheduler_of_its_own_is_told_so(unet_pipeline):
+    pipe = unet_pipeline()
+    recorder = Recorder(pipe.unet.mid_block.resnets[0])
+    installed(pipe, {CUT: "CRCR"})
+    other = diffusers.DDIMPipeline(unet=pipe.unet, scheduler=diffusers.DDIMScheduler.from_config(pipe.scheduler.config))
+    other.set_progress_bar_config(disable=True)
+    with pytest.warns(CachePlanWarning, match="outside of a run of the scheduler.*everything is computed") as told:
+        other(batch_size=1, num_inference_steps=4)
+    assert len(recorder.calls) == 4
+    assert len(told) == 1
+    with no_cache(pipe):
+        other(batch_size=1, num_inference_steps=4)  # a warning would be an error
+
+
 def test_a_short_run_goes_without_the_plan_and_says_so(unet_pipeline):
     pipe = unet_pipeline()
     before = sample(pipe, request_of(pipe, num_inference_steps=3)).latents
