@@ -34,6 +34,7 @@ ADDS_UP = 1.5  # the error of a set over the sum of the scores of its units may 
 OVERSHOOT = 1.5  # so many times the ratio may go without a word
 TIMED_RUNS = 5
 LATENCY_STEP = 5e-5  # seconds: finer differences are noise
+LATENCY_STEPS = 2000  # of a call at most: the exact choice takes time with their number
 Known = MutableMapping[str, dict[str, float]]
 
 
@@ -226,4 +227,5 @@ def _latencies(
     whole, *others = (median(seconds) for seconds in measure_in_turns(actions, TIMED_RUNS, reporter))
     saved = {unit.name: max(0.0, whole - seconds) for unit, seconds in zip(units, others, strict=True)}
     told = {"whole": 1000 * whole, **{name: 1000 * seconds for name, seconds in saved.items()}}
-    return {name: round(seconds / LATENCY_STEP) for name, seconds in saved.items()}, round(whole / LATENCY_STEP), told
+    step = max(LATENCY_STEP, whole / LATENCY_STEPS)
+    return {name: round(seconds / step) for name, seconds in saved.items()}, round(whole / step), told

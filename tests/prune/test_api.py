@@ -80,6 +80,25 @@ def test_a_pruned_transformer_is_what_plain_diffusers_loads(deep_dit, pruned, ru
     assert all(score > 0 for score in scores)
 
 
+def test_a_ratio_of_latency_counts_what_units_take_of_a_call(deep_dit, inputs_of, monkeypatch):
+    taken = [0.02, 0.3, 0.02, 0.02, 0.02, 0.02]  # seconds of a call of one
+
+    def told(actions, *_):
+        return [[1.0], *([1 - part] for part in taken[: len(actions) - 1])]
+
+    monkeypatch.setattr("dacc.prune.decide.measure_in_turns", told)
+    given = {"calib": inputs_of(deep_dit), "device": "cpu"}
+    config = PruneConfig(ratio=0.25, method="score", settings={"by": "latency"}, measure="never")
+    bundle = prune_pipeline(deep_dit, config, output="fast", **given)
+    units = read_manifest(bundle).components["transformer"].pruning.units
+    assert [unit.removed for unit in units.values()][1]  # nothing reaches a quarter without it
+    facts = json.loads((bundle / "dacc_run.json").read_text())["latency_ms"]["transformer"]
+    assert facts["whole"] == pytest.approx(1000)
+    assert [facts[name] for name in units] == pytest.approx([1000 * part for part in taken[: len(units)]])
+    with pytest.raises(UnsupportedError, match="latency"):
+        prune_pipeline(deep_dit, config.model_copy(update={"ratio": 0.6}), output="no", **given)
+
+
 def test_what_a_config_cannot_tell_loads_with_dacc_and_is_refused_without(deep_unet, pruned, run_python):
     bundle = pruned(deep_unet, method="vdmini")  # another number of layers in each stage
     pruning = read_manifest(bundle).components["unet"].pruning
