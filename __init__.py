@@ -27,7 +27,7 @@ _FACE = {
     "export_pipeline": "export.api",
     "inspect_pipeline": "evaluate.inspection",
     "load": "runtime.load",
-    "no_cache": "runtime.cached",
+    "no_cache": "runtime.installed",
     "open_calibration": "calibrate.store",
     "prune_pipeline": "prune.api",
     "quantize_pipeline": "quant.api",

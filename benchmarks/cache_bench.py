@@ -23,8 +23,8 @@ from dacc.core.manifest import read_manifest
 from dacc.core.reporter import silent
 from dacc.quant.api import quantize_pipeline
 from dacc.quant.config import QuantizeConfig
-from dacc.runtime.cached import no_cache
 from dacc.runtime.clockwork import attach_clock
+from dacc.runtime.installed import no_cache
 from dacc.runtime.request import RunRequest
 from dacc.runtime.timing import measure_in_turns
 

@@ -31,7 +31,8 @@ from dacc.cache.units import choose_unit
 from dacc.core.config import build_config
 from dacc.core.machine import describe_machine
 from dacc.core.pipeline import denoisers
-from dacc.runtime.cached import CachedUnits, no_cache, remove_plans_
+from dacc.runtime.cached import CachedUnits
+from dacc.runtime.installed import no_cache, remove_plans_
 from dacc.runtime.load import DTYPES, load
 from dacc.runtime.request import RunRequest
 from dacc.runtime.timing import measure_in_turns

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.reporter import Reporter
-from ..runtime.cached import remove_plans_
 from ..runtime.compare import relative_l2
+from ..runtime.installed import remove_plans_
 from ..runtime.request import RunRequest
 from ..runtime.trajectory import sample
 from .config import METHODS, TRIED, SearchCacheConfig

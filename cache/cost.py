@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 from ..core.cache_plan import COMPUTE, REUSE, CachePlan
 from ..core.reporter import Reporter
 from ..runtime.cache_hooks import Values
-from ..runtime.cached import CachedUnits, remove_plans_
+from ..runtime.cached import CachedUnits
 from ..runtime.compare import relative_l2
+from ..runtime.installed import remove_plans_
 from ..runtime.request import RunRequest
 from ..runtime.trajectory import DenoiserCall, sample
 from .capture import capture_batches, record

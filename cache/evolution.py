@@ -22,7 +22,7 @@ from ..core.config import build_config
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.output import OutputWriter
 from ..core.reporter import Reporter
-from ..runtime.cached import remove_plans_
+from ..runtime.installed import remove_plans_
 from ..runtime.request import RunRequest
 from .budget import advice, asked
 from .config import SearchCacheConfig

@@ -12,7 +12,7 @@ from typing import Any
 from ..core.cache_plan import BlockRange, CachePlan, Unit
 from ..core.errors import UnsupportedError
 from ..core.reporter import Reporter
-from ..runtime.cached import no_cache
+from ..runtime.installed import no_cache
 from ..runtime.request import RunRequest
 from .planned import planned
 from .profile import counted_macs

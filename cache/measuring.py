@@ -11,9 +11,9 @@ from ..core.manifest import Effect
 from ..core.pipeline import denoisers
 from ..core.reporter import Reporter
 from ..core.seeds import seed_stream
-from ..runtime.cached import no_cache
 from ..runtime.clock import current_run
 from ..runtime.compare import compare
+from ..runtime.installed import no_cache
 from ..runtime.request import RunRequest
 from ..runtime.timing import measure_in_turns, now
 from ..runtime.trajectory import call_pipeline, sample

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..core.cache_plan import CachePlan
 from ..core.errors import UnsupportedError
-from ..runtime.cached import no_cache
 from ..runtime.compare import relative_l2
+from ..runtime.installed import no_cache
 from ..runtime.plan import planned_macs
 from ..runtime.request import RunRequest
 from ..runtime.trajectory import call_pipeline

@@ -11,7 +11,7 @@ from ..core.pipeline import denoisers
 from ..core.reporter import Reporter
 from ..core.seeds import seed_stream
 from ..core.source import zoo_entry_of
-from ..runtime.cached import remove_plans_
+from ..runtime.installed import remove_plans_
 from ..runtime.request import DEFAULT_PROMPTS, RunRequest, call_arguments
 from .api import Job
 from .auto import search_auto

@@ -18,9 +18,9 @@ from ..core.config import build_config
 from ..core.errors import ConfigError
 from ..core.reporter import Reporter
 from ..core.tensor_file import content_hash
-from ..runtime.cached import install_plan_, no_cache, remove_plans_
 from ..runtime.correction import Correction
 from ..runtime.decode_ahead import has_step_scales
+from ..runtime.installed import install_plan_, no_cache, remove_plans_
 from ..runtime.plan import planned_macs
 from ..runtime.request import RunRequest
 from .budget import computed_calls

@@ -15,8 +15,9 @@ from torch.nn.functional import pad
 from ..core.cache_plan import COMPUTE, CachePlan
 from ..core.schedule_id import ScheduleId
 from ..core.tensor_file import content_hash
-from ..runtime.cached import CachedUnits, install_plan_
+from ..runtime.cached import CachedUnits
 from ..runtime.correction import SCALE, Correction
+from ..runtime.installed import install_plan_
 
 
 @dataclass(frozen=True)

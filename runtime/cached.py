@@ -21,23 +21,20 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from ..core.cache_plan import COMPUTE, GATE, REUSE, SKIPPING, CachePlan, Unit
-from ..core.pipeline import denoisers
 from ..core.schedule_id import NoiseGrid, same_levels
 from .cache_hooks import ADDITIONS, FRAME, Frame, Values, computing, drop, has_free_u, original_of
 from .cache_units import Layout, containers_of, layout_of
 from .clock import change_samples, current_grid, current_run, run_storage, running_order, running_solver
-from .clockwork import attach_clock
 from .compiled import CompiledModules
 from .correction import Correction
 from .decode_ahead import DecodeAhead, has_step_scales
-from .ending import ending_its_run
 from .forecast import History
 from .gate import GateState, predictors_of
 from .hooking import HOOK, hook_units_
-from .plan import Row, check_model, codes_on, computed_before, macs_ratio, plan_rows
+from .plan import Row, codes_on, computed_before, macs_ratio, plan_rows
 from .prior_noise import PriorNoise
 
-_OFF: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("dacc_no_cache", default=frozenset())
+OFF: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("dacc_no_cache", default=frozenset())
 _FORCED: contextvars.ContextVar[Frame | None] = contextvars.ContextVar("dacc_forced_frame", default=None)
 
 
@@ -85,7 +82,7 @@ class CachedUnits:
         self._predictors = predictors_of(plan, self.layouts, denoiser) if plan else {}
         hook_units_(self, denoiser, self.layouts, self.containers, plan)
         self.compiled = CompiledModules(module for module in denoiser.modules() if self._hooks_of(module))
-        _registry(denoiser).register_hook(_RootHook(self), HOOK)
+        _registry(denoiser).register_hook(RootHook(self), HOOK)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,7 +124,7 @@ class CachedUnits:
         if (forced := _FORCED.get()) is not None and forced.owner is self:
             return forced, None
         storage, state, grid = run_storage(), current_run(), current_grid()
-        if self.plan is None or id(self) in _OFF.get():
+        if self.plan is None or id(self) in OFF.get():
             return None
         if state is None:
             self._tell(
@@ -256,7 +253,7 @@ class CachedUnits:
             _FORCED.reset(token)
 
 
-class _RootHook(ModelHook):
+class RootHook(ModelHook):
     """Stands before the denoiser: opens and closes the frame of every evaluation."""
 
     def __init__(self, owner: CachedUnits) -> None:
@@ -283,54 +280,6 @@ class _RootHook(ModelHook):
             FRAME.reset(token)
         self.owner.close(frame, row)
         return output
-
-
-def install_plan_(pipe: Any, component: str, plan: CachePlan, correction: Correction | None = None) -> CachedUnits:
-    """Let a denoiser of a pipeline run with a plan, in place of an earlier one.
-
-    Args:
-        correction: of a plan that has one; without it the plan reuses values as they are.
-
-    Raises:
-        ModelError: the plan was made for another model.
-        UnsupportedError: this denoiser cannot be cached in this way.
-    """
-    denoiser = pipe.components[component]
-    check_model(plan, component, denoiser)
-    if (old := installed_units(denoiser)) is not None:
-        old.remove_()
-    attach_clock(pipe)  # first: it counts the call before our hook asks for it
-    units = CachedUnits(denoiser, plan.units, plan, correction)
-    if not hasattr(type(pipe), "_dacc_cached"):
-        pipe.__class__ = ending_its_run(type(pipe))  # type: ignore[arg-type]
-    return units
-
-
-def remove_plans_(pipe: Any) -> None:
-    """Let all denoisers of a pipeline run as they did before a plan was installed."""
-    for denoiser in denoisers(pipe).values():
-        if (units := installed_units(denoiser)) is not None:
-            units.remove_()
-    if hasattr(type(pipe), "_dacc_cached"):
-        pipe.__class__ = type(pipe).__mro__[1]
-
-
-def installed_units(denoiser: nn.Module) -> CachedUnits | None:
-    """The units that a denoiser is hooked for; None where it is not."""
-    registry = getattr(denoiser, "_diffusers_hook", None)
-    hook = registry.get_hook(HOOK) if registry else None
-    return hook.owner if isinstance(hook, _RootHook) else None
-
-
-@contextmanager
-def no_cache(pipe: Any) -> Iterator[None]:
-    """Run a pipeline without its cache plans, in this thread: `with dacc.no_cache(pipe): pipe(...)`."""
-    units = [installed_units(denoiser) for denoiser in denoisers(pipe).values()]
-    token = _OFF.set(_OFF.get() | {id(found) for found in units if found is not None})
-    try:
-        yield
-    finally:
-        _OFF.reset(token)
 
 
 def _registry(module: nn.Module) -> HookRegistry:

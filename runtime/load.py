@@ -14,10 +14,10 @@ from ..core.manifest import Manifest
 from ..core.reporter import Reporter, silent
 from ..core.source import Source, resolve_source
 from ..core.verify import check_bundle
-from .cached import install_plan_
 from .clockwork import attach_clock
 from .correction import read_correction
 from .diffusers_quantizer import register
+from .installed import install_plan_
 from .layers import set_prefer_
 from .plan import check_record
 from .quantized_layer import Prefer

@@ -18,9 +18,10 @@ from dacc.core.manifest import read_manifest
 from dacc.core.reporter import silent
 from dacc.core.seeds import seed_stream
 from dacc.core.tensor_file import content_hash
-from dacc.runtime.cached import CachedUnits, install_plan_
+from dacc.runtime.cached import CachedUnits
 from dacc.runtime.compare import relative_l2
 from dacc.runtime.correction import Correction, affine
+from dacc.runtime.installed import install_plan_
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import capture_calls, sample
 

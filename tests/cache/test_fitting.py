@@ -15,9 +15,10 @@ from dacc.core.errors import BundleError
 from dacc.core.manifest import read_manifest
 from dacc.core.tensor_file import content_hash
 from dacc.runtime.cache_units import layout_of
-from dacc.runtime.cached import CachedUnits, CachePlanWarning, install_plan_
+from dacc.runtime.cached import CachedUnits, CachePlanWarning
 from dacc.runtime.correction import Correction
 from dacc.runtime.forecast import weights
+from dacc.runtime.installed import install_plan_
 from dacc.runtime.trajectory import sample
 
 from ..runtime.cache_plans import CUT, blocks, denoiser_of, plan_for

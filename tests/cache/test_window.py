@@ -20,9 +20,9 @@ from dacc.cache.units import choose_unit
 from dacc.core.cache_plan import Predictor
 from dacc.core.errors import UnsupportedError
 from dacc.core.reporter import Reporter
-from dacc.runtime.cached import no_cache
 from dacc.runtime.compare import relative_l2
 from dacc.runtime.correction import Correction
+from dacc.runtime.installed import no_cache
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import sample
 

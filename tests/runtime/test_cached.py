@@ -16,9 +16,10 @@ from dacc.core.cache_plan import UnetCut
 from dacc.core.errors import ConfigError, ModelError, UnsupportedError
 from dacc.core.schedule_id import schedule_id
 from dacc.runtime.cache_units import layout_of
-from dacc.runtime.cached import CachedUnits, CachePlanWarning, install_plan_, installed_units, no_cache, remove_plans_
+from dacc.runtime.cached import CachedUnits, CachePlanWarning
 from dacc.runtime.clock import current_run, end_run, run_storage, running_scheduler
 from dacc.runtime.clockwork import attach_clock
+from dacc.runtime.installed import install_plan_, installed_units, no_cache, remove_plans_
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import call_pipeline, capture_calls, sample
 

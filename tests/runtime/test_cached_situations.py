@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dacc.core.cache_plan import UnetCut
-from dacc.runtime.cached import install_plan_, no_cache, remove_plans_
 from dacc.runtime.compiled import Outside
+from dacc.runtime.installed import install_plan_, no_cache, remove_plans_
 from dacc.runtime.trajectory import sample
 
 from .cache_plans import CUT, blocks, grid_of, plan_for

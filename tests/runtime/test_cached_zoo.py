@@ -11,7 +11,8 @@ import torch
 import dacc
 from dacc.core.reporter import silent
 from dacc.core.source import resolve_source, zoo_entry_of
-from dacc.runtime.cached import CachedUnits, install_plan_, no_cache, remove_plans_
+from dacc.runtime.cached import CachedUnits
+from dacc.runtime.installed import install_plan_, no_cache, remove_plans_
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import capture_calls, sample
 

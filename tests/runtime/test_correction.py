@@ -8,8 +8,8 @@ import torch
 from dacc.core.cache_plan import CorrectionId
 from dacc.core.errors import BundleError
 from dacc.core.tensor_file import content_hash
-from dacc.runtime.cached import install_plan_
 from dacc.runtime.correction import Correction
+from dacc.runtime.installed import install_plan_
 from dacc.runtime.plan import planned_macs
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import sample

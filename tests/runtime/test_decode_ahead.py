@@ -13,9 +13,10 @@ from dacc.cache.search import search_component
 from dacc.core.cache_plan import CachePlan, CorrectionId
 from dacc.core.reporter import Reporter
 from dacc.core.tensor_file import content_hash
-from dacc.runtime.cached import CachePlanWarning, install_plan_, no_cache
+from dacc.runtime.cached import CachePlanWarning
 from dacc.runtime.clockwork import attach_clock
 from dacc.runtime.correction import Correction
+from dacc.runtime.installed import install_plan_, no_cache
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import sample
 

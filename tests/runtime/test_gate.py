@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dacc.core.cache_plan import Gate, Predictor
-from dacc.runtime.cached import installed_units
 from dacc.runtime.clock import run_storage
 from dacc.runtime.gate import GateState, relative_change
+from dacc.runtime.installed import installed_units
 from dacc.runtime.trajectory import sample
 
 from .cache_plans import CUT, blocks, module, plan_for
@@ -112,7 +112,7 @@ def test_other_guidance_branches_follow_the_first_and_keep_values_of_their_own(f
     unit = blocks(1, 2, *FLUX)
     request = request_of(pipe, guidance_scale=3.0, prompts=("a red circle",), seeds=(1,), num_inference_steps=8)
     plan = plan_for(pipe, {unit: "CGGGGGGG"}, grid=run_grid(pipe, request), gates={"body": Gate(threshold=0.2)})
-    from dacc.runtime.cached import install_plan_
+    from dacc.runtime.installed import install_plan_
 
     install_plan_(pipe, "transformer", plan)
     units, actions, known = installed_units(pipe.transformer), [], []

@@ -9,8 +9,8 @@ import torch
 from dacc.cache.methods import encoder
 from dacc.cache.planned import planned
 from dacc.core.schedule_id import read_grid
-from dacc.runtime.cached import no_cache, remove_plans_
 from dacc.runtime.clock import RunState
+from dacc.runtime.installed import no_cache, remove_plans_
 from dacc.runtime.prior_noise import PriorNoise
 from dacc.runtime.trajectory import sample
 
