@@ -201,7 +201,7 @@ def test_only_the_calls_that_fit_are_read_and_trained_on(dit_folder: Path, tmp_p
     monkeypatch.setattr(_Shard, "call", watched)
     monkeypatch.setattr("dacc.quant.held.held_bytes", lambda *_, **__: 1_000_000)
     monkeypatch.setattr(gptq, "finish", None, raising=False)
-    monkeypatch.setattr("dacc.quant.calibrated.finish_model", lambda *given: finished.extend(given[3]))
+    monkeypatch.setattr("dacc.quant.calibrated.finish_model", lambda *given: finished.extend(given[4]))
     config = GPTQ.model_copy(update={"cache_gb": 0.0025})
     quantize_pipeline(dit_folder, config, calib=calib, output=tmp_path / "out", device="cpu")
     assert len(finished) == 2
