@@ -12,6 +12,7 @@ from .reporter import Reporter
 from .safe_read import PICKLE_SUFFIXES, VARIANTS, is_plain_name, read_json
 
 HUB_NAME = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
+COMMIT = re.compile("[0-9a-f]{40}")
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS = "*.safetensors"
 VARIANT_PATTERNS = [f"*.{variant}{after}*" for variant in (*VARIANTS, "non_ema") for after in ".-"]
@@ -35,14 +36,18 @@ def download(repository: str, revision: str | None, reporter: Reporter) -> Path:
 
 
 def cached(repository: str, revision: str) -> Path | None:
-    """The snapshot folder of a commit as far as it lies in the Hub's cache; None where it does not."""
+    """The snapshot folder of a commit as far as it lies in the Hub's cache; None where it does not, and for what is no
+    commit: the name may come from a manifest that somebody else wrote."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    if not COMMIT.fullmatch(revision):
+        return None
     try:
         return Path(snapshot_download(repository, revision=revision, local_files_only=True)).resolve()
-    except LocalEntryNotFoundError:
-        return None
+    except LocalEntryNotFoundError as error:
+        partial = getattr(error, "snapshot_path", None)  # as in `_snapshot`: complete for our own patterns
+        return None if partial is None else Path(partial).resolve()
 
 
 def _pipeline(repository: str, first: Path) -> Path:

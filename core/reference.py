@@ -29,8 +29,10 @@ def find_reference(source: Source, reporter: Reporter) -> Source | None:
         return None
     try:
         origin = resolve_source(place, reporter=reporter)
-    except DaccError:  # only a part of it is in the Hub's cache
-        return None
+    except DaccError:
+        if manifest.source.revision is None:
+            raise
+        return None  # only a part of it is in the Hub's cache
     if not has_weights(origin.path, manifest.source.weights):
         return None
     if manifest.source.revision is None:

@@ -54,10 +54,13 @@ def test_a_network_of_another_type_gets_large_floats_in_its_own(made_set: Path) 
         assert call.args[1].dtype == whole.args[1].dtype
 
 
-def test_the_largest_call_is_of_the_batch_with_the_most_samples(made_set: Path) -> None:
-    found = open_calibration(made_set)
-    most = max(len(call.args[0]) for call in found)
-    assert len(found.largest.args[0]) == most
+def test_the_largest_call_is_of_the_batch_with_the_most_samples(folder: Path) -> None:
+    shards = read_calibration(folder).shards
+    assert len(shards[0].samples) > len(shards[1].samples)
+    for order in (shards, shards[::-1]):
+        rewrite(folder, shards=order)
+        found = open_calibration(folder)
+        assert len(found.largest.args[0]) == max(len(call.args[0]) for call in found) > 1
 
 
 def test_the_moments_of_all_calls_are_known_without_their_tensors(made_set: Path, monkeypatch) -> None:

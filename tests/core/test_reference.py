@@ -40,6 +40,12 @@ def test_a_folder_beside_the_bundle_is_found_while_its_weights_are_the_same(bund
     assert find_reference(bundle_from("origin", weights="0" * 64), silent()) is None
 
 
+def test_a_damaged_folder_beside_the_bundle_is_told(bundle_from, make_pipeline):
+    shutil.rmtree(make_pipeline("origin") / "text_encoder")
+    with pytest.raises(ModelError, match="lacks the components text_encoder"):
+        find_reference(bundle_from("origin"), silent())
+
+
 def test_what_is_no_bundle_has_no_reference(make_pipeline):
     assert find_reference(resolve_source(str(make_pipeline()), reporter=silent()), silent()) is None
 
@@ -53,6 +59,7 @@ def test_a_pipeline_of_the_hub_is_found_in_its_cache_and_keeps_its_name(bundle_f
     assert found == Source(cache / "models--owner--tiny/snapshots" / COMMIT, "tiny", "owner/tiny", COMMIT, "hub")
     assert find_reference(bundle_from("owner/tiny", "d" * 40), silent()) is None
     assert find_reference(bundle_from("owner/absent", COMMIT), silent()) is None
+    assert find_reference(bundle_from("owner/tiny", f"../snapshots/{COMMIT}"), silent()) is None
     assert find_reference(bundle_from("owner/tiny", COMMIT, weights="0" * 64), silent()) is None
 
 
