@@ -12,7 +12,7 @@ from ..core.reporter import Reporter
 from ..core.seeds import seed_stream
 from ..core.source import zoo_entry_of
 from ..runtime.installed import remove_plans_
-from ..runtime.request import DEFAULT_PROMPTS, RunRequest, call_arguments
+from ..runtime.request import RunRequest, tell_of_prompts
 from .api import Job
 from .auto import search_auto
 from .config import AUTO, METHODS, TRIED
@@ -54,10 +54,7 @@ def search_all(pipe: Any, job: Job, journal: OutputWriter, reporter: Reporter) -
         width=config.width,
         num_frames=config.num_frames,
     ).with_zoo_defaults(entry)
-    if request.prompts is None and "prompt" in call_arguments(pipe, request, [0]):
-        reporter.notice(
-            f"no prompts were given: {len(DEFAULT_PROMPTS)} neutral ones take turns; --prompts FILE gives more"
-        )
+    tell_of_prompts(pipe, request, reporter)
     methods = [METHODS.load(name) for name in (TRIED if config.method == AUTO else (config.method,))]
     method = methods[-1]
     wanted = any(wants_reference(own, config) for own in methods)

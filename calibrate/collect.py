@@ -23,7 +23,7 @@ from ..core.reporter import Reporter
 from ..core.schedule_id import ScheduleId, schedule_id
 from ..core.seeds import seed_stream
 from ..runtime.clock import current_run, running_scheduler
-from ..runtime.request import DEFAULT_PROMPTS, RunRequest, call_arguments
+from ..runtime.request import RunRequest, tell_of_prompts
 from ..runtime.trajectory import call_pipeline
 from .arguments import Packer
 from .config import STRATEGIES, CalibrateConfig
@@ -224,10 +224,7 @@ def _request(config: CalibrateConfig) -> RunRequest:
 
 
 def _tell_defaults(pipe: Any, config: CalibrateConfig, request: RunRequest, calls: int, reporter: Reporter) -> None:
-    if request.prompts is None and "prompt" in call_arguments(pipe, request, [0]):
-        reporter.notice(
-            f"no prompts were given: {len(DEFAULT_PROMPTS)} neutral ones take turns; --prompts FILE gives more"
-        )
+    tell_of_prompts(pipe, request, reporter)
     if config.timesteps is not None and config.timesteps > calls:
         reporter.say(f"the run has {calls} calls, fewer than {config.timesteps}: all are kept")
 

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from ..core.config import Config
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.pipeline import denoisers
+from ..core.reporter import Reporter
 from ..core.zoo import ZooEntry
 
 DEFAULT_PROMPTS = (
@@ -68,6 +69,14 @@ class RunRequest(Config):
         """Positions of the samples of each pipeline call."""
         for start in range(0, len(self.seeds), self.batch_size):
             yield range(start, min(start + self.batch_size, len(self.seeds)))
+
+
+def tell_of_prompts(pipe: Any, request: RunRequest, reporter: Reporter) -> None:
+    """A notice where a pipeline wants prompts and the request has none."""
+    if request.prompts is None and "prompt" in call_arguments(pipe, request, [0]):
+        reporter.notice(
+            f"no prompts were given: {len(DEFAULT_PROMPTS)} neutral ones take turns; --prompts FILE gives more"
+        )
 
 
 def call_arguments(pipe: Any, request: RunRequest, positions: Sequence[int]) -> dict[str, Any]:
