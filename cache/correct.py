@@ -16,19 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..core.cache_plan import COMPUTE, REUSE, CachePlan
+from ..core.cache_plan import COMPUTE, REUSE, CachePlan, CorrectionId
 from ..core.reporter import Reporter
+from ..core.tensor_file import content_hash
 from ..runtime.cache_hooks import Values
 from ..runtime.cached import CachedUnits
 from ..runtime.correction import SCALE, SHIFT, affine, channel_axis, table_name
-from ..runtime.plan import plan_rows
 from ..runtime.request import RunRequest
 from .capture import capture_batches, record
 
@@ -67,46 +68,45 @@ class Moments:
         return yy - 2 * a * xy - 2 * b * y + a * a * xx + 2 * a * b * x + b * b
 
 
-def fit_correction(
-    pipe: Any,
-    component: str,
-    plan: CachePlan,
-    request: RunRequest,
-    reporter: Reporter,
-    reference: Any | None = None,
-) -> dict[str, Tensor]:
-    """The tables of a plan for one denoiser of a pipeline that runs without plans.
+@dataclass
+class Pairs:
+    """The moments of what a unit gives at one call beside what is wanted at a later one, for every pair of calls: with
+    them the correction of any plan of the unit is known, whichever calls it computes."""
 
-    Args:
-        request: the runs to profile.
-        reference: the float pipeline; None: the pipeline itself gives inputs and targets.
+    moments: dict[tuple[str, int, int], Moments] = field(default_factory=dict)  # name of the tables, from, to
 
-    Returns:
-        `table_name` with `.scale` or `.shift` -> (C, N), 1 and 0 at calls that compute.
-    """
-    moments: dict[tuple[str, int], Moments] = {}
-    with both_hooked(pipe, reference, component, plan) as (units, targets):
-        rows = plan_rows(plan.codes, units.containers)
-        for _, calls in capture_batches(reference or pipe, component, request, reporter, "correcting"):
-            kept: dict[str, list[Values]] = {}
-            for call, (row, evaluations) in enumerate(zip(rows, calls, strict=True)):
-                computed = {unit for unit, action in row.actions.items() if action == COMPUTE} & row.needed.keys()
-                reused = {unit for unit, action in row.actions.items() if action == REUSE}
-                if computed:
-                    kept |= dict.fromkeys(computed, record(units, evaluations))
-                target = record(targets, evaluations) if reused else []
-                for unit in reused:
-                    for name, pair in _pairs(units, unit, kept[unit], target):
-                        found = Moments.of(*pair)
-                        moments[name, call] = moments[name, call] + found if (name, call) in moments else found
-    return tables_of(moments, plan.calls)
+    def add(
+        self, units: CachedUnits, unit: str, calls: tuple[int, int], kept: list[Values], target: list[Values]
+    ) -> dict[str, Moments]:
+        """Take in one pair of calls of a batch; the moments of this batch alone, by name of the tables."""
+        found: dict[str, Moments] = {}
+        for name, pair in _pairs(units, unit, kept, target):
+            found[name] = found[name] + Moments.of(*pair) if name in found else Moments.of(*pair)
+        for name, own in found.items():
+            known = self.moments.get((name, *calls))
+            self.moments[(name, *calls)] = own if known is None else known + own
+        return found
+
+    def tables(self, plan: CachePlan) -> dict[str, Tensor]:
+        """The correction of a plan of the unit: `table_name` with `.scale` or `.shift` -> (C, N), 1 and 0 at calls that
+        compute."""
+        (codes,) = plan.codes.values()
+        first = {call: codes.rindex(COMPUTE, 0, call) for call, code in enumerate(codes) if code == REUSE}
+        return tables_of(
+            {(name, to): found for (name, came, to), found in self.moments.items() if first.get(to) == came}, plan.calls
+        )
 
 
-def corrected(units: CachedUnits, unit: str, kept: list[Values], target: list[Values]) -> list[Values]:
-    """What a unit gave at one call, after the map that is fitted to bring these very values to a target."""
-    moments: dict[str, Moments] = {}
-    for name, pair in _pairs(units, unit, kept, target):
-        moments[name] = moments[name] + Moments.of(*pair) if name in moments else Moments.of(*pair)
+def corrected_plan(plan: CachePlan, pairs: Pairs) -> tuple[CachePlan, dict[str, Tensor]]:
+    """A plan with the correction of what it reuses, and its tables; as it is where it reuses nothing."""
+    tables = pairs.tables(plan)
+    if not tables:
+        return plan, {}
+    return plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables))}), tables
+
+
+def mapped(kept: list[Values], moments: dict[str, Moments]) -> list[Values]:
+    """What a unit gave at one call, after the map that is fitted to some moments, by name of the tables."""
     maps = {name: found.fit() for name, found in moments.items()}
     return [{key: _mapped(table_name(*key, 0)[:-1], value, maps) for key, value in own.items()} for own in kept]
 
@@ -141,6 +141,27 @@ def tables_of(moments: dict[tuple[str, int], Moments], calls: int) -> dict[str, 
         tables.setdefault(f"{name}.{SCALE}", torch.ones(calls, channels))[call] = scale
         tables.setdefault(f"{name}.{SHIFT}", torch.zeros(calls, channels))[call] = shift
     return tables
+
+
+def profile_pairs(
+    pipe: Any, component: str, plan: CachePlan, request: RunRequest, reporter: Reporter, reference: Any | None = None
+) -> Pairs:
+    """The moments of all pairs of calls of runs that compute everything. Holds the values of a batch at all calls.
+
+    Args:
+        plan: for its one unit and its grid.
+        request: the runs to profile.
+        reference: the float pipeline; None: the pipeline itself gives inputs and targets.
+    """
+    (unit,) = (unit.id for unit in plan.units)
+    pairs = Pairs()
+    with both_hooked(pipe, reference, component, plan) as (units, targets):
+        for _, calls in capture_batches(reference or pipe, component, request, reporter, "correcting"):
+            kept = [record(units, evaluations) for evaluations in calls]
+            wanted = kept if reference is None else [record(targets, evaluations) for evaluations in calls]
+            for first, to in combinations(range(len(calls)), 2):
+                pairs.add(units, unit, (first, to), kept[first], wanted[to])
+    return pairs
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from ..runtime.installed import remove_plans_
 from ..runtime.request import RunRequest
 from ..runtime.trajectory import DenoiserCall, sample
 from .capture import capture_batches, record
-from .correct import both_hooked, corrected
+from .correct import Pairs, both_hooked, mapped
 from .window import Window
 
 PROBES = 6  # calls at which the answer of the final sample is measured
@@ -61,7 +61,7 @@ def output_cost(
     *,
     longest: int,
     reference: Any | None = None,
-    correct: bool = False,
+    pairs: Pairs | None = None,
 ) -> list[list[float]]:
     """(C, C): at [i][t] the error of the denoiser's output at call t with what the unit gave at call i (root mean
     square) times the `sensitivity` of the final sample to it. Infinite for t - i >= `longest`.
@@ -70,21 +70,26 @@ def output_cost(
 
     Args:
         reference: the float pipeline, whose runs and outputs then count.
-        correct: whether reused values are corrected for each pair of calls. Holds the values of a batch at all calls.
+        pairs: takes in the moments of all pairs of calls; reused values are then corrected. Holds the values of a batch
+            at all calls.
     """
+    (unit,) = (unit.id for unit in plan.units)
     total = torch.zeros(plan.calls, plan.calls, dtype=torch.float64)
     before = torch.zeros(plan.calls, dtype=torch.float64)  # of reusing the call before, to the network itself
     with both_hooked(pipe, reference, component, plan) as (units, targets):
         for share, calls in capture_batches(reference or pipe, component, request, reporter, "capturing"):
             outputs = [_outputs(units, evaluations) for evaluations in calls]
             goals = outputs if reference is None else [_outputs(targets, evaluations) for evaluations in calls]
-            wanted = [record(targets, evaluations) for evaluations in calls] if correct else None
+            wanted = [record(targets, evaluations) for evaluations in calls] if pairs else None
             for first in reporter.progress(range(plan.calls), "profiling"):
                 kept = record(units, calls[first])
                 total[first, first] += share * _distance(outputs[first], goals[first])
-                for call in range(first + 1, plan.calls)[: longest - 1]:
-                    given = corrected(units, plan.units[0].id, kept, wanted[call]) if wanted else kept
-                    total[first, call] += share * _distance(_reusing(units, calls[call], given), goals[call])
+                for call in range(first + 1, plan.calls):
+                    given = kept
+                    if pairs and wanted:
+                        given = mapped(kept, pairs.add(units, unit, (first, call), kept, wanted[call]))
+                    if call < first + longest:
+                        total[first, call] += share * _distance(_reusing(units, calls[call], given), goals[call])
                 if first + 1 < plan.calls:
                     plain = _reusing(units, calls[first + 1], kept)
                     before[first + 1] += share * _distance(plain, outputs[first + 1])

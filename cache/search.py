@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.cache_plan import REUSE, CachePlan, CacheRecord, CorrectionId, Unit, UnitMacs
+from ..core.cache_plan import CachePlan, CacheRecord, CorrectionId, Unit, UnitMacs
 from ..core.config import build_config
 from ..core.errors import ConfigError
 from ..core.reporter import Reporter
+from ..core.seeds import seed_stream
 from ..core.tensor_file import content_hash
 from ..runtime.correction import Correction
 from ..runtime.decode_ahead import has_step_scales
@@ -25,7 +26,7 @@ from ..runtime.plan import planned_macs
 from ..runtime.request import RunRequest
 from .budget import computed_calls
 from .config import SearchCacheConfig, needs_of
-from .correct import fit_correction
+from .correct import Pairs, corrected_plan, profile_pairs
 from .correct_layers import fit_layers, layers_to_correct
 from .cost import feature_costs, output_cost
 from .fitting import RIDGES, Grams, fitted_plan
@@ -39,6 +40,27 @@ from .units import choose_unit, unit_text
 from .window import Window
 
 REACH = 4  # groups are looked for up to this many times their mean length, where evaluations have to be paid for
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a search knows of the model.
+
+    Args:
+        told: what the method wants to know, behind calls and fields.
+        grams: what forecasts can be fitted with.
+        pairs: what the correction of reused values can be fitted with.
+    """
+
+    told: tuple[Any, ...] = ()
+    grams: Grams | None = None
+    pairs: Pairs | None = None
+
+    def fitted(self, plan: CachePlan, ridge: float | None = None) -> tuple[CachePlan, dict[str, Tensor]]:
+        """A plan with what is fitted for it: forecasts where a ridge is given, else what it reuses, where known."""
+        if self.grams is not None and ridge is not None:
+            return fitted_plan(plan, self.grams, ridge)
+        return corrected_plan(plan, self.pairs) if self.pairs is not None else (plan, {})
 
 
 @dataclass(frozen=True)
@@ -94,19 +116,20 @@ def search_component(
     blank = blank_plan(denoiser, (unit,), macs, window.schedule, weights, config)
     profile = _profile(pipe, component, blank, window, method, settings, request, computed, reporter, reference)
     chosen: dict[str, int | float | str] = {"calls": window.calls}
-    grams, ridge = None, None
-    if profile and getattr(settings, "trials", 0) > 0:
-        candidates = method.candidates(window.calls, computed, settings, *profile)
-        grams = getattr(profile[0], "grams", None)
+    ridge = None
+    if profile.told and getattr(settings, "trials", 0) > 0:
+        candidates = method.candidates(window.calls, computed, settings, *profile.told)
+        # what is fitted to samples looks better on them than on others, so others decide
+        others = request.model_copy(update={"seeds": seed_stream("trials", config.seed, len(request.seeds))})
         trial = _run_trials(
-            pipe, component, blank, window, method, settings, candidates, request, reporter, reference, grams
+            pipe, component, blank, window, method, settings, candidates, others, reporter, reference, profile
         )
         remove_plans_(pipe)  # the last one that was tried
         assert trial.best is not None
         settings, places, ridge = trial.best.settings, trial.best.places, trial.best.ridge
         chosen |= {"trials": trial.made, "relative_l2": float(f"{trial.least:.4g}")}
     else:
-        places = method.schedule(window.calls, computed, settings, *profile)
+        places = method.schedule(window.calls, computed, settings, *profile.told)
     chosen["computed"] = len(places)
     if hasattr(method, "gate"):
         plan, more = gated_plan(pipe, component, blank, places, computed, method, settings, window, request, reporter)
@@ -118,12 +141,11 @@ def search_component(
             f"{component}: calls are decoded one by one, its layers have scales of their own for every call"
         )
         plan = plan.model_copy(update={"decode_ahead": 1})
-    tables: dict[str, Tensor] = {}
-    if grams is not None and ridge is not None:
-        plan, tables = fitted_plan(plan, grams, ridge)
+    plan, tables = profile.fitted(plan, ridge)
+    if ridge is not None:
         chosen["ridge"] = ridge
-    elif getattr(settings, "correct", False) and REUSE in plan.codes[unit.id]:
-        plan, tables = _corrected(pipe, component, plan, settings, request, reporter, reference)
+    elif tables and reference and settings.layers and layers_to_correct(denoiser, plan):
+        plan, tables = _with_layers(pipe, component, plan, tables, request, reporter, reference)
     plan, tables = window.whole(plan, tables)
     ratio = count_plan(pipe, component, plan, window, request, reporter)
     if plan.gates:
@@ -144,7 +166,7 @@ def _run_trials(
     request: RunRequest,
     reporter: Reporter,
     reference: Any | None,
-    grams: Grams | None,
+    profile: Profile,
 ) -> Trial:
     """The candidate whose runs are nearest to those without a plan, its calls moved for as long as that helps."""
     objective = PlanObjective(pipe, component, blank, window, request, reference)
@@ -153,9 +175,7 @@ def _run_trials(
         def error(choice: Choice) -> float:
             next(runs)
             plan = planned(blank, choice.places, method, choice.settings)
-            if grams is None or choice.ridge is None:
-                return objective.error(plan)
-            return objective.error(*fitted_plan(plan, grams, choice.ridge))
+            return objective.error(*profile.fitted(plan, choice.ridge))
 
         return best_choice(
             candidates,
@@ -163,27 +183,23 @@ def _run_trials(
             calls=blank.calls,
             fixed=getattr(settings, "warmup", 1),
             trials=settings.trials,
-            ridges=RIDGES if grams else (),
+            ridges=RIDGES if profile.grams else (),
         )
 
 
-def _corrected(
+def _with_layers(
     pipe: Any,
     component: str,
     plan: CachePlan,
-    settings: Any,
+    tables: dict[str, Tensor],
     request: RunRequest,
     reporter: Reporter,
-    reference: Any | None,
+    reference: Any,
 ) -> tuple[CachePlan, dict[str, Tensor]]:
-    """The plan with the correction of what it reuses, and of the quantized layers that read it, and its tables."""
-    tables = fit_correction(pipe, component, plan, request, reporter, reference)
-    plan = plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables))})
-    layers = layers_to_correct(pipe.components[component], plan) if reference and settings.layers else ()
-    if layers:
-        tables |= fit_layers(pipe, component, plan, tables, request, reporter, reference)
-        plan = plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables), layers=layers)})
-    return plan, tables
+    """The plan with the correction of the quantized layers that read what it reuses as well, and all tables."""
+    tables = tables | fit_layers(pipe, component, plan, tables, request, reporter, reference)
+    layers = layers_to_correct(pipe.components[component], plan)
+    return plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables), layers=layers)}), tables
 
 
 def count_plan(
@@ -243,7 +259,7 @@ def _profile(
     computed: int,
     reporter: Reporter,
     reference: Any | None,
-) -> tuple[Any, ...]:
+) -> Profile:
     """What the method needs to know of the model."""
     needs = needs_of(method, settings)
     if "forecasts" in needs:
@@ -252,22 +268,16 @@ def _profile(
         forecasts = forecast_cost(
             pipe, component, plan, window, request, predictor, reporter, fit=fit, reference=reference
         )
-        return (forecasts,)
+        return Profile((forecasts,), grams=forecasts.grams)
     if "cost" not in needs:
-        return ()
+        return Profile()
     if settings.cost == "feature":
-        costs = feature_costs(pipe, component, plan, request, reporter, reference)
-        return (costs[plan.units[0].id],)
+        costs = feature_costs(pipe, component, plan, request, reporter, reference)[plan.units[0].id]
+        pairs = profile_pairs(pipe, component, plan, request, reporter, reference) if settings.correct else None
+        return Profile((costs,), pairs=pairs)
     longest = min(plan.calls, REACH * -(-plan.calls // computed))
-    profile = output_cost(
-        pipe,
-        component,
-        plan,
-        window,
-        request,
-        reporter,
-        longest=longest,
-        reference=reference,
-        correct=settings.correct,
+    pairs = Pairs() if settings.correct else None
+    costs = output_cost(
+        pipe, component, plan, window, request, reporter, longest=longest, reference=reference, pairs=pairs
     )
-    return (profile,)
+    return Profile((costs,), pairs=pairs)

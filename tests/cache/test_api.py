@@ -236,8 +236,8 @@ def test_fields_of_a_forecast_reach_the_plan(unet_folder, cached):
 
 
 def error_of(source: Path, bundle: Path) -> float:
-    """Of the profiled runs."""
-    request = RunRequest(seeds=seed_stream("search", 0, 1), num_inference_steps=8)
+    """Of the runs that decide."""
+    request = RunRequest(seeds=seed_stream("trials", 0, 1), num_inference_steps=8)
     wanted, found = (sample(dacc.load(folder, device="cpu"), request).latents for folder in (source, bundle))
     return relative_l2(wanted, found).mean().item()
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import dacc
 from dacc import SearchCacheConfig, search_cache, verify_bundle
-from dacc.cache.correct import Moments, corrected
+from dacc.cache.correct import Moments, Pairs, mapped
 from dacc.core.cache_plan import CORRECTION_NAME, ModuleUnit
 from dacc.core.errors import BundleError, ModelError
 from dacc.core.manifest import read_manifest
@@ -22,6 +23,8 @@ from dacc.runtime.cached import CachedUnits, CachePlanWarning
 from dacc.runtime.compare import relative_l2
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import sample
+
+from ..runtime.cache_plans import plan_for
 
 QUICK = {"macs_ratio": 0.6, "steps": 8, "samples": 2, "measure": "never", "method": "dp"}
 REQUEST = RunRequest(seeds=(3,), num_inference_steps=8)
@@ -76,9 +79,35 @@ def test_corrected_values_are_nearer_and_others_are_left_alone():
     units = CachedUnits(Doubled(), [ModuleUnit(id="u", path="inner")])
     kept = [{("u", "inner"): (torch.randn(3, 7, 4), None)} for _ in range(2)]
     wanted = [{("u", "inner"): (own["u", "inner"][0] * 2 + 1, None)} for own in kept]
-    for own, goal in zip(corrected(units, "u", kept, wanted), wanted, strict=True):
+    moments = Pairs().add(units, "u", (0, 1), kept, wanted)
+    for own, goal in zip(mapped(kept, moments), wanted, strict=True):
         torch.testing.assert_close(own["u", "inner"][0], goal["u", "inner"][0])
         assert own["u", "inner"][1] is None
+
+
+def test_the_correction_of_any_plan_is_fitted_to_its_own_pairs_of_calls(dit_pipeline):
+    torch.manual_seed(4)
+    unit = ModuleUnit(id="u", path="inner")
+    units = CachedUnits(Doubled(), [unit])
+    values, goals = torch.randn(2, 2, 5, 2, 3, 7, 4)  # batches, calls, branches, then samples, tokens, channels
+    pairs = Pairs()
+    for batch in range(2):
+        given, wanted = (
+            [[{("u", "inner"): (branch, None)} for branch in call] for call in side[batch]] for side in (values, goals)
+        )
+        for calls in combinations(range(5), 2):
+            pairs.add(units, "u", calls, given[calls[0]], wanted[calls[1]])
+    tables = pairs.tables(plan_for(dit_pipeline(), {unit: "CRRCR"}))
+    scale, shift = tables["u/inner/0.scale"], tables["u/inner/0.shift"]
+    for first, to in ((0, 1), (0, 2), (3, 4)):
+        for channel in range(4):
+            x, y = (side[..., channel].flatten().double() for side in (values[:, first], goals[:, to]))
+            columns = torch.stack([x, torch.ones_like(x)], 1)
+            slope, rest = torch.linalg.lstsq(columns, y[:, None]).solution.flatten()
+            assert scale[to, channel].item() == pytest.approx(slope.item(), rel=1e-5)
+            assert shift[to, channel].item() == pytest.approx(rest.item(), rel=1e-4, abs=1e-6)
+    assert (scale[[0, 3]] == 1).all()
+    assert (shift[[0, 3]] == 0).all()
 
 
 def test_tables_lie_beside_the_weights_and_are_one_and_zero_where_everything_is_computed(corrected_bundle):
@@ -197,16 +226,20 @@ def test_a_quantized_source_is_compared_with_the_float_one_where_that_is_found(u
 
 
 @pytest.mark.parametrize("joint", [True, False])
-def test_runs_of_forecasts_on_a_quantized_source_are_compared_with_the_float_one(
-    unet_folder, bundle_of, tmp_path, joint
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [("taylor", {"order": 1}), ("dp", {"layers": False}), ("dp", {"layers": False, "cost": "feature"})],
+)
+def test_runs_on_a_quantized_source_are_compared_with_the_float_one_with_what_is_fitted(
+    unet_folder, bundle_of, tmp_path, method, own, joint
 ):
     source = shutil.copytree(bundle_of(unet_folder, bits=3), tmp_path / "near")
     shutil.copytree(unet_folder, tmp_path / unet_folder.name)
-    settings = {"joint": joint, "trials": 2, "order": 1}
-    config = SearchCacheConfig(**{**QUICK, "method": "taylor"}, settings=settings)
+    settings = {"joint": joint, "trials": 2, **own}
+    config = SearchCacheConfig(**{**QUICK, "method": method}, settings=settings)
     bundle = search_cache(source, config, output=tmp_path / "found", device="cpu")
     told = read_manifest(bundle).components["unet"].cache.chosen["relative_l2"]
-    request = RunRequest(seeds=seed_stream("search", 0, QUICK["samples"]), num_inference_steps=8)
+    request = RunRequest(seeds=seed_stream("trials", 0, QUICK["samples"]), num_inference_steps=8)
     reference = dacc.load(unet_folder if joint else source, device="cpu")
     wanted, found = (sample(pipe, request).latents for pipe in (reference, dacc.load(bundle, device="cpu")))
     assert told == pytest.approx(float(relative_l2(wanted, found).mean()), rel=1e-3)
