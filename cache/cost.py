@@ -85,10 +85,9 @@ def output_cost(
                 kept = record(units, calls[first])
                 total[first, first] += share * _distance(outputs[first], goals[first])
                 for call in range(first + 1, plan.calls):
-                    given = kept
-                    if pairs and wanted:
-                        given = mapped(kept, pairs.add(units, unit, (first, call), kept, wanted[call]))
+                    found = pairs.add(units, unit, (first, call), kept, wanted[call]) if pairs and wanted else None
                     if call < first + longest:
+                        given = mapped(kept, found) if found else kept
                         total[first, call] += share * _distance(_reusing(units, calls[call], given), goals[call])
                 if first + 1 < plan.calls:
                     plain = _reusing(units, calls[first + 1], kept)
