@@ -17,7 +17,7 @@ from ..runtime.request import RunRequest
 from ..runtime.trajectory import sample
 from .config import METHODS, TRIED, SearchCacheConfig
 from .profile import CallCost
-from .search import Found, search_component
+from .search import Found, deciding, search_component
 
 
 def search_auto(
@@ -30,12 +30,13 @@ def search_auto(
     known_costs: Sequence[CallCost] = (),
     reference: Any | None = None,
 ) -> Found:
-    """The best of several plans for one denoiser, by the relative L2 of the final latents of the profiled runs.
+    """The best of several plans for one denoiser, by the relative L2 of the final latents of runs of other samples.
 
     Arguments and errors are those of `search_component`. A method that the target does not fit, or whose plan has runs
     that are not finite, is left out (a notice).
     """
-    wanted = sample(reference or pipe, request).latents
+    others = deciding(request, config)
+    wanted = sample(reference or pipe, others).latents
     found: dict[str, Found] = {}
     errors: dict[str, float] = {}
     costs: dict[bool, tuple[CallCost, ...]] = {}  # of the units that methods treat: calls of each are timed once
@@ -48,7 +49,7 @@ def search_auto(
                 pipe, component, own, method, request, weights, reporter, known_costs or costs.get(whole, ()), reference
             )
             costs[whole] = plan.costs
-            errors[name] = _error(pipe, component, plan, request, wanted)
+            errors[name] = _error(pipe, component, plan, others, wanted)
         except (ConfigError, UnsupportedError) as error:
             if name == TRIED[-1] and not found:
                 raise
@@ -64,7 +65,7 @@ def search_auto(
 
 
 def _error(pipe: Any, component: str, found: Found, request: RunRequest, wanted: Tensor) -> float:
-    """Mean relative L2 of the final latents of the profiled runs with a plan.
+    """Mean relative L2 of the final latents of some runs with a plan.
 
     Raises:
         UnsupportedError: they are not finite.

@@ -119,8 +119,7 @@ def search_component(
     ridge = None
     if profile.told and getattr(settings, "trials", 0) > 0:
         candidates = method.candidates(window.calls, computed, settings, *profile.told)
-        # what is fitted to samples looks better on them than on others, so others decide
-        others = request.model_copy(update={"seeds": seed_stream("trials", config.seed, len(request.seeds))})
+        others = deciding(request, config)
         trial = _run_trials(
             pipe, component, blank, window, method, settings, candidates, others, reporter, reference, profile
         )
@@ -153,6 +152,12 @@ def search_component(
         chosen["computed"] = round(window.calls * (ratio - partial) / (1 - partial), 1)
     record = CacheRecord.of(config.method, plan, ratio, chosen)
     return Found(record, (cost,) if cost else (), tables)
+
+
+def deciding(request: RunRequest, config: SearchCacheConfig) -> RunRequest:
+    """The runs that choose between plans: of other samples than those that are profiled, on which what is fitted to
+    them looks better than it is."""
+    return request.model_copy(update={"seeds": seed_stream("trials", config.seed, len(request.seeds))})
 
 
 def _run_trials(
