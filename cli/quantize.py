@@ -135,7 +135,9 @@ def quantize(
     setting: options.SetOption = None,
     cache_gb: Annotated[
         str,
-        typer.Option(metavar="GB", help="Memory for what calibration calls hold between blocks; less: fewer calls."),
+        typer.Option(
+            metavar="GB", help="Room for what calibration calls hold between blocks, on the disk where memory is short."
+        ),
     ] = "4",
     measure: Annotated[
         str,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .block import Block, Sighting, Treated, outputs_of
 from .groupwise import treat_groups
 from .held import calls_within
 from .layerwise import treat_layers
+from .paging import paged, paging_folder
 from .plan import LayerPlan
 from .ranges import UNSEEN, dynamic_roundings, is_guessed, with_scales
 from .simulate import RoundedInputs
@@ -69,7 +71,7 @@ def quantize_units(
         else:
             reporter.notice(f"{family.name}: no layers that depend on the time alone were found; none is treated apart")
     units = find_units(model, planned, family, calls[0])
-    walking = calls_within(
+    walking, held = calls_within(
         treatment.cache_gb,
         model,
         calls,
@@ -81,8 +83,11 @@ def quantize_units(
         reporter=reporter,
     )
     _tell_of_steps(planned, walking, reporter)
+    folder = paging_folder(held, treatment.writer.folder, reporter)
     for block in reporter.progress(
-        _blocks(treatment, model, reference, units, walking, rounding), f"quantize {treatment.component}", len(units)
+        _blocks(treatment, model, reference, units, walking, rounding, folder),
+        f"quantize {treatment.component}",
+        len(units),
     ):
         _finish_unit(treatment, block, chosen)
     if hasattr(method, "finish"):
@@ -109,15 +114,16 @@ def _blocks(
     units: list[Unit],
     calls: Sequence[DenoiserCall],
     rounding: RoundedInputs,
+    folder: Path | None,
 ) -> Iterator[Block]:
     """The units, one after the other, each with what enters it when all before it are quantized."""
     names = [unit.name for unit in units]
     with ExitStack() as stack:
-        walk = stack.enter_context(Walk(model, calls, names))
-        float_walk = stack.enter_context(Walk(reference, calls, names)) if reference else None
+        walk = stack.enter_context(Walk(model, calls, names, folder))
+        float_walk = stack.enter_context(Walk(reference, calls, names, folder)) if reference else None
         for unit in units:
             finished = treatment.is_finished(unit.plans)
-            sightings = [] if finished else _sightings(unit, calls, walk, reference, float_walk)
+            sightings = [] if finished else _sightings(unit, calls, walk, reference, float_walk, folder)
             seed = named_seed(treatment.seed, unit.name)
             intact = reference.get_submodule(unit.name) if reference else None
             yield Block(unit.name, model.get_submodule(unit.name), unit.plans, sightings, rounding, seed, intact)
@@ -125,7 +131,12 @@ def _blocks(
 
 @torch.no_grad()
 def _sightings(
-    unit: Unit, calls: Sequence[DenoiserCall], walk: Walk, reference: nn.Module | None, float_walk: Walk | None
+    unit: Unit,
+    calls: Sequence[DenoiserCall],
+    walk: Walk,
+    reference: nn.Module | None,
+    float_walk: Walk | None,
+    folder: Path | None,
 ) -> list[Sighting]:
     """What enters the unit in every call in which it runs, and what it gives in the float network."""
     wanted = float_walk.advance(unit.name) if float_walk else [None] * len(calls)
@@ -135,7 +146,8 @@ def _sightings(
             continue
         target = None
         if reference is not None and intact is not None:
-            target = outputs_of(reference.get_submodule(unit.name)(*intact.args, **intact.kwargs))
+            with paged(folder):
+                target = outputs_of(reference.get_submodule(unit.name)(*intact.args, **intact.kwargs))
         found.append(Sighting(call.state, entering, target, intact))
     return found
 

@@ -46,9 +46,9 @@ class QuantizeConfig(Config):
     layer_act_bits: tuple[tuple[str, int], ...] = ()  # likewise for activations, where they are quantized at all
     component: tuple[str, ...] = ()  # empty: all denoisers
     settings: dict[str, Any] = Field(default_factory=dict)  # the method's own fields
-    cache_gb: FiniteFloat = Field(
-        4.0, gt=0
-    )  # what the calls of a calibration set may hold, in front of the units too; less: fewer calls
+    # what the calls of a calibration set may hold, in front of the units too, on the disk where memory is short; less:
+    # fewer calls
+    cache_gb: FiniteFloat = Field(4.0, gt=0)
     target: str = HERE  # machine that the result is to run on; changes what is said, not what is written
     measure: Literal["auto", "never"] = "auto"  # compare with the float pipeline at the end
     seed: int = Field(0, ge=0)

@@ -32,9 +32,9 @@ def calls_within(
     walks: int,
     seed: int,
     reporter: Reporter,
-) -> Sequence[DenoiserCall]:
+) -> tuple[Sequence[DenoiserCall], int]:
     """All calls, or as many as stay within the budget, drawn at random so that all moments of the run have their share;
-    a notice says so. Others are not loaded.
+    a notice says so. Others are not loaded. And the bytes that they hold together.
 
     Args:
         moments: at which call of its run each was made.
@@ -47,7 +47,7 @@ def calls_within(
     each = held_bytes(model, largest, units, walks=walks)
     fitting = int(budget_gb * GIGABYTE / max(1, each))
     if fitting >= len(calls):
-        return list(calls)
+        return list(calls), each * len(calls)
     if fitting < 1:
         raise ResourceError(
             f"one call of the calibration set holds {each / GIGABYTE:.1f} GB on its way through the network.",
@@ -56,7 +56,7 @@ def calls_within(
         )
     reporter.notice(f"{fitting} of the {len(calls)} calls of the calibration set fit into {budget_gb:g} GB.")
     generator = torch.Generator().manual_seed(named_seed(seed, "calls"))
-    return [calls[place] for place in spread_over(moments, fitting, generator)]
+    return [calls[place] for place in spread_over(moments, fitting, generator)], each * fitting
 
 
 def spread_over(moments: Sequence[int], count: int, generator: torch.Generator) -> list[int]:

@@ -3,13 +3,14 @@
 A calibrated method treats units in the order in which they run, each with the inputs that the treated units before it
 give. Running the whole network anew for every unit would cost units x calls evaluations. Here every call is evaluated
 once: a coroutine holds it, stops it where a unit is about to run, and keeps what the rest of the network needs.
-Memory: what lives in one denoiser evaluation, times the calls.
+Memory: what lives in one denoiser evaluation, times the calls; or as much of the disk (`quant/paging.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from ..runtime.trajectory import DenoiserCall
+from .paging import paged
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,13 @@ class Walk:
         model: changed in place between the steps, by changing weights and hooks of its modules.
         calls: what enters the denoiser.
         units: module names in the order in which they run; a unit that runs again later in a call is not stopped again.
+        folder: where what the calls hold is paged to; None: it stays in memory.
     """
 
-    def __init__(self, model: nn.Module, calls: Sequence[DenoiserCall], units: Sequence[str]) -> None:
+    def __init__(
+        self, model: nn.Module, calls: Sequence[DenoiserCall], units: Sequence[str], folder: Path | None = None
+    ) -> None:
+        self._folder = folder
         self._walkers = [_Walker(model, call) for call in calls]
         self._places = {name: place for place, name in enumerate(units)}
         self._at = -1
@@ -68,7 +74,11 @@ class Walk:
         if self._places.get(unit, -1) <= self._at:
             raise ValueError(f"{unit} is not a unit ahead")
         self._at = self._places[unit]
-        return [walker.advance(self._at) for walker in self._walkers]
+        return [self._advance(walker) for walker in self._walkers]
+
+    def _advance(self, walker: _Walker) -> UnitInput | None:
+        with paged(self._folder):
+            return walker.advance(self._at)
 
 
 class _Walker(greenlet.greenlet):

@@ -22,7 +22,7 @@ def calls(count, rows=500):
 
 def chosen(budget_gb, count=20, seed=0, walks=1):
     reporter = Reporter(quiet=True)
-    found = calls_within(
+    found, _ = calls_within(
         budget_gb, network(), calls(count), [0] * count, calls(1)[0], UNITS, walks=walks, seed=seed, reporter=reporter
     )
     return [int(call.args[0][0, 0]) for call in found], reporter.notices
@@ -60,7 +60,7 @@ class OnDisk(Sequence):
 
 def test_calls_that_do_not_fit_are_not_loaded():
     stored, each = OnDisk(calls(20)), held_bytes(network(), calls(1)[0], UNITS)
-    found = calls_within(
+    found, _ = calls_within(
         3.5 * each / 1e9,
         network(),
         stored,
