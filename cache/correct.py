@@ -80,7 +80,7 @@ class Pairs:
     ) -> dict[str, Moments]:
         """Take in one pair of calls of a batch; the moments of this batch alone, by name of the tables."""
         found: dict[str, Moments] = {}
-        for name, pair in _pairs(units, unit, kept, target):
+        for name, pair in value_pairs(units, unit, kept, target):
             found[name] = found[name] + Moments.of(*pair) if name in found else Moments.of(*pair)
         for name, own in found.items():
             known = self.moments.get((name, *calls))
@@ -120,7 +120,7 @@ def _mapped(stem: str, value: Any, maps: dict[str, tuple[Tensor, Tensor]]) -> An
     return tree_unflatten(found, form)
 
 
-def _pairs(
+def value_pairs(
     units: CachedUnits, unit: str, kept: list[Values], target: list[Values]
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """Name of the tables -> (reused, target) of every tensor that a unit keeps, branch by branch."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.cache_plan import CachePlan, CacheRecord, CorrectionId, Unit, UnitMacs
+from ..core.cache_plan import REUSE, CachePlan, CacheRecord, CorrectionId, Unit, UnitMacs
 from ..core.config import build_config
 from ..core.errors import ConfigError
 from ..core.reporter import Reporter
@@ -32,6 +32,7 @@ from .cost import feature_costs, output_cost
 from .fitting import RIDGES, Grams, fitted_plan
 from .forecast_cost import forecast_cost
 from .gating import gated_plan
+from .mixing import mixing_macs, with_mixing
 from .moving import Choice, Trial, best_choice
 from .objective import PlanObjective
 from .planned import blank_plan, planned
@@ -110,7 +111,9 @@ def search_component(
     cost = None
     if config.speedup is not None:
         cost = known_cost(known_costs, (unit,)) if known_costs else time_calls(denoiser, (unit,), calls, reporter)
-    computed = _budget(config, window.calls, macs, unit, cost)
+    rank = settings.rank if hasattr(settings, "rank") and settings.correct else 0
+    mixing = mixing_macs(denoiser, unit, calls, rank) if rank else 0
+    computed = _budget(config, window.calls, macs, unit, cost, mixing)
     if hasattr(method, "check"):
         method.check(window.calls, computed, settings)  # before the profile, which takes its time
     blank = blank_plan(denoiser, (unit,), macs, window.schedule, weights, config)
@@ -143,10 +146,12 @@ def search_component(
     plan, tables = profile.fitted(plan, ridge)
     if ridge is not None:
         chosen["ridge"] = ridge
-    elif tables and reference and settings.layers and layers_to_correct(denoiser, plan):
+    elif tables and rank:
+        plan, tables = with_mixing(pipe, component, plan, tables, rank, request, reporter, reference)
+    if ridge is None and tables and reference and settings.layers and layers_to_correct(denoiser, plan):
         plan, tables = _with_layers(pipe, component, plan, tables, request, reporter, reference)
     plan, tables = window.whole(plan, tables)
-    ratio = count_plan(pipe, component, plan, window, request, reporter)
+    ratio = count_plan(pipe, component, plan, window, request, reporter, mixing=mixing)
     if plan.gates:
         partial = 1 - macs.units[unit.id] / macs.full
         chosen["computed"] = round(window.calls * (ratio - partial) / (1 - partial), 1)
@@ -208,12 +213,22 @@ def _with_layers(
 
 
 def count_plan(
-    pipe: Any, component: str, plan: CachePlan, window: Window, request: RunRequest, reporter: Reporter
+    pipe: Any,
+    component: str,
+    plan: CachePlan,
+    window: Window,
+    request: RunRequest,
+    reporter: Reporter,
+    *,
+    mixing: int = 0,
 ) -> float:
     """Install a plan and count what a run of one sample costs with it, over one without; with a gate, what all the
     profiled runs do, since each decides by itself.
 
     A count that is not the predicted one is a notice: guidance that ends before the run does makes calls cheaper.
+
+    Args:
+        mixing: what the correction of a call that reuses costs; it is not installed here.
     """
     units = install_plan_(pipe, component, plan)
     if not plan.gates:
@@ -226,17 +241,20 @@ def count_plan(
     predicted = planned_macs(plan, units.containers) - plan.macs.full * (plan.calls - window.calls)
     if (full, cached) != (plan.macs.full * window.calls, predicted):
         reporter.notice(f"{component}: a run counts {cached} of {full} MACs; the plan predicts {predicted}")
-    return cached / full
+    return (cached + mixing * sum(codes.count(REUSE) for codes in plan.codes.values())) / full
 
 
-def _budget(config: SearchCacheConfig, calls: int, macs: UnitMacs, unit: Unit, cost: CallCost | None) -> int:
+def _budget(
+    config: SearchCacheConfig, calls: int, macs: UnitMacs, unit: Unit, cost: CallCost | None, mixing: int
+) -> int:
     """K."""
     if cost is not None:
         assert config.speedup is not None
         partial = cost.partial_seconds / cost.full_seconds
         return computed_calls(calls, 1 / config.speedup, partial, wish="speedup")
     assert config.macs_ratio is not None
-    return computed_calls(calls, config.macs_ratio, 1 - macs.units[unit.id] / macs.full, wish="macs")
+    partial = 1 - (macs.units[unit.id] - mixing) / macs.full
+    return computed_calls(calls, config.macs_ratio, partial, wish="macs")
 
 
 def known_cost(costs: Sequence[CallCost], units: tuple[Unit, ...]) -> CallCost:

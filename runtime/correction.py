@@ -3,13 +3,17 @@ Diffusion Models Jointly with Quantization and Caching (2025), arXiv 2503.01323,
 
     scale[call, channel] * value + shift[call, channel]
 
-and what it forecasts is in the same way fitted to the last H computed values, in place of a polynomial through them:
+and, where there are such tables, beside that of few ranks r, from all channels to all,
+
+    + sum over r of up[call, r, channel] * sum over channels c of down[call, r, c] * value_c
+
+What it forecasts is in the same way fitted to the last H computed values, in place of a polynomial through them:
 
     sum over j of weights[call, j, channel] * value_j + shift[call, channel]
 
 Channels are the second axis of a feature map, the last one of a token sequence. The tables of a unit that keeps several
 tensors are one pair for each of them. Early calls, that have fewer values, use the last rows of their weights.
-Letters: C calls of the plan's grid, H values that a forecast looks at, N channels.
+Letters: C calls of the plan's grid, H values that a forecast looks at, N channels, R ranks.
 """
 
 from __future__ import annotations
@@ -28,15 +32,16 @@ from ..core.safe_read import read_header
 from ..core.tensor_file import StoredTensor, content_hash
 
 MAP_DIMENSIONS = 4  # tensors of so many and more are feature maps
-SCALE, SHIFT, WEIGHTS = "scale", "shift", "weights"
-DIMENSIONS = {SCALE: 2, SHIFT: 2, WEIGHTS: 3}
+SCALE, SHIFT, WEIGHTS, DOWN, UP = "scale", "shift", "weights", "down", "up"
+DIMENSIONS = {SCALE: 2, SHIFT: 2, WEIGHTS: 3, DOWN: 3, UP: 3}
 
 
 class Correction:
     """The tables of one plan.
 
     Args:
-        tables: `table_name` and `scale` or `shift`, with a dot between -> (C, N), `weights` -> (C, H, N); float32.
+        tables: `table_name` and `scale` or `shift`, with a dot between -> (C, N), `weights` -> (C, H, N),
+            `down` and `up` -> (C, R, N); float32.
         plan: whose reused values they are for.
 
     Raises:
@@ -104,7 +109,12 @@ class Correction:
 
     def _corrected(self, name: str, call: int, value: Tensor) -> Tensor:
         scale, shift = (self._table(f"{name}.{part}", value)[call] for part in (SCALE, SHIFT))
-        return affine(value, scale, shift)
+        if f"{name}.{UP}" not in self.tables:
+            return affine(value, scale, shift)
+        down, up = (self._table(f"{name}.{part}", value)[call] for part in (DOWN, UP))
+        axis, wide = channel_axis(value), value.float()  # the summand takes back what the mean adds
+        mixed = wide.movedim(axis, -1) @ down.T @ up
+        return (affine(wide, scale, shift) + mixed.movedim(-1, axis)).to(value.dtype)
 
     def _moved(self, name: str, device: torch.device) -> Tensor:
         self.tables[name] = self.tables[name].to(device)
@@ -115,14 +125,20 @@ class Correction:
             raise BundleError("the correction of a cache plan is not what the plan says.", mend=_ANEW)
         for name, table in self.tables.items():
             stem, _, part = name.rpartition(".")
-            factor = next((kind for kind in (SCALE, WEIGHTS) if f"{stem}.{kind}" in self.tables), "")
-            other = self.tables.get(f"{stem}.{SHIFT if part == factor else factor}")
             fits = table.ndim == DIMENSIONS.get(part) and len(table) == plan.calls and table.dtype == torch.float32
-            if other is None or not fits or other.shape[-1] != table.shape[-1]:
+            others = [self.tables.get(f"{stem}.{other}") for other in self._beside(stem, part)]
+            if not fits or any(other is None or not _go_together(table, other) for other in others):
                 raise BundleError(
                     f"the correction table {name!r} {tuple(table.shape)} does not fit a plan of {plan.calls} calls.",
                     mend=_ANEW,
                 )
+
+    def _beside(self, stem: str, part: str) -> tuple[str, ...]:
+        """What must be there beside a table."""
+        if part in (DOWN, UP):
+            return SCALE, DOWN if part == UP else UP
+        factor = SCALE if f"{stem}.{SCALE}" in self.tables else WEIGHTS
+        return (SHIFT if part == factor else factor,)
 
 
 def read_correction(component_folder: Path, plan: CachePlan) -> Correction | None:
@@ -135,6 +151,11 @@ def read_correction(component_folder: Path, plan: CachePlan) -> Correction | Non
         return None
     file = component_folder / plan.correction.file
     return Correction({name: StoredTensor(file, info).load() for name, info in read_header(file).items()}, plan)
+
+
+def _go_together(table: Tensor, other: Tensor) -> bool:
+    """Equally many channels, and ranks."""
+    return table.shape == other.shape if table.ndim == other.ndim else table.shape[-1] == other.shape[-1]
 
 
 def affine(value: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

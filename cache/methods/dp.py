@@ -29,6 +29,7 @@ class DPConfig(Config):
     # the final sample; feature: L1 distance of the reused values, as published, which needs no further evaluations
     joint: bool = True  # on a quantized source: against what the float network computes, rounding errors included
     correct: bool = True  # fit an affine map per call and channel to what is reused
+    rank: int = Field(8, ge=0)  # and mix their channels in so many ranks; 0: each by itself, as published
     layers: bool = True  # on a quantized source: and to the outputs of the layers that read it, against the float ones
     trials: int = Field(24, ge=0)  # whole runs in which calls that compute are moved; more: better, longer
     bounds: bool = False  # groups of ceil(N / 2) to 2 N calls only, N = ceil(C / K), as the authors' program

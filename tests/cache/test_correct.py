@@ -117,8 +117,9 @@ def test_tables_lie_beside_the_weights_and_are_one_and_zero_where_everything_is_
     tables = load_file(corrected_bundle / "unet" / CORRECTION_NAME)
     assert f"unet/{CORRECTION_NAME}" in manifest.files
     assert verify_bundle(corrected_bundle) == []
-    assert {name.rpartition(".")[2] for name in tables} == {"scale", "shift"}
     for name, table in tables.items():
+        if name.endswith((".down", ".up")):  # see test_mixing.py
+            continue
         assert table.shape == (8, 16)
         plain = 1 if name.endswith("scale") else 0
         assert all((table[call] == plain).all() == (codes[call] == "C") for call in range(8))
@@ -228,7 +229,11 @@ def test_a_quantized_source_is_compared_with_the_float_one_where_that_is_found(u
 @pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize(
     ("method", "own"),
-    [("taylor", {"order": 1}), ("dp", {"layers": False}), ("dp", {"layers": False, "cost": "feature"})],
+    [
+        ("taylor", {"order": 1}),
+        ("dp", {"layers": False, "rank": 0}),
+        ("dp", {"layers": False, "rank": 0, "cost": "feature"}),
+    ],
 )
 def test_runs_on_a_quantized_source_are_compared_with_the_float_one_with_what_is_fitted(
     unet_folder, bundle_of, tmp_path, method, own, joint

@@ -44,6 +44,60 @@ def test_reused_values_are_mapped_by_call_and_channel(unet_pipeline):
         torch.testing.assert_close(entered[call], wanted)
 
 
+def mixing_tables(name: str, channels: int, rank: int = 2) -> dict[str, torch.Tensor]:
+    tables = tables_for(name, torch.rand(4, channels), torch.rand(4, channels))
+    return tables | {f"{name}.{part}": torch.randn(4, rank, channels) for part in ("down", "up")}
+
+
+def test_channels_of_maps_are_mixed_beside_that(unet_pipeline):
+    pipe = unet_pipeline()
+    name = "mid_block/mid_block/0"
+    plan, tables = with_tables(plan_for(pipe, {module("mid_block"): "CRRC"}), mixing_tables(name, 32))
+    entered: list[Any] = []
+    pipe.unet.up_blocks[0].register_forward_pre_hook(
+        lambda _, args, kwargs: entered.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]),
+        with_kwargs=True,
+    )
+    install_plan_(pipe, "unet", plan, Correction(tables, plan))
+    sample(pipe, REQUEST)
+    for call in (1, 2):
+        parts = {part: tables[f"{name}.{part}"][call] for part in ("scale", "shift", "down", "up")}
+        wide = [parts[part].reshape(1, -1, 1, 1) for part in ("scale", "shift")]
+        mixed = torch.einsum("bmhw,rm,rn->bnhw", entered[0], parts["down"], parts["up"])
+        torch.testing.assert_close(entered[call], wide[0] * entered[0] + wide[1] + mixed, rtol=1e-4, atol=1e-4)
+
+
+def test_channels_of_tokens_are_mixed_in_any_precision(dit_pipeline):
+    pipe = dit_pipeline()
+    name = "body/transformer_blocks.1/0"
+    plan, tables = with_tables(plan_for(pipe, {blocks(0, 2): "CRCR"}), mixing_tables(name, 64))
+    value = torch.randn(2, 16, 64).bfloat16()
+    parts = {part: tables[f"{name}.{part}"][1] for part in ("scale", "shift", "down", "up")}
+    wanted = parts["scale"] * value + parts["shift"] + value.float() @ parts["down"].T @ parts["up"]
+    found = Correction(tables, plan).apply("body", "transformer_blocks.1", 1, value)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted.bfloat16(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda name, tables: tables.pop(f"{name}.down"),
+        lambda name, tables: tables.update({f"{name}.down": torch.zeros(4, 3, 64)}),
+        lambda name, tables: [tables.pop(f"{name}.{part}") for part in ("scale", "shift")],
+        lambda name, tables: tables.update({f"{name}.up": torch.zeros(4, 64)}),
+    ],
+    ids=["one alone", "ranks", "no factors", "axes"],
+)
+def test_tables_that_do_not_mix_are_refused(dit_pipeline, edit):
+    name = "body/transformer_blocks.1/0"
+    tables = mixing_tables(name, 64)
+    edit(name, tables)
+    plan, tables = with_tables(plan_for(dit_pipeline(), {blocks(0, 2): "CRCR"}), tables)
+    with pytest.raises(BundleError, match="does not fit a plan of 4 calls"):
+        Correction(tables, plan)
+
+
 def test_one_and_zero_change_nothing(dit_pipeline):
     pipe = dit_pipeline()
     plan = plan_for(pipe, {blocks(0, 2): "CRCR"})

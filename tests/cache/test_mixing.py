@@ -1,0 +1,154 @@
+"""The correction that mixes channels, against the least squares that it stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import dacc
+from dacc import SearchCacheConfig, search_cache, verify_bundle
+from dacc.cache import mixing
+from dacc.cache.mixing import RIDGE, SecondMoments
+from dacc.core.cache_plan import CORRECTION_NAME
+from dacc.core.manifest import read_manifest
+from dacc.core.reporter import Reporter
+from dacc.core.seeds import seed_stream
+from dacc.runtime.compare import relative_l2
+from dacc.runtime.macs import counting_calls
+from dacc.runtime.request import RunRequest
+from dacc.runtime.trajectory import sample
+
+QUICK = {"macs_ratio": 0.6, "steps": 8, "samples": 2, "measure": "never", "method": "dp"}
+SHAPES = pytest.mark.parametrize("shape", [(6, 5, 8, 8), (6, 64, 5)], ids=["map", "tokens"])
+
+
+def rows(value: Tensor) -> Tensor:
+    return value.movedim(1, -1).flatten(0, -2) if value.ndim == 4 else value.flatten(0, -2)
+
+
+def made(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Correlated channels with means, and a target that is not a linear map of them."""
+    torch.manual_seed(0)
+    x = rows(torch.randn(shape)) @ torch.randn(5, 5) * torch.tensor([1.0, 3.0, 0.2, 1.0, 8.0]) + torch.arange(5.0)
+    y = x @ torch.randn(5, 5) + 0.01 * x.square() + torch.randn(len(x), 5)
+    tokens = [value.reshape(*shape[:1], -1, 5) for value in (x, y)]
+    back = [value.movedim(-1, 1).reshape(shape) if len(shape) == 4 else value for value in tokens]
+    return back[0], back[1]
+
+
+def affine_of(x: Tensor, y: Tensor) -> Tensor:
+    a, b = rows(x).double(), rows(y).double()
+    return ((a - a.mean(0)) * (b - b.mean(0))).mean(0) / a.var(0, correction=0)
+
+
+@SHAPES
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_the_fit_is_that_of_reduced_rank_regression(shape, rank):
+    x, y = made(shape)
+    scale = affine_of(x, y).float()
+    parts = [SecondMoments.of(x[:2], y[:2]), SecondMoments.of(x[2:], y[2:])]
+    down, up, shift = (parts[0] + parts[1]).fit(scale, rank)
+    assert down.shape == up.shape == (rank, 5)
+    a, b = rows(x).double(), rows(y).double()
+    centred = a - a.mean(0)
+    left = b - b.mean(0) - centred * scale
+    # the ridge as rows of its own: least squares by QR instead of normal equations
+    weights = (RIDGE * len(a) * a.var(0, correction=0)).sqrt().diag()
+    full = torch.linalg.lstsq(torch.cat([centred, weights]), torch.cat([left, torch.zeros_like(weights)])).solution
+    _, _, directions = torch.linalg.svd(centred @ full, full_matrices=False)
+    wanted = centred @ full @ directions[:rank].T @ directions[:rank] + b.mean(0) + centred * scale
+    found = a * scale + a @ down.double().T @ up.double() + shift
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(b.std()))
+
+
+@SHAPES
+def test_each_rank_comes_nearer(shape):
+    x, y = made(shape)
+    scale = affine_of(x, y).float()
+    moments = SecondMoments.of(x, y)
+    a, b = rows(x), rows(y)
+    errors = [float((a * scale + (b - a * scale).mean(0) - b).square().mean())]
+    for rank in range(1, 6):
+        down, up, shift = moments.fit(scale, rank)
+        errors.append(float((a * scale + a @ down.T @ up + shift - b).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.5 * errors[0]
+
+
+def test_a_channel_that_is_still_is_no_trouble():
+    x, y = made((6, 5, 8, 8))
+    x[:, 2] = 0.25
+    scale = torch.ones(5)
+    down, up, shift = SecondMoments.of(x, y).fit(scale, 2)
+    assert all(part.isfinite().all() for part in (down, up, shift))
+    still = SecondMoments.of(torch.zeros(2, 5, 4, 4), torch.ones(2, 5, 4, 4)).fit(scale, 2)
+    assert torch.equal(still[2], torch.ones(5))
+
+
+@pytest.fixture(scope="module")
+def mixed_bundle(unet_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("mixed") / "bundle"
+    config = SearchCacheConfig(**QUICK, settings={"rank": 3})
+    return search_cache(unet_folder, config, output=output, device="cpu")
+
+
+def test_the_tables_have_the_ranks_and_are_zero_where_everything_is_computed(mixed_bundle):
+    record = read_manifest(mixed_bundle).components["unet"]
+    codes = record.cache.plan.codes["deep"]
+    tables = load_file(mixed_bundle / "unet" / CORRECTION_NAME)
+    assert verify_bundle(mixed_bundle) == []
+    assert {name.rpartition(".")[2] for name in tables} == {"scale", "shift", "down", "up"}
+    for name, table in tables.items():
+        if name.endswith((".down", ".up")):
+            assert table.shape == (8, 3, 16)
+            assert all((table[call] == 0).all() == (codes[call] == "C") for call in range(8))
+
+
+def test_what_mixing_costs_is_counted(mixed_bundle, unet_folder):
+    totals = []
+    for folder in (mixed_bundle, unet_folder):
+        pipe: Any = dacc.load(folder, device="cpu")
+        with counting_calls(pipe.unet) as total:
+            sample(pipe, RunRequest(seeds=(5,), num_inference_steps=8))
+        totals.append(total.macs)
+    record = read_manifest(mixed_bundle).components["unet"].cache
+    assert record.macs_ratio == pytest.approx(totals[0] / totals[1], abs=1e-4)
+
+
+def test_it_is_nearer_than_channel_by_channel_on_what_it_was_fitted_to(unet_folder, mixed_bundle):
+    config = SearchCacheConfig(**QUICK, settings={"rank": 0})
+    plain = search_cache(unet_folder, config, output="plain", device="cpu")
+    request = RunRequest(seeds=seed_stream("search", 0, 2), num_inference_steps=8)
+    wanted = sample(dacc.load(unet_folder, device="cpu"), request).latents
+    mixed, own = (
+        relative_l2(wanted, sample(dacc.load(folder, device="cpu"), request).latents).mean()
+        for folder in (mixed_bundle, plain)
+    )
+    assert mixed < own
+
+
+def test_more_channels_than_fit_are_a_notice(unet_folder, monkeypatch):
+    monkeypatch.setattr(mixing, "WIDEST", 8)
+    reporter = Reporter(quiet=True)
+    bundle = search_cache(unet_folder, SearchCacheConfig(**QUICK), output="wide", device="cpu", reporter=reporter)
+    tables = load_file(bundle / "unet" / CORRECTION_NAME)
+    assert {name.rpartition(".")[2] for name in tables} == {"scale", "shift"}
+    assert [notice for notice in reporter.notices if "16 channels, more than 8" in notice]
+
+
+@pytest.mark.slow
+def test_on_a_trained_pipeline_other_images_are_nearer_too(tmp_path):
+    fields = {"macs_ratio": 0.4, "steps": 20, "samples": 4, "measure": "never", "method": "dp"}
+    request = RunRequest(seeds=seed_stream("effect", 0, 8), num_inference_steps=20, batch_size=8)
+    wanted = sample(dacc.load("zoo:digits-unet", device="cpu"), request).latents
+    errors = {}
+    for rank in (0, 8):
+        config = SearchCacheConfig(**fields, settings={"cost": "feature", "trials": 0, "rank": rank})
+        bundle = search_cache("zoo:digits-unet", config, output=tmp_path / str(rank), device="cpu")
+        errors[rank] = float(relative_l2(wanted, sample(dacc.load(bundle, device="cpu"), request).latents).mean())
+    assert errors[8] < 0.95 * errors[0]
