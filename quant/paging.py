@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import mmap
+import os
 import shutil
 import tempfile
 from collections import defaultdict
@@ -86,13 +87,20 @@ def _is_worth_it(tensors: list[Tensor]) -> bool:
 
 
 def _move(memories: list[list[Tensor]], folder: Path) -> None:
-    """Put each memory, behind some tensors, into a file."""
+    """Put each memory, behind some tensors, into a file.
+
+    Raises:
+        OSError: the disk is full.
+    """
     sizes = [_bytes(tensors) for tensors in memories]
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + -(-size // ALIGNED) * ALIGNED)
     with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(starts[-1])
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, starts[-1])  # a full disk is an error here, the end of the process later
+        else:
+            file.truncate(starts[-1])
         mapped = mmap.mmap(file.fileno(), starts[-1])
     for tensors, start, size in zip(memories, starts[:-1], sizes, strict=True):
         kept = torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=start)

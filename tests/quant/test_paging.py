@@ -1,3 +1,4 @@
+import errno
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +74,16 @@ def test_without_a_folder_nothing_moves():
         x = torch.zeros(5000)
         before = where(x)
     assert where(x) == before
+
+
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(paging.os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space left"), paged(tmp_path):
+        x = torch.ones(5000)
+    assert float(x.sum()) == 5000.0
 
 
 def test_calls_walk_on_with_the_same_bits(tmp_path):
