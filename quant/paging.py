@@ -98,7 +98,7 @@ def _move(memories: list[list[Tensor]], folder: Path) -> None:
         starts.append(starts[-1] + -(-size // ALIGNED) * ALIGNED)
     with tempfile.TemporaryFile(dir=folder) as file:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, starts[-1])  # a full disk is an error here, the end of the process later
+            os.posix_fallocate(file.fileno(), 0, starts[-1])  # on a full disk an error; later it would end the process
         else:
             file.truncate(starts[-1])
         mapped = mmap.mmap(file.fileno(), starts[-1])
