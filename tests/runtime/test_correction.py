@@ -27,16 +27,22 @@ def tables_for(name: str, scale: torch.Tensor, shift: torch.Tensor) -> dict[str,
     return {f"{name}.scale": scale, f"{name}.shift": shift}
 
 
-def test_reused_values_are_mapped_by_call_and_channel(unet_pipeline):
-    pipe = unet_pipeline()
-    plan = plan_for(pipe, {module("mid_block"): "CRRC"})
-    scale, shift = torch.rand(4, 32), torch.rand(4, 32)
-    plan, tables = with_tables(plan, tables_for("mid_block/mid_block/0", scale, shift))
+def watch_first_up_block(pipe: Any) -> list[Any]:
+    """What enters it, call by call."""
     entered: list[Any] = []
     pipe.unet.up_blocks[0].register_forward_pre_hook(
         lambda _, args, kwargs: entered.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]),
         with_kwargs=True,
     )
+    return entered
+
+
+def test_reused_values_are_mapped_by_call_and_channel(unet_pipeline):
+    pipe = unet_pipeline()
+    plan = plan_for(pipe, {module("mid_block"): "CRRC"})
+    scale, shift = torch.rand(4, 32), torch.rand(4, 32)
+    plan, tables = with_tables(plan, tables_for("mid_block/mid_block/0", scale, shift))
+    entered = watch_first_up_block(pipe)
     install_plan_(pipe, "unet", plan, Correction(tables, plan))
     sample(pipe, REQUEST)
     for call in (1, 2):
@@ -53,11 +59,7 @@ def test_channels_of_maps_are_mixed_beside_that(unet_pipeline):
     pipe = unet_pipeline()
     name = "mid_block/mid_block/0"
     plan, tables = with_tables(plan_for(pipe, {module("mid_block"): "CRRC"}), mixing_tables(name, 32))
-    entered: list[Any] = []
-    pipe.unet.up_blocks[0].register_forward_pre_hook(
-        lambda _, args, kwargs: entered.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]),
-        with_kwargs=True,
-    )
+    entered = watch_first_up_block(pipe)
     install_plan_(pipe, "unet", plan, Correction(tables, plan))
     sample(pipe, REQUEST)
     for call in (1, 2):
