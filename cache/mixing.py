@@ -13,6 +13,7 @@ Letters: C calls, N channels, r ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,8 @@ from ..runtime.trajectory import DenoiserCall
 from .capture import capture_batches, record
 from .correct import both_hooked, value_pairs
 
-RIDGE = 0.01  # more: less is mixed, which bends less to noise
+RIDGES = (0.01, 0.1, 1.0)  # more: less is mixed, which bends less to noise; whole runs choose
+RIDGE = 0.1  # where none are made
 WIDEST = 1536  # channels; second moments of more would fill memory
 
 
@@ -62,18 +64,21 @@ class SecondMoments:
             self.xy + other.xy,
         )
 
-    def fit(self, scale: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    def fit(self, scale: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
         """Down and up (r, N) and the shift (N,), float32: scale x + shift + up^T down x.
 
         Args:
             scale: (N,) of the correction channel by channel, which stays.
+            ridge: in parts of each channel's variance.
         """
         factor, x, y = scale.double(), self.x / self.count, self.y / self.count
         covariance = self.xx / self.count - x.outer(x)
         variance = covariance.diagonal().clamp(min=0)
         left = self.xy / self.count - x.outer(y) - covariance * factor
-        ridge = RIDGE * variance + 1e-9 * variance.max() + torch.finfo(torch.float32).tiny  # of channels that are still
-        mixed = torch.linalg.solve(covariance + ridge.diag(), left)
+        added = (
+            ridge * variance + 1e-9 * variance.max() + torch.finfo(torch.float32).tiny
+        )  # for channels that are still
+        mixed = torch.linalg.solve(covariance + added.diag(), left)
         _, directions = torch.linalg.eigh(mixed.T @ covariance @ mixed)
         up = directions[:, -rank:].T
         down = (mixed @ up.T).T
@@ -95,35 +100,52 @@ def mixing_macs(denoiser: nn.Module, unit: Unit, calls: list[DenoiserCall], rank
     return sum(2 * min(rank, width) * value.numel() for value in kept if (width := _width(value)) <= WIDEST)
 
 
-def with_mixing(
-    pipe: Any,
-    component: str,
+def best_mixing(
     plan: CachePlan,
     tables: dict[str, Tensor],
+    moments: Mapping[tuple[str, int], SecondMoments],
     rank: int,
-    request: RunRequest,
-    reporter: Reporter,
-    reference: Any | None = None,
+    error: Callable[[CachePlan, dict[str, Tensor]], float] | None,
+) -> tuple[CachePlan, dict[str, Tensor], float | None]:
+    """A plan, its tables and the ridge: with the channels mixed as is best for whole runs of other samples than the
+    moments are of, or not mixed, None, where no ridge of `RIDGES` makes these runs better.
+
+    Args:
+        plan, tables, moments, rank: see `with_mixing`.
+        error: of a run; None: no runs are made, the ridge is `RIDGE`.
+    """
+    if error is None:
+        return *with_mixing(plan, tables, moments, rank, RIDGE), RIDGE
+    best: tuple[CachePlan, dict[str, Tensor], float | None] = plan, tables, None
+    least = error(plan, tables)
+    for ridge in RIDGES:
+        mixed = with_mixing(plan, tables, moments, rank, ridge)
+        if (found := error(*mixed)) < least:
+            best, least = (*mixed, ridge), found
+    return best
+
+
+def with_mixing(
+    plan: CachePlan,
+    tables: dict[str, Tensor],
+    moments: Mapping[tuple[str, int], SecondMoments],
+    rank: int,
+    ridge: float,
 ) -> tuple[CachePlan, dict[str, Tensor]]:
     """A plan with the correction of all channels together, and its tables.
 
     Args:
         plan: of one unit, with the correction of what it reuses channel by channel.
         tables: of that correction.
+        moments: of what it reuses, see `mixing_moments`.
         rank: r, at least 1; no more than there are channels is used.
-        request: the runs to profile.
-        reference: the float pipeline; None: the pipeline itself gives inputs and targets.
+        ridge: in parts of each channel's variance.
     """
     found = {name: table.clone() for name, table in tables.items()}
-    for (name, call), own in _moments(pipe, component, plan, tables, request, reporter, reference).items():
-        down, up, found[f"{name}.{SHIFT}"][call] = own.fit(tables[f"{name}.{SCALE}"][call], rank)
+    for (name, call), own in moments.items():
+        down, up, found[f"{name}.{SHIFT}"][call] = own.fit(tables[f"{name}.{SCALE}"][call], rank, ridge)
         for part, values in ((DOWN, down), (UP, up)):
             found.setdefault(f"{name}.{part}", torch.zeros(plan.calls, *values.shape))[call] = values
-    for name in sorted(_wide(tables)):
-        reporter.notice(
-            f"{component}: {name} has {tables[f'{name}.{SCALE}'].shape[1]} channels, more than {WIDEST}: each is "
-            "corrected by itself, they are not mixed"
-        )
     return plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(found))}), found
 
 
@@ -140,7 +162,7 @@ def _wide(tables: dict[str, Tensor]) -> set[str]:
     }
 
 
-def _moments(
+def mixing_moments(
     pipe: Any,
     component: str,
     plan: CachePlan,
@@ -149,10 +171,24 @@ def _moments(
     reporter: Reporter,
     reference: Any | None,
 ) -> dict[tuple[str, int], SecondMoments]:
-    """Of what each call of the plan reuses beside what is wanted there, by name of the tables and call."""
+    """Of what each call of the plan reuses beside what is wanted there, by name of the tables and call. Of tensors with
+    more than `WIDEST` channels there are none, which is a notice.
+
+    Args:
+        pipe: without plans.
+        plan: of one unit, with the correction of what it reuses channel by channel.
+        tables: of that correction.
+        request: the runs to profile.
+        reference: the float pipeline; None: the pipeline itself gives inputs and targets.
+    """
     (unit,) = (unit.id for unit in plan.units)
     found: dict[tuple[str, int], SecondMoments] = {}
     wide = _wide(tables)
+    for name in sorted(wide):
+        reporter.notice(
+            f"{component}: {name} has {tables[f'{name}.{SCALE}'].shape[1]} channels, more than {WIDEST}: each is "
+            "corrected by itself, they are not mixed"
+        )
     with both_hooked(pipe, reference, component, plan) as (units, targets):
         rows = plan_rows(plan.codes, units.containers)
         for _, calls in capture_batches(reference or pipe, component, request, reporter, "mixing channels"):

@@ -32,7 +32,7 @@ from .cost import feature_costs, output_cost
 from .fitting import RIDGES, Grams, fitted_plan
 from .forecast_cost import forecast_cost
 from .gating import gated_plan
-from .mixing import mixing_macs, with_mixing
+from .mixing import best_mixing, mixing_macs, mixing_moments
 from .moving import Choice, Trial, best_choice
 from .objective import PlanObjective
 from .planned import blank_plan, planned
@@ -120,12 +120,11 @@ def search_component(
     profile = _profile(pipe, component, blank, window, method, settings, request, computed, reporter, reference)
     chosen: dict[str, int | float | str] = {"calls": window.calls}
     ridge = None
+    objective = None
     if profile.told and getattr(settings, "trials", 0) > 0:
         candidates = method.candidates(window.calls, computed, settings, *profile.told)
-        others = deciding(request, config)
-        trial = _run_trials(
-            pipe, component, blank, window, method, settings, candidates, others, reporter, reference, profile
-        )
+        objective = PlanObjective(pipe, component, blank, window, deciding(request, config), reference)
+        trial = _run_trials(objective, method, settings, candidates, profile, reporter)
         remove_plans_(pipe)  # the last one that was tried
         assert trial.best is not None
         settings, places, ridge = trial.best.settings, trial.best.places, trial.best.ridge
@@ -146,8 +145,11 @@ def search_component(
     plan, tables = profile.fitted(plan, ridge)
     if ridge is not None:
         chosen["ridge"] = ridge
-    elif tables and rank:
-        plan, tables = with_mixing(pipe, component, plan, tables, rank, request, reporter, reference)
+    elif tables and rank and (moments := mixing_moments(pipe, component, plan, tables, request, reporter, reference)):
+        plan, tables, mixed = best_mixing(plan, tables, moments, rank, objective.error if objective else None)
+        remove_plans_(pipe)
+        chosen["mixing_ridge"] = "none" if mixed is None else mixed
+        mixing = 0 if mixed is None else mixing
     if ridge is None and tables and reference and settings.layers and layers_to_correct(denoiser, plan):
         plan, tables = _with_layers(pipe, component, plan, tables, request, reporter, reference)
     plan, tables = window.whole(plan, tables)
@@ -166,20 +168,15 @@ def deciding(request: RunRequest, config: SearchCacheConfig) -> RunRequest:
 
 
 def _run_trials(
-    pipe: Any,
-    component: str,
-    blank: CachePlan,
-    window: Window,
+    objective: PlanObjective,
     method: ModuleType,
     settings: Any,
     candidates: list[Choice],
-    request: RunRequest,
-    reporter: Reporter,
-    reference: Any | None,
     profile: Profile,
+    reporter: Reporter,
 ) -> Trial:
     """The candidate whose runs are nearest to those without a plan, its calls moved for as long as that helps."""
-    objective = PlanObjective(pipe, component, blank, window, request, reference)
+    blank = objective.blank
     with closing(reporter.progress(range(max(settings.trials, len(candidates))), "trying plans")) as runs:
 
         def error(choice: Choice) -> float:

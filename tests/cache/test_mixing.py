@@ -13,11 +13,12 @@ from torch import Tensor
 import dacc
 from dacc import SearchCacheConfig, search_cache, verify_bundle
 from dacc.cache import mixing
-from dacc.cache.mixing import RIDGE, SecondMoments
-from dacc.core.cache_plan import CORRECTION_NAME
+from dacc.cache.mixing import RIDGE, RIDGES, SecondMoments, best_mixing, with_mixing
+from dacc.core.cache_plan import CORRECTION_NAME, CachePlan, CorrectionId
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import Reporter
 from dacc.core.seeds import seed_stream
+from dacc.core.tensor_file import content_hash
 from dacc.runtime.compare import relative_l2
 from dacc.runtime.macs import counting_calls
 from dacc.runtime.request import RunRequest
@@ -48,17 +49,18 @@ def affine_of(x: Tensor, y: Tensor) -> Tensor:
 
 @SHAPES
 @pytest.mark.parametrize("rank", [1, 3, 5])
-def test_the_fit_is_that_of_reduced_rank_regression(shape, rank):
+@pytest.mark.parametrize("ridge", RIDGES)
+def test_the_fit_is_that_of_reduced_rank_regression(shape, ridge, rank):
     x, y = made(shape)
     scale = affine_of(x, y).float()
     parts = [SecondMoments.of(x[:2], y[:2]), SecondMoments.of(x[2:], y[2:])]
-    down, up, shift = (parts[0] + parts[1]).fit(scale, rank)
+    down, up, shift = (parts[0] + parts[1]).fit(scale, rank, ridge)
     assert down.shape == up.shape == (rank, 5)
     a, b = rows(x).double(), rows(y).double()
     centred = a - a.mean(0)
     left = b - b.mean(0) - centred * scale
     # the ridge as rows of its own: least squares by QR instead of normal equations
-    weights = (RIDGE * len(a) * a.var(0, correction=0)).sqrt().diag()
+    weights = (ridge * len(a) * a.var(0, correction=0)).sqrt().diag()
     full = torch.linalg.lstsq(torch.cat([centred, weights]), torch.cat([left, torch.zeros_like(weights)])).solution
     _, _, directions = torch.linalg.svd(centred @ full, full_matrices=False)
     wanted = centred @ full @ directions[:rank].T @ directions[:rank] + b.mean(0) + centred * scale
@@ -74,7 +76,7 @@ def test_each_rank_comes_nearer(shape):
     a, b = rows(x), rows(y)
     errors = [float((a * scale + (b - a * scale).mean(0) - b).square().mean())]
     for rank in range(1, 6):
-        down, up, shift = moments.fit(scale, rank)
+        down, up, shift = moments.fit(scale, rank, RIDGES[0])
         errors.append(float((a * scale + a @ down.T @ up + shift - b).square().mean()))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.5 * errors[0]
@@ -84,9 +86,9 @@ def test_a_channel_that_is_still_is_no_trouble():
     x, y = made((6, 5, 8, 8))
     x[:, 2] = 0.25
     scale = torch.ones(5)
-    down, up, shift = SecondMoments.of(x, y).fit(scale, 2)
+    down, up, shift = SecondMoments.of(x, y).fit(scale, 2, RIDGE)
     assert all(part.isfinite().all() for part in (down, up, shift))
-    still = SecondMoments.of(torch.zeros(2, 5, 4, 4), torch.ones(2, 5, 4, 4)).fit(scale, 2)
+    still = SecondMoments.of(torch.zeros(2, 5, 4, 4), torch.ones(2, 5, 4, 4)).fit(scale, 2, RIDGE)
     assert torch.equal(still[2], torch.ones(5))
 
 
@@ -107,6 +109,61 @@ def test_the_tables_have_the_ranks_and_are_zero_where_everything_is_computed(mix
         if name.endswith((".down", ".up")):
             assert table.shape == (8, 3, 16)
             assert all((table[call] == 0).all() == (codes[call] == "C") for call in range(8))
+
+
+@pytest.fixture
+def unmixed(mixed_bundle: Path) -> tuple[CachePlan, dict[str, Tensor], dict[tuple[str, int], SecondMoments]]:
+    """A plan and tables of each channel by itself, and moments of the calls that reuse."""
+    plan = read_manifest(mixed_bundle).components["unet"].cache.plan
+    tables = {
+        name: table
+        for name, table in load_file(mixed_bundle / "unet" / CORRECTION_NAME).items()
+        if name.endswith((".scale", ".shift"))
+    }
+    plan = plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables))})
+    (stem,) = {name.rpartition(".")[0] for name in tables}
+    reused = [call for call, code in enumerate(plan.codes["deep"]) if code == "R"]
+    torch.manual_seed(0)
+    moments = {
+        (stem, call): SecondMoments.of(torch.randn(2, 16, 4, 4), torch.randn(2, 16, 4, 4)) for call in reused[:-1]
+    }
+    return plan, tables, moments
+
+
+@pytest.mark.parametrize(
+    ("errors", "chosen"),
+    [
+        ((0.5, 0.4, 0.3, 0.35), RIDGES[1]),
+        ((0.5, 0.6, 0.5, float("inf")), None),  # no better is not mixed
+        ((float("inf"), 0.4, 0.4, 0.4), RIDGES[0]),
+    ],
+)
+def test_whole_runs_choose_the_ridge_or_none(errors, chosen, unmixed):
+    plan, tables, moments = unmixed
+    seen: list[dict[str, Tensor]] = []
+
+    def error(tried: CachePlan, of: dict[str, Tensor]) -> float:
+        assert tried.correction.sha256 == content_hash(of)
+        seen.append(of)
+        return errors[len(seen) - 1]
+
+    found, best, ridge = best_mixing(plan, tables, moments, 2, error)
+    assert ridge == chosen
+    assert len(seen) == len(errors)
+    wanted = (plan, tables) if chosen is None else with_mixing(plan, tables, moments, 2, chosen)
+    assert (found, content_hash(best)) == (wanted[0], content_hash(wanted[1]))
+
+
+def test_without_runs_the_ridge_is_fixed(unmixed):
+    plan, tables, moments = unmixed
+    found, best, ridge = best_mixing(plan, tables, moments, 2, None)
+    assert ridge == RIDGE
+    assert found.correction.sha256 == content_hash(best)
+    (stem,) = {name.rpartition(".")[0] for name in tables}
+    for call in range(plan.calls):
+        assert best[f"{stem}.up"][call].ne(0).any() == ((stem, call) in moments)
+        assert torch.equal(best[f"{stem}.scale"][call], tables[f"{stem}.scale"][call])
+        assert torch.equal(best[f"{stem}.shift"][call], tables[f"{stem}.shift"][call]) == ((stem, call) not in moments)
 
 
 def test_what_mixing_costs_is_counted(mixed_bundle, unet_folder):
