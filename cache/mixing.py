@@ -105,24 +105,34 @@ def best_mixing(
     tables: dict[str, Tensor],
     moments: Mapping[tuple[str, int], SecondMoments],
     rank: int,
-    error: Callable[[CachePlan, dict[str, Tensor]], float] | None,
+    errors: Callable[[CachePlan, dict[str, Tensor]], Tensor] | None,
 ) -> tuple[CachePlan, dict[str, Tensor], float | None]:
     """A plan, its tables and the ridge: with the channels mixed as is best for whole runs of other samples than the
-    moments are of, or not mixed, None, where no ridge of `RIDGES` makes these runs better.
+    moments are of, or not mixed, None, where no ridge of `RIDGES` makes these runs clearly better.
 
     Args:
         plan, tables, moments, rank: see `with_mixing`.
-        error: of a run; None: no runs are made, the ridge is `RIDGE`.
+        errors: (S,) of the samples of a run; None: no runs are made, the ridge is `RIDGE`.
     """
-    if error is None:
+    if errors is None:
         return *with_mixing(plan, tables, moments, rank, RIDGE), RIDGE
     best: tuple[CachePlan, dict[str, Tensor], float | None] = plan, tables, None
-    least = error(plan, tables)
+    unmixed = errors(plan, tables)
+    least = float("inf")
     for ridge in RIDGES:
         mixed = with_mixing(plan, tables, moments, rank, ridge)
-        if (found := error(*mixed)) < least:
-            best, least = (*mixed, ridge), found
+        found = errors(*mixed)
+        if is_clearly_less(found, unmixed) and float(found.mean()) < least:
+            best, least = (*mixed, ridge), float(found.mean())
     return best
+
+
+def is_clearly_less(errors: Tensor, others: Tensor) -> bool:
+    """Whether the mean over samples falls by more than the standard error of what it falls by; both (S,)."""
+    gain = others - errors
+    if not gain.isfinite().all():
+        return bool(errors.mean() < others.mean())
+    return float(gain.mean()) > float(gain.std(correction=0)) / max(len(gain) - 1, 1) ** 0.5
 
 
 def with_mixing(

@@ -46,9 +46,13 @@ class PlanObjective:
 
     def error(self, plan: CachePlan, tables: dict[str, Tensor] | None = None) -> float:
         """Mean relative L2 of the final samples of a plan of these units; infinite where they are not finite."""
+        return float(self.errors(plan, tables).mean())
+
+    def errors(self, plan: CachePlan, tables: dict[str, Tensor] | None = None) -> Tensor:
+        """That of every sample: (S,)."""
         self._window.install_(self._pipe, self._component, plan, tables)
-        error = float(relative_l2(self._wanted, self._final(self._pipe)).mean())
-        return error if math.isfinite(error) else math.inf  # nan would be neither better nor worse than any other
+        errors = relative_l2(self._wanted, self._final(self._pipe))
+        return errors.nan_to_num(nan=math.inf)  # nan would be neither better nor worse than any other
 
     def macs_ratio(self, plan: CachePlan) -> float:
         """Predicted multiply-accumulates of a run over those without plan; nothing is run."""

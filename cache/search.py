@@ -146,7 +146,7 @@ def search_component(
     if ridge is not None:
         chosen["ridge"] = ridge
     elif tables and rank and (moments := mixing_moments(pipe, component, plan, tables, request, reporter, reference)):
-        plan, tables, mixed = best_mixing(plan, tables, moments, rank, objective.error if objective else None)
+        plan, tables, mixed = best_mixing(plan, tables, moments, rank, objective.errors if objective else None)
         remove_plans_(pipe)
         chosen["mixing_ridge"] = "none" if mixed is None else mixed
         mixing = 0 if mixed is None else mixing

@@ -3,7 +3,8 @@ call and reuses what that gave until its end. Of all ways to cut a run into K gr
 
     D(i, j) = sum over t = i ... j - 1 of cost[i, t],    M(n, k) = min over j of M(j, k - 1) + D(j, n)
 
-Whole runs then move calls for as long as they get better (`cache/moving.py`), which is not in the paper.
+Whole runs then move calls, of these groups or of equal ones, for as long as they get better (`cache/moving.py`), which
+is not in the paper.
 cost[i, t] is what it does to reuse at call t what call i computed, profiled on runs that compute everything. On a
 quantized network cost[i, i] is the error of a full call and counts too.
 Letters: C calls of a run, K groups, which is also the number of calls that compute.
@@ -81,8 +82,10 @@ def schedule(calls: int, computed: int, config: DPConfig, cost: list[list[float]
 
 
 def candidates(calls: int, computed: int, config: DPConfig, cost: list[list[float]]) -> list[Choice]:
-    """What whole runs start from. Arguments as for `schedule`."""
-    return [Choice(config, schedule(calls, computed, config, cost))]
+    """What whole runs start from: the cheapest groups, and equal ones, since costs are those of single calls.
+    Arguments as for `schedule`."""
+    even = tuple(group * calls // computed for group in range(computed))
+    return [Choice(config, places) for places in dict.fromkeys((schedule(calls, computed, config, cost), even))]
 
 
 def segment_costs(cost: list[list[float]]) -> list[list[float]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 import dacc
 from dacc import SearchCacheConfig, search_cache, verify_bundle
 from dacc.cache import mixing
-from dacc.cache.mixing import RIDGE, RIDGES, SecondMoments, best_mixing, with_mixing
+from dacc.cache.mixing import RIDGE, RIDGES, SecondMoments, best_mixing, is_clearly_less, with_mixing
 from dacc.core.cache_plan import CORRECTION_NAME, CachePlan, CorrectionId
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import Reporter
@@ -130,28 +130,37 @@ def unmixed(mixed_bundle: Path) -> tuple[CachePlan, dict[str, Tensor], dict[tupl
     return plan, tables, moments
 
 
+INFINITE = [float("inf")] * 3
+
+
 @pytest.mark.parametrize(
     ("errors", "chosen"),
     [
-        ((0.5, 0.4, 0.3, 0.35), RIDGES[1]),
-        ((0.5, 0.6, 0.5, float("inf")), None),  # no better is not mixed
-        ((float("inf"), 0.4, 0.4, 0.4), RIDGES[0]),
+        (([0.4, 0.5, 0.6], [0.3, 0.5, 0.5], [0.2, 0.4, 0.5], [0.3, 0.4, 0.5]), RIDGES[1]),
+        (([0.4, 0.5, 0.6], [0.4, 0.5, 0.6], [0.5, 0.5, 0.6], INFINITE), None),
+        (([0.4, 0.5, 0.6], [0.1, 0.6, 0.7], [0.3, 0.4, 0.6], [0.4, 0.5, 0.6]), RIDGES[1]),  # the first is luck
+        ((INFINITE, [0.4, 0.5, 0.6], [0.4, 0.5, 0.6], INFINITE), RIDGES[0]),
     ],
 )
 def test_whole_runs_choose_the_ridge_or_none(errors, chosen, unmixed):
     plan, tables, moments = unmixed
     seen: list[dict[str, Tensor]] = []
 
-    def error(tried: CachePlan, of: dict[str, Tensor]) -> float:
+    def run(tried: CachePlan, of: dict[str, Tensor]) -> Tensor:
         assert tried.correction.sha256 == content_hash(of)
         seen.append(of)
-        return errors[len(seen) - 1]
+        return torch.tensor(errors[len(seen) - 1])
 
-    found, best, ridge = best_mixing(plan, tables, moments, 2, error)
+    found, best, ridge = best_mixing(plan, tables, moments, 2, run)
     assert ridge == chosen
     assert len(seen) == len(errors)
     wanted = (plan, tables) if chosen is None else with_mixing(plan, tables, moments, 2, chosen)
     assert (found, content_hash(best)) == (wanted[0], content_hash(wanted[1]))
+
+
+def test_one_sample_is_better_where_it_is_better():
+    assert is_clearly_less(torch.tensor([0.4]), torch.tensor([0.5]))
+    assert not is_clearly_less(torch.tensor([0.5]), torch.tensor([0.5]))
 
 
 def test_without_runs_the_ridge_is_fixed(unmixed):

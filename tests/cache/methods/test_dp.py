@@ -6,7 +6,8 @@ import random
 import pytest
 
 from dacc.cache.methods import deepcache
-from dacc.cache.methods.dp import DPConfig, schedule, schedule_cost
+from dacc.cache.methods.dp import DPConfig, candidates, schedule, schedule_cost
+from dacc.cache.moving import Choice
 from dacc.core.errors import ConfigError, UnsupportedError
 
 
@@ -48,6 +49,16 @@ def test_no_way_to_cut_a_short_run_is_cheaper(calls, bounds):
         assert found in candidates
         assert obvious_cost(found, cost) == pytest.approx(min(obvious_cost(places, cost) for places in candidates))
         assert schedule_cost(found, cost) == pytest.approx(obvious_cost(found, cost))
+
+
+def test_runs_start_from_the_cheapest_groups_and_from_equal_ones():
+    cost = random_cost(10, 0)
+    config = DPConfig()
+    even = deepcache.schedule(10, 4, deepcache.DeepCacheConfig())
+    assert [choice.places for choice in candidates(10, 4, config, cost)] == [schedule(10, 4, config, cost), even]
+    flat = [[1.0] * 10 for _ in range(10)]
+    (choice,) = candidates(10, 10, config, flat)  # both are the same
+    assert choice == Choice(config, tuple(range(10)))
 
 
 def test_it_is_never_worse_than_fixed_schedules_on_its_own_cost():
