@@ -16,6 +16,7 @@ from ..runtime.installed import remove_plans_
 from ..runtime.request import RunRequest
 from ..runtime.trajectory import sample
 from .config import METHODS, TRIED, SearchCacheConfig
+from .objective import typical
 from .profile import CallCost
 from .search import Found, deciding, search_component
 
@@ -65,13 +66,13 @@ def search_auto(
 
 
 def _error(pipe: Any, component: str, found: Found, request: RunRequest, wanted: Tensor) -> float:
-    """Mean relative L2 of the final latents of some runs with a plan.
+    """What is typical of the relative L2 of the final latents of some runs with a plan.
 
     Raises:
         UnsupportedError: they are not finite.
     """
     found.install_(pipe, component)
-    error = relative_l2(wanted, sample(pipe, request).latents).mean().item()
+    error = typical(relative_l2(wanted, sample(pipe, request).latents))
     remove_plans_(pipe)
     if not isfinite(error):
         raise UnsupportedError(

@@ -31,6 +31,7 @@ from ..runtime.request import RunRequest
 from ..runtime.trajectory import DenoiserCall
 from .capture import capture_batches, record
 from .correct import both_hooked, value_pairs
+from .objective import typical
 
 RIDGES = (0.01, 0.1, 1.0)  # more: less is mixed, which bends less to noise; whole runs choose
 RIDGE = 0.1  # where none are made
@@ -122,16 +123,16 @@ def best_mixing(
     for ridge in RIDGES:
         mixed = with_mixing(plan, tables, moments, rank, ridge)
         found = errors(*mixed)
-        if is_clearly_less(found, unmixed) and float(found.mean()) < least:
-            best, least = (*mixed, ridge), float(found.mean())
+        if is_clearly_less(found, unmixed) and typical(found) < least:
+            best, least = (*mixed, ridge), typical(found)
     return best
 
 
 def is_clearly_less(errors: Tensor, others: Tensor) -> bool:
-    """Whether the mean over samples falls by more than the standard error of what it falls by; both (S,)."""
-    gain = others - errors
+    """Whether what is typical falls by more than the standard error of what its logarithm falls by; both (S,)."""
+    gain = others.log() - errors.log()
     if not gain.isfinite().all():
-        return bool(errors.mean() < others.mean())
+        return typical(errors) < typical(others)
     return float(gain.mean()) > float(gain.std(correction=0)) / max(len(gain) - 1, 1) ** 0.5
 
 

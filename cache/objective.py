@@ -20,6 +20,15 @@ from ..runtime.trajectory import call_pipeline
 from .window import Window
 
 
+def typical(errors: Tensor) -> float:
+    """The geometric mean over samples: (S,) -> float.
+
+    Of the few samples that choose between plans, one may become another picture with this plan and not with that; it
+    would outweigh all others in their mean.
+    """
+    return float(errors.log().mean().exp())
+
+
 class PlanObjective:
     """Error and multiply-accumulates of plans of the same units. The pipeline keeps the last one that was tried.
 
@@ -45,11 +54,11 @@ class PlanObjective:
             self._wanted = self._final(reference or pipe)
 
     def error(self, plan: CachePlan, tables: dict[str, Tensor] | None = None) -> float:
-        """Mean relative L2 of the final samples of a plan of these units; infinite where they are not finite."""
-        return float(self.errors(plan, tables).mean())
+        """What is typical of the relative L2 of the final samples of a plan of these units, see `typical`."""
+        return typical(self.errors(plan, tables))
 
     def errors(self, plan: CachePlan, tables: dict[str, Tensor] | None = None) -> Tensor:
-        """That of every sample: (S,)."""
+        """The relative L2 of every final sample: (S,); infinite where it is not finite."""
         self._window.install_(self._pipe, self._component, plan, tables)
         errors = relative_l2(self._wanted, self._final(self._pipe))
         return errors.nan_to_num(nan=math.inf)  # nan would be neither better nor worse than any other
