@@ -61,7 +61,7 @@ class PlanObjective:
         """The relative L2 of every final sample: (S,); infinite where it is not finite."""
         self._window.install_(self._pipe, self._component, plan, tables)
         errors = relative_l2(self._wanted, self._final(self._pipe))
-        return errors.nan_to_num(nan=math.inf)  # nan would be neither better nor worse than any other
+        return errors.nan_to_num(nan=math.inf, posinf=math.inf)  # nan would be neither better nor worse than any other
 
     def macs_ratio(self, plan: CachePlan) -> float:
         """Predicted multiply-accumulates of a run over those without plan; nothing is run."""
