@@ -19,6 +19,7 @@ from pydantic import Field
 from ...core.config import Config
 from ...core.errors import ConfigError, UnsupportedError
 from ..moving import Choice
+from . import deepcache
 
 INFINITE = float("inf")
 
@@ -84,7 +85,7 @@ def schedule(calls: int, computed: int, config: DPConfig, cost: list[list[float]
 def candidates(calls: int, computed: int, config: DPConfig, cost: list[list[float]]) -> list[Choice]:
     """What whole runs start from: the cheapest groups, and equal ones, since costs are those of single calls.
     Arguments as for `schedule`."""
-    even = tuple(group * calls // computed for group in range(computed))
+    even = deepcache.schedule(calls, computed, deepcache.DeepCacheConfig())
     return [Choice(config, places) for places in dict.fromkeys((schedule(calls, computed, config, cost), even))]
 
 
