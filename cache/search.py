@@ -32,7 +32,7 @@ from .cost import feature_costs, output_cost
 from .fitting import RIDGES, Grams, fitted_plan
 from .forecast_cost import forecast_cost
 from .gating import gated_plan
-from .mixing import best_mixing, mixing_macs, mixing_moments
+from .mixing import mixed_calls, mixing_macs, mixing_moments, with_mixing
 from .moving import Choice, Trial, best_choice
 from .objective import PlanObjective
 from .planned import blank_plan, planned
@@ -120,7 +120,6 @@ def search_component(
     profile = _profile(pipe, component, blank, window, method, settings, request, computed, reporter, reference)
     chosen: dict[str, int | float | str] = {"calls": window.calls}
     ridge = None
-    objective = None
     if profile.told and getattr(settings, "trials", 0) > 0:
         candidates = method.candidates(window.calls, computed, settings, *profile.told)
         objective = PlanObjective(pipe, component, blank, window, deciding(request, config), reference)
@@ -145,11 +144,11 @@ def search_component(
     plan, tables = profile.fitted(plan, ridge)
     if ridge is not None:
         chosen["ridge"] = ridge
-    elif tables and rank and (moments := mixing_moments(pipe, component, plan, tables, request, reporter, reference)):
-        plan, tables, mixed = best_mixing(plan, tables, moments, rank, objective.errors if objective else None)
-        remove_plans_(pipe)
-        chosen["mixing_ridge"] = "none" if mixed is None else mixed
-        mixing = 0 if mixed is None else mixing
+    elif tables and rank:
+        moments = mixing_moments(pipe, component, plan, tables, request, reporter, reference)
+        plan, tables = with_mixing(plan, tables, moments, rank, reporter)
+        chosen["mixed"] = mixed_calls(tables)
+        mixing = mixing if chosen["mixed"] else 0
     if ridge is None and tables and reference and settings.layers and layers_to_correct(denoiser, plan):
         plan, tables = _with_layers(pipe, component, plan, tables, request, reporter, reference)
     plan, tables = window.whole(plan, tables)

@@ -13,8 +13,8 @@ from torch import Tensor
 import dacc
 from dacc import SearchCacheConfig, search_cache, verify_bundle
 from dacc.cache import mixing
-from dacc.cache.mixing import RIDGE, RIDGES, SecondMoments, best_mixing, is_clearly_less, with_mixing
-from dacc.core.cache_plan import CORRECTION_NAME, CachePlan, CorrectionId
+from dacc.cache.mixing import FOLDS, RIDGES, SecondMoments, best_ridge, mixing_moments, with_mixing
+from dacc.core.cache_plan import CORRECTION_NAME, CorrectionId
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import Reporter
 from dacc.core.seeds import seed_stream
@@ -86,9 +86,9 @@ def test_a_channel_that_is_still_is_no_trouble():
     x, y = made((6, 5, 8, 8))
     x[:, 2] = 0.25
     scale = torch.ones(5)
-    down, up, shift = SecondMoments.of(x, y).fit(scale, 2, RIDGE)
+    down, up, shift = SecondMoments.of(x, y).fit(scale, 2, RIDGES[0])
     assert all(part.isfinite().all() for part in (down, up, shift))
-    still = SecondMoments.of(torch.zeros(2, 5, 4, 4), torch.ones(2, 5, 4, 4)).fit(scale, 2, RIDGE)
+    still = SecondMoments.of(torch.zeros(2, 5, 4, 4), torch.ones(2, 5, 4, 4)).fit(scale, 2, RIDGES[0])
     assert torch.equal(still[2], torch.ones(5))
 
 
@@ -111,68 +111,93 @@ def test_the_tables_have_the_ranks_and_are_zero_where_everything_is_computed(mix
             assert all((table[call] == 0).all() == (codes[call] == "C") for call in range(8))
 
 
-@pytest.fixture
-def unmixed(mixed_bundle: Path) -> tuple[CachePlan, dict[str, Tensor], dict[tuple[str, int], SecondMoments]]:
-    """A plan and tables of each channel by itself, and moments of the calls that reuse."""
+@SHAPES
+def test_the_error_is_that_of_the_map(shape):
+    x, y = made(shape)
+    scale = affine_of(x, y).float()
+    down, up, shift = SecondMoments.of(x[:3], y[:3]).fit(scale, 2, 0.1)
+    found = SecondMoments.of(x[3:], y[3:]).error(scale, down, up, shift)
+    a, b = rows(x[3:]), rows(y[3:])
+    wanted = (a * scale + a @ down.T @ up + shift - b).square().sum()
+    assert found == pytest.approx(float(wanted), rel=1e-4)
+
+
+def folds_of(x: Tensor, y: Tensor) -> list[SecondMoments]:
+    return [SecondMoments.of(a, b) for a, b in zip(x.chunk(FOLDS), y.chunk(FOLDS), strict=True)]
+
+
+def obvious_errors(x: Tensor, y: Tensor, rank: int) -> dict[float | None, float]:
+    """Each fold by maps that are fitted without it, tensor by tensor."""
+    errors: dict[float | None, float] = dict.fromkeys((None, *RIDGES), 0.0)
+    size = len(x) // FOLDS
+    for start in range(0, len(x), size):
+        seen = [sample for sample in range(len(x)) if not start <= sample < start + size]
+        a, b = rows(x[start : start + size]), rows(y[start : start + size])
+        scale = affine_of(x[seen], y[seen]).float()
+        plain = a * scale + rows(y[seen]).mean(0) - scale * rows(x[seen]).mean(0)
+        errors[None] += float((plain - b).square().sum())
+        for ridge in RIDGES:
+            down, up, shift = SecondMoments.of(x[seen], y[seen]).fit(scale, rank, ridge)
+            errors[ridge] += float((a * scale + a @ down.T @ up + shift - b).square().sum())
+    return errors
+
+
+def few_tokens(noise: float) -> tuple[Tensor, Tensor]:
+    """Samples small beside the channels, and targets that mix channels and have noise."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 6, 40)
+    return x, x + 0.2 * x @ torch.randn(40, 2) @ torch.randn(2, 40) / 40**0.5 + noise * torch.randn(8, 6, 40)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.3, 3.0])
+def test_samples_that_were_left_out_choose_the_ridge(noise):
+    x, y = few_tokens(noise)
+    errors = obvious_errors(x, y, 2)
+    assert best_ridge(folds_of(x, y), 2) == min(errors, key=lambda ridge: errors[ridge])
+
+
+def test_noise_is_not_mixed_and_what_is_linear_in_all_channels_is():
+    assert best_ridge(folds_of(*few_tokens(0.01)), 2) == RIDGES[0]
+    assert best_ridge(folds_of(*few_tokens(3.0)), 2) is None
+    assert best_ridge(folds_of(*few_tokens(0.01))[:1], 2) is None  # nothing can be left out
+
+
+def test_only_calls_that_come_nearer_are_mixed(mixed_bundle):
     plan = read_manifest(mixed_bundle).components["unet"].cache.plan
-    tables = {
-        name: table
-        for name, table in load_file(mixed_bundle / "unet" / CORRECTION_NAME).items()
-        if name.endswith((".scale", ".shift"))
-    }
+    stored = load_file(mixed_bundle / "unet" / CORRECTION_NAME)
+    tables = {name: table for name, table in stored.items() if name.endswith((".scale", ".shift"))}
     plan = plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables))})
     (stem,) = {name.rpartition(".")[0] for name in tables}
     reused = [call for call, code in enumerate(plan.codes["deep"]) if code == "R"]
     torch.manual_seed(0)
-    moments = {
-        (stem, call): SecondMoments.of(torch.randn(2, 16, 4, 4), torch.randn(2, 16, 4, 4)) for call in reused[:-1]
-    }
-    return plan, tables, moments
-
-
-INFINITE = [float("inf")] * 3
-
-
-@pytest.mark.parametrize(
-    ("errors", "chosen"),
-    [
-        (([0.4, 0.5, 0.6], [0.3, 0.5, 0.5], [0.2, 0.4, 0.5], [0.3, 0.4, 0.5]), RIDGES[1]),
-        (([0.4, 0.5, 0.6], [0.4, 0.5, 0.6], [0.5, 0.5, 0.6], INFINITE), None),
-        (([0.4, 0.5, 0.6], [0.1, 0.6, 0.7], [0.3, 0.4, 0.6], [0.4, 0.5, 0.6]), RIDGES[1]),  # the first is luck
-        ((INFINITE, [0.4, 0.5, 0.6], [0.4, 0.5, 0.6], INFINITE), RIDGES[0]),
-    ],
-)
-def test_whole_runs_choose_the_ridge_or_none(errors, chosen, unmixed):
-    plan, tables, moments = unmixed
-    seen: list[dict[str, Tensor]] = []
-
-    def run(tried: CachePlan, of: dict[str, Tensor]) -> Tensor:
-        assert tried.correction.sha256 == content_hash(of)
-        seen.append(of)
-        return torch.tensor(errors[len(seen) - 1])
-
-    found, best, ridge = best_mixing(plan, tables, moments, 2, run)
-    assert ridge == chosen
-    assert len(seen) == len(errors)
-    wanted = (plan, tables) if chosen is None else with_mixing(plan, tables, moments, 2, chosen)
-    assert (found, content_hash(best)) == (wanted[0], content_hash(wanted[1]))
-
-
-def test_one_sample_is_better_where_it_is_better():
-    assert is_clearly_less(torch.tensor([0.4]), torch.tensor([0.5]))
-    assert not is_clearly_less(torch.tensor([0.5]), torch.tensor([0.5]))
-
-
-def test_without_runs_the_ridge_is_fixed(unmixed):
-    plan, tables, moments = unmixed
-    found, best, ridge = best_mixing(plan, tables, moments, 2, None)
-    assert ridge == RIDGE
-    assert found.correction.sha256 == content_hash(best)
-    (stem,) = {name.rpartition(".")[0] for name in tables}
+    x = torch.randn(8, 16, 4, 4)
+    linear = x + torch.einsum("bchw,cd->bdhw", x, torch.randn(16, 16))
+    moments = {(stem, call): folds_of(x, torch.randn(8, 16, 4, 4)) for call in reused[1:]}
+    reporter = Reporter(quiet=True)
+    assert with_mixing(plan, tables, moments, 2, reporter) == (plan, tables)
+    moments[stem, reused[0]] = folds_of(x, linear)
+    found, mixed = with_mixing(plan, tables, moments, 2, reporter)
+    assert found.correction.sha256 == content_hash(mixed)
     for call in range(plan.calls):
-        assert best[f"{stem}.up"][call].ne(0).any() == ((stem, call) in moments)
-        assert torch.equal(best[f"{stem}.scale"][call], tables[f"{stem}.scale"][call])
-        assert torch.equal(best[f"{stem}.shift"][call], tables[f"{stem}.shift"][call]) == ((stem, call) not in moments)
+        assert mixed[f"{stem}.up"][call].ne(0).any() == (call == reused[0])
+        assert torch.equal(mixed[f"{stem}.scale"][call], tables[f"{stem}.scale"][call])
+        assert torch.equal(mixed[f"{stem}.shift"][call], tables[f"{stem}.shift"][call]) == (call != reused[0])
+
+
+@pytest.mark.parametrize(("samples", "batch", "folds"), [(1, 8, 0), (2, 8, 2), (6, 8, 3), (8, 8, 4), (8, 1, 4)])
+def test_the_folds_are_parts_of_the_samples(samples, batch, folds, mixed_bundle, unet_folder):
+    plan = read_manifest(mixed_bundle).components["unet"].cache.plan
+    tables = load_file(mixed_bundle / "unet" / CORRECTION_NAME)
+    request = RunRequest(seeds=range(samples), num_inference_steps=8, batch_size=batch)
+    reporter = Reporter(quiet=True)
+    pipe = dacc.load(unet_folder, device="cpu")
+    found = mixing_moments(pipe, "unet", plan, tables, request, reporter, None)
+    assert bool(reporter.notices) == (folds == 0)
+    reused = [call for call, code in enumerate(plan.codes["deep"]) if code == "R"]
+    assert sorted(call for _, call in found) == (reused if folds else [])
+    counts = {tuple(own.count for own in parts) for parts in found.values()}
+    assert {len(count) for count in counts} == ({folds} if folds else set())
+    assert len({sum(count) // samples for count in counts}) == (1 if folds else 0)
 
 
 def test_what_mixing_costs_is_counted(mixed_bundle, unet_folder):
