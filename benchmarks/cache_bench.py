@@ -14,7 +14,7 @@ from dacc.benchmarks.cache_peers import PEERS, CachePeer, fit_strength
 from dacc.benchmarks.cache_rows import FEWER, FLOAT, ROWS, SOURCES, TARGETS
 from dacc.benchmarks.ptq_bench import Bench
 from dacc.benchmarks.ptq_measure import Seen
-from dacc.benchmarks.study import fingerprint
+from dacc.benchmarks.study import commit, fingerprint
 from dacc.cache.api import search_cache
 from dacc.cache.config import SearchCacheConfig
 from dacc.cache.measuring import loop_seconds
@@ -63,13 +63,13 @@ def treat(bench: Bench, source: str, row: str, options: dict[str, Any], folder: 
 
 
 def _searched(bench: Bench, source: str, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Seen]:
-    """A plan is searched for, once; its seconds are kept beside it."""
+    """A plan is searched for, once; its seconds and the commit that did it are kept beside it."""
     bundle, notes = folder / "bundle", folder / "searched.json"
     if not notes.is_file() or not bundle.is_dir():
         config = build_config(SearchCacheConfig, measure="never", **options)
         started = time.process_time()
         search_cache(_source(bench, source), config, output=bundle, overwrite=True, device="cpu", reporter=silent())
-        notes.write_text(json.dumps({"seconds": time.process_time() - started}))
+        notes.write_text(json.dumps({"seconds": time.process_time() - started, "commit": commit()}))
     manifest = read_manifest(bundle)
     assert manifest is not None
     (record,) = (record.cache for record in manifest.components.values() if record.cache)

@@ -38,7 +38,16 @@ from dacc.benchmarks.prune_rows import (
 from dacc.benchmarks.prune_table import write_prune_tables
 from dacc.benchmarks.ptq_bench import Bench, pipeline_facts
 from dacc.benchmarks.ptq_measure import Seen
-from dacc.benchmarks.study import add_options, attempt, fingerprint, is_finished, provenance, read_study, record_cell
+from dacc.benchmarks.study import (
+    add_options,
+    attempt,
+    commit,
+    fingerprint,
+    is_finished,
+    provenance,
+    read_study,
+    record_cell,
+)
 from dacc.cache.measuring import loop_seconds
 from dacc.core.config import build_config
 from dacc.core.manifest import RUN_NAME, ComponentRecord, read_manifest
@@ -131,7 +140,7 @@ def whole(bench: Bench) -> tuple[dict[str, Any], Seen]:
 
 
 def treat(bench: Bench, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Seen]:
-    """Facts for a cell, and its images. The bundle is made once; its seconds are kept beside it."""
+    """Facts for a cell, and its images. The bundle is made once, its seconds and its commit beside it."""
     bundle, notes = folder / "bundle", folder / "pruned.json"
     if not notes.is_file() or not bundle.is_dir():
         config = build_config(PruneConfig, measure="never", **options)
@@ -139,7 +148,7 @@ def treat(bench: Bench, options: dict[str, Any], folder: Path) -> tuple[dict[str
         prune_pipeline(
             f"zoo:{bench.name}", config, output=bundle, overwrite=True, device="cpu", reporter=bench.reporter
         )
-        notes.write_text(json.dumps({"seconds": time.process_time() - started}))
+        notes.write_text(json.dumps({"seconds": time.process_time() - started, "commit": commit()}))
     component, record = _component(bundle)
     assert record.pruning is not None
     source, pipe = bench.load(f"zoo:{bench.name}"), bench.load(str(bundle))

@@ -19,7 +19,7 @@ from dacc.benchmarks.ptq_cells import FLOAT_ROW
 from dacc.benchmarks.ptq_child import run_child
 from dacc.benchmarks.ptq_measure import Seen, look, measure, read_seen
 from dacc.benchmarks.ptq_rows import CALIBRATION, ROWS, WITH_FID
-from dacc.benchmarks.study import fingerprint
+from dacc.benchmarks.study import commit, fingerprint
 from dacc.calibrate.api import calibrate_pipeline
 from dacc.calibrate.config import CalibrateConfig
 from dacc.core.config import build_config
@@ -164,7 +164,7 @@ def treat(bench: Bench, setting: str, row: str, options: dict[str, Any], folder:
 
 
 def _quantized(bench: Bench, options: dict[str, Any], calibration: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The bundle of one of our rows and what is known of it; made once, its seconds kept beside it."""
+    """The bundle of one of our rows and what is known of it; made once; its seconds and its commit lie beside it."""
     bundle, notes = folder / "bundle", folder / "quantized.json"
     if not notes.is_file() or not bundle.is_dir():
         facts: dict[str, Any] = {}
@@ -181,7 +181,7 @@ def _quantized(bench: Bench, options: dict[str, Any], calibration: dict[str, Any
         job = {"do": "quantize", "source": f"zoo:{bench.name}", "options": options, "output": str(bundle)}
         folder.mkdir(parents=True, exist_ok=True)
         facts |= run_child({**job, "calib": str(calib) if calib else None}, threads=bench.options.threads)
-        notes.write_text(json.dumps(facts))
+        notes.write_text(json.dumps(facts | {"commit": commit()}))
     manifest = read_manifest(bundle)
     assert manifest is not None
     (record,) = manifest.components.values()

@@ -28,7 +28,7 @@ from ..core.manifest import (
     SourceRecord,
     read_manifest,
 )
-from ..core.output import check_output
+from ..core.output import check_output, chosen_output
 from ..core.pipeline import pipeline_class, select_components
 from ..core.reference import find_reference, given_reference
 from ..core.reporter import Reporter, silent
@@ -91,9 +91,9 @@ def search_cache(
     """
     config, reporter, started = config or SearchCacheConfig(), reporter or silent(), time.time()
     earlier = len(reporter.notices)  # a reporter may have served another pass before
-    requirements = parse_requirements(require)
+    requirements = parse_requirements(require, "search-cache", measure=config.measure)
     job = prepare(source, config, reporter, cost_profile, reference)
-    target = Path(output) if output else default_output(job)
+    target = chosen_output(output, default_output(job))
     if not overwrite and existing_bundle(target, job.run_key):
         return requirements.accept(target, reporter)
     check_output(job.source.path, target, overwrite=overwrite)
@@ -269,10 +269,4 @@ def _summarize(found: dict[str, Found], effect: Effect, speedup: float | None, r
         )
     if speedup is not None:
         reporter.say(f"measured: the denoiser loop is {speedup:.2f} times as fast")
-    if effect.not_measured:
-        reporter.say(f"difference to the source without plan: not measured ({effect.not_measured})")
-    else:
-        reporter.say(
-            f"difference to the source without plan: relative L2 {effect.relative_l2:.4f}, PSNR {effect.psnr:.1f} dB, "
-            f"SSIM {effect.ssim:.4f} ({effect.seeds} seeds, {effect.steps} steps)"
-        )
+    reporter.say(f"difference to the source without plan: {effect.told()}")

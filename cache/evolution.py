@@ -34,7 +34,8 @@ from .objective import PlanObjective
 from .planned import blank_plan
 from .profile import CallCost, count_unit_macs, first_calls, time_calls
 from .search import Found, count_plan, known_cost
-from .units import choose_units
+from .shifting import tell_of_shifting
+from .units import check_saving, choose_units
 
 Pair = tuple[float, float]  # error and MAC ratio
 
@@ -167,18 +168,22 @@ def evolve_component(
         keeper: where finished generations are kept.
 
     Raises:
-        ConfigError: the method's fields, a profile of other units, or pymoo is not installed.
+        ConfigError: the method's fields, a profile of other units, a unit that saves nothing, or pymoo is not
+            installed.
         UnsupportedError: the denoiser cannot be cached so, the target is out of reach, or what meets it overflows.
     """
     settings = build_config(method.CONFIG, **config.settings)
     _check_installed()
     denoiser: nn.Module = pipe.components[component]
     units = choose_units(denoiser, config.unit)
+    tell_of_shifting(pipe, config, reporter)
     calls, window = first_calls(pipe, component, request)
+    macs = count_unit_macs(denoiser, units, calls)
+    check_saving(units, macs)
     cost = None
     if config.speedup is not None:
         cost = known_cost(known_costs, units) if known_costs else time_calls(denoiser, units, calls, reporter)
-    blank = blank_plan(denoiser, units, count_unit_macs(denoiser, units, calls), window.schedule, weights, config)
+    blank = blank_plan(denoiser, units, macs, window.schedule, weights, config)
     state = keeper.load()
     seeds = _seeds(pipe, component, blank, request, settings, reporter) if state is None else None
     objective = PlanObjective(pipe, component, blank, window, request)

@@ -27,12 +27,18 @@ class Choice:
     ridge: float | None = None  # None: not at all
 
 
+def anywhere(places: Places) -> bool:
+    """No place is forbidden."""
+    return True
+
+
 @dataclass
 class Trial:
     """The runs that were made: the best choice so far, its error, how many are allowed and were made."""
 
     error: Callable[[Choice], float]
     allowed: int
+    permits: Callable[[Places], bool] = anywhere  # whether calls may be moved there
     best: Choice | None = None
     least: float = float("inf")
     made: int = 0
@@ -61,6 +67,7 @@ def best_choice(
     fixed: int,
     trials: int,
     ridges: Sequence[float] = (),
+    permits: Callable[[Places], bool] = anywhere,
 ) -> Trial:
     """Run all candidates, then move calls of the best, up to `trials` runs in all (of all candidates in any case).
 
@@ -70,13 +77,14 @@ def best_choice(
         calls: C.
         ridges: of fits that are tried once two thirds of the runs are made.
         fixed: so many calls at the start stay.
+        permits: whether calls may be moved so; the candidates are run whatever it says.
 
     Returns:
         The runs; `best` is set.
     """
     allowed = max(trials, len(candidates))
     later = (allowed - len(candidates)) // 3 if ridges else 0  # runs for fits, and moves with the best of them
-    trial = Trial(error, allowed - later)
+    trial = Trial(error, allowed - later, permits)
     for choice in candidates:
         trial.improves(choice)
     _move(trial, calls, fixed)
@@ -101,8 +109,10 @@ def _sweep(trial: Trial, calls: int, fixed: int) -> bool:
     for number in reversed(range(fixed, len(trial.best.places))):
         for by in (-1, 1):
             moved = False
-            while (places := shifted(trial.best.places, number, by, calls)) and trial.improves(
-                replace(trial.best, places=places)
+            while (
+                (places := shifted(trial.best.places, number, by, calls))
+                and trial.permits(places)
+                and trial.improves(replace(trial.best, places=places))
             ):
                 moved, by = True, 2 * by
             helped |= moved

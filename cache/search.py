@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -33,11 +34,12 @@ from .fitting import RIDGES, Grams, fitted_plan
 from .forecast_cost import forecast_cost
 from .gating import gated_plan
 from .mixing import mixed_calls, mixing_macs, mixing_moments, with_mixing
-from .moving import Choice, Trial, best_choice
+from .moving import Choice, Trial, anywhere, best_choice
 from .objective import PlanObjective
 from .planned import blank_plan, planned
 from .profile import CallCost, count_unit_macs, counted_macs, first_calls, time_calls, told
-from .units import choose_unit, unit_text
+from .shifting import tell_of_shifting
+from .units import check_saving, choose_unit, unit_text
 from .window import Window
 
 REACH = 4  # groups are looked for up to this many times their mean length, where evaluations have to be paid for
@@ -100,14 +102,16 @@ def search_component(
         reference: the float pipeline that a quantized one was made from.
 
     Raises:
-        ConfigError: the method's fields, or a profile of another unit.
+        ConfigError: the method's fields, a profile of another unit, or a unit that saves nothing.
         UnsupportedError: the denoiser cannot be cached so, or the target is out of reach.
     """
     denoiser: nn.Module = pipe.components[component]
     settings = build_config(method.CONFIG, **config.settings)
     unit = choose_unit(denoiser, unit_text(config.unit, config.method, method), whole=getattr(method, "WHOLE", False))
+    tell_of_shifting(pipe, config, reporter)
     calls, window = first_calls(pipe, component, request)
     macs = count_unit_macs(denoiser, (unit,), calls)
+    check_saving((unit,), macs)
     cost = None
     if config.speedup is not None:
         cost = known_cost(known_costs, (unit,)) if known_costs else time_calls(denoiser, (unit,), calls, reporter)
@@ -176,6 +180,7 @@ def _run_trials(
 ) -> Trial:
     """The candidate whose runs are nearest to those without a plan, its calls moved for as long as that helps."""
     blank = objective.blank
+    bounded = hasattr(method, "permits")
     with closing(reporter.progress(range(max(settings.trials, len(candidates))), "trying plans")) as runs:
 
         def error(choice: Choice) -> float:
@@ -190,6 +195,7 @@ def _run_trials(
             fixed=getattr(settings, "warmup", 1),
             trials=settings.trials,
             ridges=RIDGES if profile.grams else (),
+            permits=partial(method.permits, calls=blank.calls, config=settings) if bounded else anywhere,
         )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from types import ModuleType
 
 from torch import nn
 
-from ..core.cache_plan import ModuleUnit, Unit
+from ..core.cache_plan import ModuleUnit, Unit, UnitMacs
 from ..core.config import nearest
 from ..core.errors import ConfigError, DaccError, UnsupportedError
 from ..runtime.cache_units import block_names, containers_of, layout_of, stacks_of
@@ -71,6 +72,22 @@ def choose_units(denoiser: nn.Module, text: str) -> tuple[Unit, ...]:
         units = _parts(denoiser)
     containers_of([layout_of(denoiser, unit) for unit in units])  # refuses what overlaps
     return units
+
+
+def check_saving(units: Sequence[Unit], macs: UnitMacs) -> None:
+    """Refuse what a call that skips it is not cheaper by.
+
+    Raises:
+        ConfigError: a unit that is never called, or that multiplies nothing.
+    """
+    for unit in units:
+        if macs.units[unit.id] <= 0:
+            raise ConfigError(
+                f"--unit: a call that skips {unit.id} saves no multiply-accumulates.",
+                "The denoiser never calls it, as a list of blocks, whose blocks it calls one by one; or nothing is "
+                "multiplied in it.",
+                "Name what it calls, such as one block, with --unit module:NAME, or a range, blocks:FIRST-END.",
+            )
 
 
 def _parts(denoiser: nn.Module) -> tuple[Unit, ...]:

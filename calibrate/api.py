@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.calibration import (
+    CALIBRATION_NAME,
     FORMAT,
     CalibrationRecord,
     SampleRecord,
@@ -25,7 +26,7 @@ from ..core.calibration import (
 from ..core.errors import ConfigError
 from ..core.machine import arithmetic_of, describe_machine
 from ..core.manifest import ComponentRecord, SourceRecord, read_manifest
-from ..core.output import check_output
+from ..core.output import check_output, chosen_output
 from ..core.pipeline import denoiser_names, pipeline_class, select_components
 from ..core.reporter import Reporter, silent
 from ..core.safe_read import combined_hash, file_sha256, weight_hash
@@ -81,8 +82,9 @@ def calibrate_pipeline(
     config, reporter, started = config or CalibrateConfig(), reporter or silent(), time.time()
     earlier = len(reporter.notices)  # a reporter may have served another command before
     job = prepare(source, config, dtype, reporter)
-    target = Path(output) if output else Path(f"{job.source.name}-calibration")
+    target = chosen_output(output, f"{job.source.name}-calibration")
     if not overwrite and existing_set(target, job.request):
+        _refuse_damaged(target)
         reporter.say(f"{target} already holds this set; nothing to do")
         return target
     check_output(job.source.path, target, overwrite=overwrite)
@@ -152,6 +154,23 @@ def prepare(source: str | Path | Source | None, config: CalibrateConfig, dtype: 
     if pictures:
         asked["images"] = pictures.sha256
     return Job(found, config, components, weights, _hash(asked), pictures)
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Sizes alone do not tell that a set is what it was.
+
+    Raises:
+        ConfigError: the record or a file has another content.
+    """
+    record = read_calibration(folder)
+    assert record is not None
+    changed = [shard.file for shard in record.shards if file_sha256(folder / shard.file) != shard.sha256]
+    changed += [CALIBRATION_NAME] * (record.id != record.identity())
+    if changed:
+        raise ConfigError(
+            f"the output {folder} is this very set, but damaged: {changed[0]} is not what its record says.",
+            mend="Give --overwrite to make it anew, or choose another --output.",
+        )
 
 
 def _record(

@@ -95,6 +95,11 @@ def collect(
     if samples < config.samples:
         request = request.model_copy(update={"seeds": request.seeds[:samples]})
         batches = plan_batches(config.model_copy(update={"samples": samples}), schedule)
+    if files and len(files) < len(request.seeds):
+        reporter.notice(
+            f"{len(files)} pictures are shared by {len(request.seeds)} samples, which differ in noise alone: what is "
+            "trained on this set is judged by pictures that it has seen"
+        )
     todo = [batch for batch in batches if batch.name not in writer.finished_units()]
     for batch in reporter.progress(todo, "calibrating"):
         run(batch)

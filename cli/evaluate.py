@@ -134,7 +134,7 @@ def evaluate(
     )
     given: list[str | None] = [*sources] if sources else [None]
     found = [resolve_source(text, reporter=reporter) for text in given]
-    known = resolve_source(reference, reporter=reporter) if reference else None
+    known = resolve_source(reference, reporter=reporter) if reference is not None else None
     for source in [*found, *([known] if known else [])]:
         check_bundle(source.path)  # before the first is sampled, which takes time
     from ..evaluate.api import evaluate_pipelines

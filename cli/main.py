@@ -9,7 +9,6 @@ import traceback
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from .. import __version__
 from ..core.errors import ConfigError, DaccError, ResourceError
@@ -21,23 +20,8 @@ NO_DISK = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class ReaderLeft(Exception):
-    """Who read our stdout has closed it."""
-
-
-class Commands(TyperGroup):
-    """The group of all commands; keeps typer from taking a closed pipe for a failure."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError as error:
-            raise ReaderLeft from error
-
-
 app = typer.Typer(
     name="dacc",
-    cls=Commands,
     help="Make diffusers pipelines smaller and faster, and show what it costs.\n\nCommands chain: each prints the path "
     "of what it made, and the next one reads it. Messages go to standard error.",
     epilog=options.examples(
@@ -53,6 +37,8 @@ app = typer.Typer(
 for module in (inspect, calibrate, prune, quantize, search_cache, export, generate, evaluate, verify):
     module.mount(app)
 app.add_typer(zoo.app, name="zoo")
+for known_command in (*app.registered_commands, *zoo.app.registered_commands):
+    known_command.cls = options.Command
 
 
 def _print_version(wanted: bool) -> None:
@@ -77,7 +63,11 @@ def run() -> None:
     try:
         code = int(app(prog_name="dacc", standalone_mode=False) or 0)
         sys.stdout.flush()
-    except (ReaderLeft, BrokenPipeError):
+    except BrokenPipeError:
+        code = READER_LEFT
+    except SystemExit as left:  # typer and rich catch that the reader left, and leave with 1
+        if not isinstance(left.__context__, BrokenPipeError):
+            raise
         code = READER_LEFT
     except KeyboardInterrupt:
         code = INTERRUPTED

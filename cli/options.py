@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from ..core.errors import ConfigError
 from ..core.reporter import Reporter
@@ -19,10 +20,32 @@ ROOT = Path(__file__).parents[1]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PREFERENCES = ("memory", "speed")
 Prefer = Literal["memory", "speed"]
+EMPTY_HAS_MEANING = ("prompt", "negative_prompt")  # nothing to paint, nothing to lead away from
 EXIT_CODES = (
     "Exit codes: 0 done, 1 a bug, 2 usage, 3 input, 4 damaged files, 5 memory, disk or lock, "
     "6 a --require was missed, 7 unsupported, 130 interrupted."
 )
+
+
+class Command(TyperCommand):
+    """A command whose options refuse an empty value.
+
+    It comes from `-o "$(a command that failed)"`, and as a path it would be the current folder.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:  # in shell completion the value is still to come
+            given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+            for option in self.get_params(ctx):
+                value = given.get(option.name)
+                empty = "" in value if isinstance(value, list) else value == ""
+                if empty and option.param_type_name == "option" and option.name not in EMPTY_HAS_MEANING:
+                    raise ConfigError(
+                        f"{option.opts[0]} is empty.",
+                        mend="Was it $(a command that failed), or a variable that is not set? Give a value, or leave "
+                        "the option out.",
+                    )
+        return super().parse_args(ctx, args)
 
 
 def examples(*lines: str, exit_codes: bool = False) -> str:
@@ -62,7 +85,7 @@ def check_place(output: Path | None) -> Path | None:
         ConfigError: it cannot be made there.
     """
     if output is not None:
-        nearest = next(parent for parent in output.absolute().parents if parent.exists())
+        nearest = next((parent for parent in output.absolute().parents if parent.exists()), output)
         if not nearest.is_dir():
             raise ConfigError(f"--output {output}: {nearest} is not a folder.", mend="Choose another --output.")
     return output

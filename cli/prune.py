@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..core.config import build_config, parse_settings
+from ..core.requirements import parse_requirements
 from . import options
 from .options import print_path
 
@@ -129,6 +130,7 @@ def prune(
     )
     check_plot(plot, dry_run=dry_run)
     if dry_run:
+        parse_requirements(tuple(require or ()), "prune", measure=config.measure)
         _show_preview(source, config, calib, device, plot, reporter, from_reference=from_reference, as_json=json)
         return
     from ..prune.api import prune_pipeline

@@ -10,6 +10,7 @@ import typer
 
 from ..core.config import build_config, parse_settings
 from ..core.errors import ConfigError
+from ..core.requirements import parse_requirements
 from ..core.target import HERE
 from ..core.target import NAMES as TARGETS
 from . import options
@@ -206,6 +207,7 @@ def quantize(
         seed=seed,
     )
     if dry_run:
+        parse_requirements(tuple(require or ()), "quantize", measure=config.measure)
         _show_preview(source, config, calib, device, fuse_lora or [], reporter, as_json=json)
         return
     from ..quant.api import quantize_pipeline

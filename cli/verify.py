@@ -24,6 +24,7 @@ def verify(
 ) -> None:
     """Check every file of a bundle against its manifest; name each one that is damaged, missing or new."""
     reporter = options.start(quiet=quiet, verbose=verbose)
+    from ..core.manifest import read_manifest
     from ..core.source import resolve_source
     from ..core.verify import verify_bundle
 
@@ -38,6 +39,7 @@ def verify(
         for found in problems:
             sys.stdout.write(f"{found.file}: {found.problem}\n")
     if problems:
+        read_manifest(folder)  # one that cannot be read says itself what to do; copying again mends no newer format
         raise BundleError(
             f"{folder} is damaged in {len(problems)} place{'s' * (len(problems) > 1)}.",
             mend="Copy the bundle again, or make it anew.",

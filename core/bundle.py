@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cache_plan import CORRECTION_NAME
-from .errors import BundleError
+from .errors import BundleError, ConfigError
 from .folder import carried_files, check_replaceable, files_in, place_file, swap_in, sync_tree
 from .manifest import MANIFEST_NAME, RUN_NAME, UNHASHED, FileRecord, Manifest, read_manifest
 from .output import OutputWriter
 from .reporter import Reporter
 from .safe_read import combined_hash, file_hashes, resolve_shards, weight_stem
 from .tensor_file import SHARD_BYTES, StoredTensor, write_tensors, write_weights
+from .verify import verify_bundle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,14 +34,24 @@ CardFactory = Callable[[Manifest], str]
 
 
 def existing_bundle(output: Path, run_key: str) -> bool:
-    """Whether `output` already is the intact result of the very same run."""
+    """Whether `output` already is the intact result of the very same run.
+
+    Raises:
+        ConfigError: it is that result, but damaged.
+    """
     try:
         manifest = read_manifest(output)
     except BundleError:
         return False
     if manifest is None or manifest.extra.get("run_key") != run_key:
         return False
-    return all(_size(output / name) == record.size for name, record in manifest.files.items())
+    if problems := verify_bundle(output):
+        raise ConfigError(
+            f"the output {output} is this very result, but damaged: {problems[0].file} {problems[0].problem}.",
+            f"dacc verify {output} names all that is wrong.",
+            "Give --overwrite to make it anew, or choose another --output.",
+        )
+    return True
 
 
 def component_weight_hash(files: Mapping[str, FileRecord], component: str) -> str:
@@ -221,7 +232,3 @@ class BundleWriter(OutputWriter):
 def _is_weight_of(name: str, component: str) -> bool:
     folder, _, rest = name.rpartition("/")
     return folder == component and rest.endswith(".safetensors") and rest != CORRECTION_NAME
-
-
-def _size(file: Path) -> int | None:
-    return file.stat().st_size if file.is_file() else None

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .manifest import ComponentRecord, Effect, Manifest
+from .manifest import ComponentRecord, Manifest
 
 CARRIED = ("license", "license_name", "license_link", "pipeline_tag", "datasets", "language")
 
@@ -66,7 +66,7 @@ def _body(manifest: Manifest) -> str:
         *(f"- `{done.command}` with {_words(done.config)}" for done in manifest.passes),
         "",
         "## Difference to the float pipeline, from the same noise",
-        *(f"- {line}" for done in manifest.passes for effect in done.effect.values() for line in _effect_lines(effect)),
+        *(f"- {effect.told()}" for done in manifest.passes for effect in done.effect.values()),
     ]
     lines += _pruned_lines(manifest)
     notices = [notice for done in manifest.passes for notice in done.notices]
@@ -100,15 +100,6 @@ def _component_row(name: str, record: ComponentRecord) -> str:
         f"| {name} | {record.class_name} | {record.parameters} | {record.bytes_fp32} | {record.bytes_after} "
         f"| {record.bytes_after / record.bytes_fp32:.3f} | {schemes} |"
     )
-
-
-def _effect_lines(effect: Effect) -> list[str]:
-    if effect.not_measured:
-        return [f"not measured: {effect.not_measured}"]
-    return [
-        f"relative L2 {effect.relative_l2:.4f}, PSNR {effect.psnr:.2f} dB, SSIM {effect.ssim:.4f} "
-        f"({effect.seeds} seeds, {effect.steps} steps)"
-    ]
 
 
 def _words(config: dict[str, Any]) -> str:

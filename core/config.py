@@ -86,11 +86,19 @@ def _describe(config_class: type[Config], entry: Any) -> tuple[str, str]:
     """The beginning, which names the field, and what is wrong with it."""
     field = str(entry["loc"][0]) if entry["loc"] else ""
     if entry["type"] == "extra_forbidden":
-        return f"there is no field {field!r}. ", nearest(field, list(config_class.model_fields))
+        known = list(config_class.model_fields)
+        return f"there is no field {field!r}", f". {nearest(field, known)}" if known else ""
+    if entry["type"] == "missing":
+        return f"{field} has to be given", ""
     message = entry["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
     return (f"{field}={entry['input']!r}: " if field else ""), message
 
 
 def _advice(config_class: type[Config], error: ValidationError) -> str:
-    unknown = any(entry["type"] == "extra_forbidden" for entry in error.errors())
-    return f"Fields: {', '.join(config_class.model_fields)}." if unknown else ""
+    kinds = {entry["type"] for entry in error.errors()}
+    missing = [str(entry["loc"][0]) for entry in error.errors() if entry["type"] == "missing"]
+    if "extra_forbidden" in kinds and not config_class.model_fields:
+        return "It has no fields: leave --set out."
+    if "extra_forbidden" in kinds:
+        return f"Fields: {', '.join(config_class.model_fields)}."
+    return f"Add {' '.join(f'--set {field}=VALUE' for field in missing)}." if missing else ""

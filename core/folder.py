@@ -90,8 +90,10 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
     """Refuse an output that exists, or that --overwrite must not delete.
 
     Raises:
-        ConfigError: the folder exists and `overwrite` is not given, or it holds something that is not ours to delete.
+        ConfigError: the folder exists and `overwrite` is not given, it holds something that is not ours to delete, or
+            somebody works in it.
     """
+    refuse_current_folder(folder)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"the output {folder} is a file or a link.", mend="Give a folder that does not exist yet.")
     if not folder.exists():
@@ -103,6 +105,24 @@ def check_replaceable(folder: Path, *, overwrite: bool) -> None:
             f"the output {folder} holds something else than a pipeline.",
             "--overwrite deletes the old folder, and dacc deletes only pipelines.",
             "Choose another --output.",
+        )
+
+
+def refuse_current_folder(folder: Path) -> None:
+    """Refuse an output that a swap would pull away from under the process, and from the shell that started it.
+
+    Raises:
+        ConfigError: the folder is the current one, or holds it.
+    """
+    try:
+        here = Path.cwd().resolve()
+    except FileNotFoundError:  # somebody has deleted it: it cannot be lost any more
+        return
+    if here.is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"the output {folder} is, or holds, the current folder.",
+            "The old folder would be deleted when the new one takes its place.",
+            "Choose another --output, or call dacc from elsewhere.",
         )
 
 

@@ -50,7 +50,17 @@ class Effect(Config):
     ssim: float | None = None
     seeds: int = 0
     steps: int = 0
-    not_measured: str | None = None  # why, when nothing was measured
+    not_measured: str | None = None  # why, where a figure is missing
+
+    def told(self) -> str:
+        """For people, on one line."""
+        figures = [f"relative L2 {self.relative_l2:.4f}"] if self.relative_l2 is not None else []
+        figures += [f"PSNR {self.psnr:.2f} dB"] if self.psnr is not None else []
+        figures += [f"SSIM {self.ssim:.4f}"] if self.ssim is not None else []
+        if not figures:
+            return f"not measured ({self.not_measured})"
+        why = f"; {self.not_measured}" if self.not_measured else ""
+        return f"{', '.join(figures)} ({self.seeds} seeds, {self.steps} steps){why}"
 
 
 class PassRecord(Config):

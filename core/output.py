@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +26,34 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Writer = TypeVar("Writer", bound="OutputWriter")
+
+
+def chosen_output(given: str | Path | None, default: str | Path) -> Path:
+    """The folder to make: the one that was asked for, else the default.
+
+    Raises:
+        ConfigError: an empty text, which as a path would be the current folder.
+    """
+    if given == "":
+        raise ConfigError("the output is empty.", mend="Name a folder, or leave it out for the default.")
+    return Path(default if given is None else given)
+
+
+@contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """Keep other runs from writing an output; its parent folder is made where it is missing.
+
+    Raises:
+        BusyError: another run writes it.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = WriterLock(lock_of(output))
+    lock.acquire()
+    try:
+        restore_interrupted_swap(output)
+        yield
+    finally:
+        lock.release()
 
 
 def check_output(source: Path, output: Path, *, overwrite: bool) -> None:

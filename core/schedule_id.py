@@ -16,11 +16,13 @@ from typing import Any, Literal
 from .config import Config
 
 StepRule = Literal["exact", "nearest"]  # what a table does on another grid: refuse, or take the nearest noise level
-DIGITS = 6  # significant digits that count: the last bits of a float32 grid differ between machines
+DIGITS = 6  # significant digits in a hash; a value beside a border of rounding may still differ between machines
+NEAR, TINY = 2e-5, 1e-5  # relative and absolute: grids are float32, and one bit of `alphas_cumprod`, 6e-8, moves a low
+# sigma by 3e-8 / sigma
 
 
 class ScheduleId(Config):
-    """Identity of a grid; equal grids have equal `sha256`."""
+    """Identity of a grid. Its `sha256` is a name for people; whether two grids are one says `same_levels`."""
 
     scheduler: str  # class name
     config_sha256: str
@@ -78,10 +80,11 @@ def read_grid(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...] | No
 
 
 def same_levels(first: ScheduleId | NoiseGrid, second: ScheduleId | NoiseGrid) -> bool:
-    """Whether two grids visit the same noise levels; schedulers of several classes may."""
-    if _texts(first.timesteps) != _texts(second.timesteps):
+    """Whether two grids visit the same noise levels; schedulers of several classes may. The last bits of a level, which
+    differ between machines, do not count."""
+    if not _near(first.timesteps, second.timesteps):
         return False
-    return first.sigmas is None or second.sigmas is None or _texts(first.sigmas) == _texts(second.sigmas)
+    return first.sigmas is None or second.sigmas is None or _near(first.sigmas, second.sigmas)
 
 
 def nearest_calls(fitted: ScheduleId | NoiseGrid, running: ScheduleId | NoiseGrid) -> list[int]:
@@ -95,6 +98,12 @@ def nearest_calls(fitted: ScheduleId | NoiseGrid, running: ScheduleId | NoiseGri
     else:
         known, asked = list(fitted.timesteps), list(running.timesteps)
     return [min(range(len(known)), key=lambda call: abs(known[call] - level)) for level in asked]
+
+
+def _near(first: tuple[float, ...], second: tuple[float, ...]) -> bool:
+    return len(first) == len(second) and all(
+        math.isclose(one, other, rel_tol=NEAR, abs_tol=TINY) for one, other in zip(first, second, strict=True)
+    )
 
 
 def _logs(sigmas: tuple[float, ...]) -> list[float]:

@@ -50,9 +50,9 @@ def resolve_source(text: str | None, *, reporter: Reporter, stdin: int | None = 
         stdin: file descriptor to read from; default: the process's standard input.
 
     Raises:
-        ModelError: there is no such folder, it is not a pipeline, its weights are pickled, the Hub cannot be reached,
-            or the command before in the pipe printed nothing.
-        BundleError: its index is damaged or names something outside.
+        ModelError: there is no such folder, it is not a pipeline, a config is broken or missing, its weights are
+            pickled, the Hub cannot be reached, or the command before in the pipe printed nothing.
+        BundleError: its index or a config is damaged, or names something outside.
     """
     if text == "-" or (text is None and something_is_piped(stdin)):
         return _resolve_text(read_piped(stdin, reporter), reporter)
@@ -82,7 +82,7 @@ def component_entries(folder: Path) -> dict[str, tuple[str, str]]:
     """Component name -> (library, class) from a pipeline's index, without the components that are null.
 
     Raises:
-        ModelError: the folder has no index.
+        ModelError: the folder has no index, or that is no table of components of a pipeline class.
         BundleError: the index is damaged, or names something that is not a plain folder name.
     """
     index = folder / PIPELINE_INDEX
@@ -91,6 +91,11 @@ def component_entries(folder: Path) -> dict[str, tuple[str, str]]:
     raw = read_json(index)
     if not isinstance(raw, dict):
         raise ModelError(f"{index} is not a table of components.", mend="Copy the pipeline again.")
+    if not isinstance(raw.get("_class_name", ""), str):
+        raise ModelError(
+            f"{index} has the _class_name {raw['_class_name']!r}, which names no pipeline.",
+            mend="Copy the pipeline again.",
+        )
     entries = {name: value for name, value in raw.items() if not name.startswith("_") and _is_text_pair(value)}
     if outside := [name for name in entries if not is_plain_name(name)]:
         raise BundleError(f"{index} names {outside[0]!r}, which leads out of the pipeline.", mend="Do not trust it.")
@@ -177,7 +182,7 @@ def _remembered_place(folder: Path) -> list[Path]:
 
 
 def _checked(source: Source) -> Source:
-    """The source itself, when every component is there and none has only pickled weights.
+    """The source itself, when every component is there with its config, and none has only pickled weights.
 
     A bundle is left to `core/verify.py`, which names damage file by file.
     """
@@ -186,8 +191,9 @@ def _checked(source: Source) -> Source:
     entries = component_entries(source.path)
     if missing := [name for name in entries if not (source.path / name).is_dir()]:
         raise ModelError(f"{source.identity} lacks the components {', '.join(missing)}.", mend=_again(source))
-    for name in entries:
+    for name, (library, class_name) in entries.items():
         _check_weights(source, name)
+        _check_configs(source, name, library, class_name)
     return source
 
 
@@ -203,6 +209,30 @@ def _check_weights(source: Source, component: str) -> None:
         )
     if "config.json" in names and not WEIGHTLESS_CONFIGS & set(names):
         raise ModelError(f"{source.identity} has no weights in {component}.", mend=_again(source))
+
+
+def _check_configs(source: Source, component: str, library: str, class_name: str) -> None:
+    """Every config is a table of fields, and what no loader can do without is there.
+
+    A pass copies the components that it does not treat, so their faults would show in its result only.
+    """
+    folder = source.path / component
+    for file in (folder / "config.json", folder / "scheduler_config.json"):
+        if file.is_file() and not isinstance(read_json(file), dict):
+            raise ModelError(f"{file} is not a table of fields.", mend=_again(source))
+    if needed := _needed_config(folder, library, class_name):
+        raise ModelError(f"{source.identity} has no {component}/{needed}.", mend=_again(source))
+
+
+def _needed_config(folder: Path, library: str, class_name: str) -> str | None:
+    """The config that a component of a known library lacks."""
+    if library == "diffusers" and class_name.endswith("Scheduler"):
+        needed = "scheduler_config.json"
+    elif library in ("diffusers", "transformers") and any(folder.glob("*.safetensors")):
+        needed = "config.json"
+    else:
+        return None
+    return None if (folder / needed).is_file() else needed
 
 
 def _again(source: Source) -> str:

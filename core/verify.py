@@ -24,7 +24,7 @@ class Problem:
     problem: str
 
 
-def verify_bundle(folder: Path, *, deep: bool = True) -> list[Problem]:
+def verify_bundle(folder: str | Path, *, deep: bool = True) -> list[Problem]:
     """Compare a bundle with its manifest; an empty list means that it is intact.
 
     Args:
@@ -34,6 +34,7 @@ def verify_bundle(folder: Path, *, deep: bool = True) -> list[Problem]:
     Raises:
         ModelError: the folder is not a bundle.
     """
+    folder = Path(folder)
     try:
         manifest = read_manifest(folder)
     except BundleError as error:

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, StringConstraints, ValidationError, fiel
 from .config import Config, nearest
 from .errors import BundleError, ModelError
 from .folder import check_replaceable, files_in, place_file, swap_in
+from .output import only_writer
 from .safe_read import is_plain_name, read_json
 
 PREFIX = "zoo:"
@@ -145,17 +146,20 @@ def copy_zoo(name: str, target: Path, *, overwrite: bool = False) -> Path:
     Raises:
         ModelError: there is no such pipeline.
         ConfigError: the target exists and `overwrite` is not given.
+        BusyError: another run writes the target.
     """
-    entry, target = zoo_entry(name), Path(os.path.abspath(target))
-    check_replaceable(target, overwrite=overwrite)
-    unfinished = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        for file_name, file in files_in(entry.path):
-            place_file(file, unfinished / file_name, link=False)
-        swap_in(unfinished, target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    entry, absolute = zoo_entry(name), Path(os.path.abspath(target))
+    check_replaceable(absolute, overwrite=overwrite)
+    unfinished = absolute.with_name(f".{absolute.name}.copying")  # .partial holds the units of an interrupted pass
+    with only_writer(absolute):
+        check_replaceable(absolute, overwrite=overwrite)  # again: another run may have finished meanwhile
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        try:
+            for file_name, file in files_in(entry.path):
+                place_file(file, unfinished / file_name, link=False)
+            swap_in(unfinished, absolute)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return target
 
 

@@ -32,7 +32,7 @@ from .memory import measure_memory
 from .quality import find_judge, measure_quality, metric_names
 from .report import PICTURE_NAME, row_label, write_json
 from .result import Evaluation, Memory, Settings, SourceReport, Speed
-from .size import component_sizes
+from .size import component_sizes, treated_components
 from .timing import measure_speed
 
 DEFAULT_STEPS = 20
@@ -50,7 +50,7 @@ class Subject:
 
 
 def evaluate_pipelines(
-    sources: Sequence[SourceLike],
+    sources: SourceLike | Sequence[SourceLike],
     *,
     reference: SourceLike | None = None,
     config: EvaluateConfig | None = None,
@@ -59,7 +59,7 @@ def evaluate_pipelines(
     """Measure sources against a reference, all from the same noise.
 
     Args:
-        sources: what to evaluate; may be empty when a reference is given.
+        sources: what to evaluate, one or several; may be empty when a reference is given.
         reference: what they should equal. None: the zoo pipeline that the first source was made from; a first source
             that was not made from another is the reference itself.
 
@@ -69,7 +69,8 @@ def evaluate_pipelines(
     """
     config, reporter = config or EvaluateConfig(), reporter or silent()
     chosen = metric_names(config.metrics)
-    found = _order([_resolve(source, reporter) for source in sources], reference, reporter)
+    given = [sources] if isinstance(sources, (str, Path, Source)) else sources
+    found = _order([_resolve(source, reporter) for source in given], reference, reporter)
     entry = next((entry for entry in map(zoo_entry_of, found) if entry), None)
     request = RunRequest(
         seeds=seed_stream("evaluation", config.seed, config.num),
@@ -87,9 +88,17 @@ def evaluate_pipelines(
 
     subjects = list(_run(found, request, config, reporter))
     judge = find_judge(entry, chosen, subjects[0].samples, absent)
-    results = measure_quality([subject.samples for subject in subjects], request, judge, chosen)
+    results = measure_quality(
+        [subject.samples for subject in subjects],
+        request,
+        judge,
+        chosen,
+        expected=config.metrics or ("frechet",),  # the others that were not asked for come where they apply
+        absent=absent,
+    )
     speeds = _time(subjects, request, config, absent, reporter)
     memories = [_measure_memory(subject, request, config, absent, reporter) for subject in subjects]
+    treated = [name for subject in subjects for name in treated_components(subject.source.path)]
     reports = tuple(
         SourceReport(
             name=subject.source.name,
@@ -97,7 +106,7 @@ def evaluate_pipelines(
             is_reference=subject.is_reference,
             pipeline=type(subject.pipe).__name__,
             metrics=result,
-            components=component_sizes(subject.pipe, subject.source.path),
+            components=component_sizes(subject.pipe, subject.source.path, treated),
             speed=speed,
             memory=memory,
         )

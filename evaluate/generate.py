@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..core.config import Config
 from ..core.errors import ConfigError
+from ..core.folder import refuse_current_folder, swap_in
+from ..core.output import chosen_output, only_writer
 from ..core.reporter import Reporter, silent
 from ..core.seeds import seed_stream
 from ..core.source import Source, resolve_source, zoo_entry_of
@@ -61,6 +63,7 @@ def generate_images(
 
     Raises:
         ConfigError: the folder exists, or the pipeline does not take what was asked.
+        BusyError: another run writes the folder.
     """
     config, reporter = config or GenerateConfig(), reporter or silent()
     resolved = (
@@ -68,10 +71,28 @@ def generate_images(
         if isinstance(source, Source)
         else resolve_source(None if source is None else str(source), reporter=reporter)
     )
-    target = Path(output) if output else Path(f"{resolved.name}-images")
-    _check_target(target, overwrite=overwrite)
-    pipe = load_source(resolved, device=device, dtype=dtype, prefer=prefer, reporter=reporter)
-    entry = zoo_entry_of(resolved)
+    target = chosen_output(output, f"{resolved.name}-images")
+    absolute = Path(os.path.abspath(target))  # the current folder may be left meanwhile
+    _check_target(absolute, overwrite=overwrite)
+    with only_writer(absolute):
+        images = _sample(resolved, config, device=device, dtype=dtype, prefer=prefer, reporter=reporter)
+        _check_target(absolute, overwrite=overwrite)  # again: sampling takes time
+        _write(images, absolute)
+    return target
+
+
+def _sample(
+    source: Source,
+    config: GenerateConfig,
+    *,
+    device: str,
+    dtype: str,
+    prefer: Literal["memory", "speed"],
+    reporter: Reporter,
+) -> Tensor:
+    """(N, C, H, W) images or (N, F, C, H, W) clips in [0, 1]."""
+    pipe = load_source(source, device=device, dtype=dtype, prefer=prefer, reporter=reporter)
+    entry = zoo_entry_of(source)
     request = RunRequest(
         seeds=seed_stream("generate", config.seed, config.num),
         num_inference_steps=config.steps or (entry.num_inference_steps if entry else DEFAULT_STEPS),
@@ -84,9 +105,7 @@ def generate_images(
         num_frames=config.num_frames,
         batch_size=config.batch_size,
     ).with_zoo_defaults(entry)
-    images = sample(pipe, request, reporter=reporter).images
-    _write(images, target)
-    return target
+    return sample(pipe, request, reporter=reporter).images
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -96,10 +115,11 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def _check_target(target: Path, *, overwrite: bool) -> None:
+    refuse_current_folder(target)
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ConfigError(f"the output {target} is a file or a link.", mend="Give a folder with --output.")
     if not target.exists():
         return
-    if not target.is_dir():
-        raise ConfigError(f"the output {target} is a file.", mend="Give a folder with --output.")
     if not overwrite:
         raise ConfigError(f"the output {target} exists.", mend="Choose another --output, or give --overwrite.")
     strangers = [file.name for file in target.iterdir() if file.suffix != ".png"]
@@ -113,7 +133,6 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
 
 def _write(images: Tensor, target: Path) -> None:
     """Write aside, then rename."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         for number, image in enumerate(images):
@@ -123,8 +142,6 @@ def _write(images: Tensor, target: Path) -> None:
             )
             first.save(aside / f"{number:04d}.png", **animated)
         aside.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(aside, target)
+        swap_in(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

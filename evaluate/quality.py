@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 from ..core.zoo import ZooEntry
@@ -13,6 +13,10 @@ from .judge import Judge, load_judge
 from .result import Metric
 
 T = TypeVar("T")
+LACKS = {  # what a metric cannot do without -> why there is none
+    "reference": "there is no other source to compare with the reference",
+    "prompts": "the samples have no prompts",
+}
 
 
 def metric_names(wanted: tuple[str, ...]) -> list[str]:
@@ -42,7 +46,13 @@ def find_judge(entry: ZooEntry | None, chosen: list[str], samples: Samples, abse
 
 
 def measure_quality(
-    samples: Sequence[Samples], request: RunRequest, judge: Judge | None, chosen: Sequence[str] = ()
+    samples: Sequence[Samples],
+    request: RunRequest,
+    judge: Judge | None,
+    chosen: Sequence[str] = (),
+    *,
+    expected: Collection[str] = (),
+    absent: list[str] | None = None,
 ) -> list[dict[str, Metric]]:
     """Metric name -> value for every set of samples; the first set is the reference of the others.
 
@@ -51,7 +61,11 @@ def measure_quality(
         request: what they were sampled with.
         judge: None leaves the metrics out that need one.
         chosen: metric files; empty: all.
+        expected: those of them that get a line in `absent` when they say nothing of any source; that there is no judge
+            is told by `find_judge`.
     """
+    reasons: dict[str, str] = {}  # of metrics that say nothing of a source: why, of the last one
+    told: set[str] = set()  # metrics that say something of a source
     judged = [judge.look(one.images) if judge else None for one in samples]
     results: list[dict[str, Metric]] = []
     for index, (own, seen) in enumerate(zip(samples, judged, strict=True)):
@@ -67,11 +81,23 @@ def measure_quality(
         )
         result: dict[str, Metric] = {}
         for name in chosen or metrics.REGISTRY.names():
-            metric = metrics.REGISTRY.load(name)
-            if all(getattr(case, need) is not None for need in metric.NEEDS):
-                result |= metric.compute(case)
+            found, reasons[name] = _measure(name, case)
+            if found:
+                told.add(name)
+            result |= found
         results.append(result)
+    if absent is not None:
+        absent += [f"{name}: {why}." for name, why in reasons.items() if why and name in expected and name not in told]
     return results
+
+
+def _measure(name: str, case: metrics.Case) -> tuple[dict[str, Metric], str]:
+    """What a metric says of a source; nothing, and why, where it has nothing to say."""
+    metric = metrics.REGISTRY.load(name)
+    if missing := [need for need in metric.NEEDS if getattr(case, need) is None]:
+        return {}, LACKS.get(missing[0], "")
+    found: dict[str, Metric] = metric.compute(case)
+    return found, "" if found else metric.why_nothing(case)
 
 
 def _dealt(values: tuple[T, ...] | None, count: int) -> tuple[T, ...] | None:

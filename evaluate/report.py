@@ -65,10 +65,10 @@ def evaluation_rows(evaluation: Evaluation) -> list[list[str]]:
 def remarks(evaluation: Evaluation) -> list[str]:
     """Lines below the table."""
     lines = ["In brackets: 95 % intervals over images; for times the fastest and slowest repeat."]
-    if evaluation.judge_fid_between_halves is not None:
-        halves = evaluation.judge_fid_between_halves
-        video = any("frechet_video" in report.metrics for report in evaluation.sources)
-        what, of = ("The Frechet video distance", "clips") if video else ("FID", "images")
+    halves = evaluation.judge_fid_between_halves
+    distances = {name for report in evaluation.sources for name in report.metrics} & {"fid", "frechet_video"}
+    if halves is not None and distances:
+        what, of = ("The Frechet video distance", "clips") if "frechet_video" in distances else ("FID", "images")
         lines.append(f"{what} uses {evaluation.judge}: real {of} against real {of} give {halves:.3g}.")
     noted: dict[str, dict[str, None]] = {}  # note -> the titles that it belongs to, each once and in order
     for name, metric in ((name, metric) for report in evaluation.sources for name, metric in report.metrics.items()):

@@ -22,7 +22,7 @@ class Metric(Config):
 
 
 class ComponentSize(Config):
-    """Room that one denoiser takes."""
+    """Room that one denoiser, or another component that was treated, takes."""
 
     class_name: str
     parameters: int  # weights that the model stands for, however they are packed

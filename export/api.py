@@ -10,7 +10,7 @@ from typing import Any
 from ..core.config import Config, build_config
 from ..core.errors import UnsupportedError
 from ..core.manifest import ComponentRecord, Manifest, read_manifest
-from ..core.output import check_output
+from ..core.output import check_output, chosen_output
 from ..core.pipeline import select_components
 from ..core.reference import find_reference, given_reference, has_weights
 from ..core.reporter import Reporter, silent
@@ -73,7 +73,7 @@ def export_pipeline(
     reporter = reporter or silent()
     earlier = len(reporter.notices)
     job = prepare(source, config, reporter)
-    folder = Path(output) if output else Path(f"{job.source.name}-{config.format}")
+    folder = chosen_output(output, f"{job.source.name}-{config.format}")
     check_output(job.source.path, folder, overwrite=overwrite)
     lost = check_losses(job.manifest, job.components, job.target.KEEPS, lossy=config.lossy, reporter=reporter)
     origin = _origin(job, reference, reporter)

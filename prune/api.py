@@ -97,7 +97,7 @@ def prune_pipeline(
     """
     config, reporter, started = config or PruneConfig(), reporter or silent(), time.time()
     earlier = len(reporter.notices)  # a reporter may have served another pass before
-    requirements = parse_requirements(require)
+    requirements = parse_requirements(require, "prune", measure=config.measure)
     job = prepare(source, config, reporter, calib, from_reference=from_reference)
     target = Path(output) if output else default_output(job)
     if not overwrite and existing_bundle(target, job.run_key):
@@ -106,8 +106,9 @@ def prune_pipeline(
 
     from ..runtime.load import pick_device
     from ..runtime.measure import measure_bundle
-    from .run import calibration_for, prune_component
+    from .run import calibration_for, prune_component, refuse_checkpointing
 
+    refuse_checkpointing(job)
     calibration = calibration_for(job, device, reporter)
     with BundleWriter(
         job.source.path,

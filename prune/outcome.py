@@ -84,10 +84,4 @@ def summarize(pruned: dict[str, Pruned], effect: Effect, reporter: Reporter) -> 
             )
         if record.identity_modules:
             reporter.say(f"{name}: its config cannot tell this: load it with dacc.load, or after `import dacc`")
-    if effect.not_measured:
-        reporter.say(f"difference to the source: not measured ({effect.not_measured})")
-    else:
-        reporter.say(
-            f"difference to the source: relative L2 {effect.relative_l2:.4f}, PSNR {effect.psnr:.1f} dB, "
-            f"SSIM {effect.ssim:.4f} ({effect.seeds} seeds, {effect.steps} steps)"
-        )
+    reporter.say(f"difference to the source: {effect.told()}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..calibrate.inputs import calibration_of
 from ..calibrate.store import CalibrationSet
 from ..core.bundle import BundleWriter
-from ..core.errors import ModelError
+from ..core.errors import ModelError, UnsupportedError
 from ..core.manifest import ConfigChange, PruningRecord
 from ..core.reporter import Reporter
 from ..core.safe_read import read_json, resolve_shards
@@ -29,11 +29,13 @@ from .config import METHODS
 from .decide import Decision, decide
 from .guidance import guidance_of, has_branches
 from .noise import Noise, noise_of
+from .recovery.taps import placed
 from .remap import index_map, sources_of
 from .remove import Removal
 from .retrain import retrained
+from .settings import MaskConfig
 from .sources import refuse_other_residuals
-from .teacher import Teacher
+from .teacher import Teacher, some_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,23 @@ class Pruned:
     bytes_before: int
     latency_ms: dict[str, float] | None
     recovery_cpu_seconds: float | None
+
+
+def refuse_checkpointing(job: Job) -> None:
+    """Where networks that are to be trained cannot compute their inner values twice.
+
+    Raises:
+        UnsupportedError: see above.
+    """
+    if not job.recovery.gradient_checkpointing:
+        return
+    for name in job.components:
+        skeleton: Any = build_skeleton(job.source.path / name)
+        if not skeleton._supports_gradient_checkpointing:
+            raise UnsupportedError(
+                f"diffusers has no gradient checkpointing for a {type(skeleton).__name__}.",
+                mend="Leave --set gradient_checkpointing=true out; --set trainable=lora needs less memory too.",
+            )
 
 
 def calibration_for(job: Job, device: str, reporter: Reporter) -> CalibrationSet | None:
@@ -110,7 +129,7 @@ class Whole:
     """A denoiser before anything is removed."""
 
     denoiser: nn.Module  # float32; without weights where it need not run
-    calls: Sequence[DenoiserCall]  # what enters it, on its device
+    calls: Sequence[DenoiserCall]  # what enters it, on the CPU
     guidance_scale: float | None  # of these calls; None: not known
     noise: Noise
 
@@ -120,7 +139,7 @@ def whole_of(job: Job, name: str, calibration: CalibrationSet | None, device: st
     folder, noise = job.source.path / name, noise_of(job.source.path)
     if calibration is None or name not in job.running:
         return Whole(build_skeleton(folder), [], None, noise)
-    calls = list(calibration.of(name, dtype=torch.float32, device=pick_device(device)))  # as the network is
+    calls = list(calibration.of(name, dtype=torch.float32))  # as the network is
     denoiser: Any = load_denoiser(build_skeleton(folder), folder, device)
     guidance_scale = guidance_of(calibration.record, distilled=bool(denoiser.config.get("guidance_embeds")))
     return Whole(denoiser, calls, guidance_scale, noise)
@@ -137,12 +156,19 @@ def choose(
                 f"the guidance scale of the calibration set is not known: branches of {name} are judged apart; "
                 "dacc calibrate --guidance-scale tells it"
             )
-        teacher = Teacher(whole.denoiser, whole.calls, whole.guidance_scale, whole.noise)
+        calls = [placed(call, whole.denoiser) for call in _judging(job, whole.calls)]
+        teacher = Teacher(whole.denoiser, calls, whole.guidance_scale, whole.noise)
     before: Any = whole.denoiser.config
     method = METHODS.load(job.config.method)
     decision = decide(whole.denoiser, job.config, method, job.settings, teacher, known, reporter)
     refuse_other_residuals(job.source, job.classes[name], before, decision.removal)
     return decision
+
+
+def _judging(job: Job, calls: Sequence[DenoiserCall]) -> Sequence[DenoiserCall]:
+    """The calls that units are judged on: a set that is trained on has more than that takes. Masks are trained too."""
+    settings: Any = job.settings
+    return calls if isinstance(settings, MaskConfig) else some_of(calls, settings.samples, settings.timesteps)
 
 
 def load_denoiser(skeleton: nn.Module, folder: Any, device: str) -> nn.Module:

@@ -95,6 +95,29 @@ class Teacher:
         return empty + self.guidance_scale * (given - empty)
 
 
+def some_of(calls: Sequence[DenoiserCall], samples: int, timesteps: int) -> list[DenoiserCall]:
+    """Of at least so many samples at most so many calls each, the first and the last among them: whole runs and whole
+    calls, so that guidance branches stay together. All, where the calls tell no runs.
+
+    Args:
+        calls: from a calibration set, in its order.
+    """
+    if any(call.state is None for call in calls):
+        return list(calls)
+    found: list[DenoiserCall] = []
+    seen = 0
+    for _, run in groupby(calls, key=lambda call: call.state and call.state.run):
+        if seen >= samples:
+            break
+        moments = [list(group) for _, group in groupby(run, key=_moment)]
+        count = min(timesteps, len(moments))
+        places = [round(part * (len(moments) - 1) / max(count - 1, 1)) for part in range(count)]
+        found += [call for place in places for call in moments[place]]
+        first = moments[0][0]
+        seen += len(noisy_sample(first)) // (2 if first.state and first.state.branch == "both" else 1)
+    return found
+
+
 def prediction(call: DenoiserCall, output: Any) -> Tensor:
     """What a network says of the noise, without the variances that some learn beside it."""
     first: Tensor = output if isinstance(output, Tensor) else output[0]

@@ -30,7 +30,7 @@ from ..core.manifest import (
     SourceRecord,
     read_manifest,
 )
-from ..core.output import check_output
+from ..core.output import check_output, chosen_output
 from ..core.pipeline import pipeline_class, select_components
 from ..core.reporter import Reporter, silent
 from ..core.requirements import Requirements, parse_requirements
@@ -98,9 +98,9 @@ def quantize_pipeline(
     """
     config, reporter, started = config or QuantizeConfig(), reporter or silent(), time.time()
     earlier = len(reporter.notices)  # a reporter may have served another pass before
-    requirements = parse_requirements(require)
+    requirements = parse_requirements(require, "quantize", measure=config.measure)
     job = prepare(source, config, reporter, calib, fuse_lora)
-    target = Path(output) if output else default_output(job)
+    target = chosen_output(output, default_output(job))
     if not overwrite and existing_bundle(target, job.run_key):
         return requirements.accept(target, reporter)
     check_output(job.source.path, target, overwrite=overwrite)
@@ -221,13 +221,14 @@ def prepare(
     if loras:
         check_fusing(found)
     hashes = {name: weight_hash(found.path / name) for name in components}
-    calibration = Path(calib) if calib else found.calibration
+    calibration = found.calibration if calib is None else Path(calib)
+    given_id = calibration_id(calibration) if calibration else None  # also where it is not needed: a typo is one
     origin = source_identity(found.path, hashes)
     identity: dict[str, Any] = {"source": origin, "config": config.model_dump(mode="json")}
     if config.needs_calibration:
         made = on_the_fly(config, components)
         request = None if calibration else prepare_calibration(found, made, "float32", reporter).request
-        identity["calibration"] = calibration_id(calibration) if calibration else request
+        identity["calibration"] = given_id or request
     if loras:
         identity["loras"] = [(lora.sha256, lora.scale) for lora in loras]
     run_key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -61,12 +61,13 @@ class Moments:
             rows: W, (O, K).
         """
         apart = float((rows @ self.drift).square().sum())
-        gram = self.gram - torch.outer(self.mean, self.mean)
+        gram = torch.outer(-self.mean, self.mean).add_(self.gram)  # no third (K, K): those of a wide layer are large
+        lag = torch.outer(-self.drift, self.mean).add_(self.lag)
         moving = gram.diagonal() > STEADY * self.gram.diagonal()
         return replace(
             self,
-            gram=gram * moving * moving[:, None],
-            lag=(self.lag - torch.outer(self.drift, self.mean)) * moving,
+            gram=gram.mul_(moving).mul_(moving[:, None]),
+            lag=lag.mul_(moving),
             lost={**self.lost, name: self.lost[name] - apart},
         )
 
@@ -98,7 +99,7 @@ def moments_of(block: Block, level: Sequence[str], schemes: Sequence[Scheme], se
             with fixed_run(sighting.state):
                 here = some_rows(layer, one.rounding(x) if one.rounding else x, count, seed=number).float()
             one.add(here, intact)
-    return [one.result() for one in gathering if one.total]
+    return [one.result_() for one in gathering if one.total]
 
 
 class _Gathering:
@@ -126,9 +127,10 @@ class _Gathering:
             self.power[name] += float((intact @ rows.T).square().sum(dtype=torch.float64))
         self.total += len(here)
 
-    def result(self) -> Moments:
+    def result_(self) -> Moments:
+        """The means, in the place of the sums."""
         check_finite(self.name, self.gram)
-        gram, lag, mean, drift = (value / self.total for value in (self.gram, self.lag, self.sums, self.drifts))
+        gram, lag, mean, drift = (value.div_(self.total) for value in (self.gram, self.lag, self.sums, self.drifts))
         lost, power = ({name: value / self.total for name, value in found.items()} for found in (self.lost, self.power))
         return Moments(self.scheme, self.acts, gram, lag, mean, drift, lost, power)
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..core.manifest import Effect, QuantizationRecord, read_manifest
+from ..core.manifest import QuantizationRecord, read_manifest
 from ..core.reporter import Reporter
 from ..core.scheme import Scheme
 from ..core.target import HERE, Target, execution_of, find_target
@@ -53,7 +53,7 @@ def summarize(config: QuantizeConfig, folder: Path, components: Iterable[str], d
         )
         if target and record.quantization:
             _tell_of_products(name, record.quantization, config, target, reporter)
-    reporter.say(_damage(manifest.passes[-1].effect["pipeline"]))
+    reporter.say(f"difference to the float pipeline: {manifest.passes[-1].effect['pipeline'].told()}")
     if config.bits == 8 and config.act_bits == 16 and target and "int8" in target.products:
         reporter.say("--act-bits 8 would also run the products on 8-bit integers: same size, faster")
 
@@ -70,12 +70,3 @@ def _tell_of_products(
     execution = execution_of(_asked(config), target)
     if config.target == HERE and execution.lacks:
         reporter.say(f"{component}: {execution.lacks}. {execution.instead}")
-
-
-def _damage(effect: Effect) -> str:
-    if effect.not_measured:
-        return f"difference to the float pipeline: not measured ({effect.not_measured})"
-    return (
-        f"difference to the float pipeline: relative L2 {effect.relative_l2:.4f}, PSNR {effect.psnr:.1f} dB, "
-        f"SSIM {effect.ssim:.4f} ({effect.seeds} seeds, {effect.steps} steps)"
-    )

@@ -207,9 +207,13 @@ def roundings_of(block: Block, treated: dict[str, Treated]) -> dict[str, Roundin
 
 
 def dynamic_roundings(block: Block) -> dict[str, Rounding | None]:
-    """How the layers of a unit round what enters them, where that needs no observation."""
+    """How the layers of a unit round what enters them, where that needs no observation.
+
+    Not of those that may have smoothing factors: rounding without these loses the quiet channels that they save, and
+    what is seen of these channels then tells that they need none.
+    """
     return {
         name: rounding_of(block.scheme(name), layer, None)
         for name, layer in block.layers.items()
-        if block.scheme(name).finds_acts
+        if block.scheme(name).finds_acts and not block.scheme(name).smooth
     }

@@ -101,12 +101,18 @@ def _round_rows(name: str, layer: nn.Module, scheme: Scheme, moments: Moments) -
 
 
 def compensated(rows: Tensor, gram: Tensor, lag: Tensor, damping: float = 0.01) -> Tensor:
-    """W + W L (H + d)^-1: the float weight that comes nearest to the float outputs on these inputs."""
-    damped = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(len(gram), dtype=torch.float64)
-    lower, failed = torch.linalg.cholesky_ex(damped)
+    """W + W L (H + d)^-1: the float weight that comes nearest to the float outputs on these inputs.
+
+    In double precision one matrix (K, K) of a wide layer has gigabytes: there is never a second one.
+    """
+    moved = (rows.double() @ lag.double()).T  # (K, O)
+    damped = torch.empty_like(gram, dtype=torch.float64).T.copy_(gram)  # column by column, as LAPACK works in place
+    damped.diagonal().add_(damping * gram.diagonal().double().mean())
+    lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, torch.empty((), dtype=torch.int32)))
     if failed:
         return rows
-    shift = torch.cholesky_solve((rows.double() @ lag.double()).T, lower).T
+    half = torch.linalg.solve_triangular(lower, moved, upper=False)  # unlike cholesky_solve this copies no factor
+    shift = torch.linalg.solve_triangular(lower.T, half, upper=True).T
     return (rows.double() + shift).float()
 
 

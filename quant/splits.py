@@ -11,6 +11,8 @@ from itertools import chain
 
 from torch import nn
 
+from ..runtime.passthrough import Passthrough
+
 
 def find_splits(model: nn.Module) -> dict[str, int]:
     """Layer name -> input channels of the first of the two tensors."""
@@ -20,21 +22,30 @@ def find_splits(model: nn.Module) -> dict[str, int]:
 def _shortcuts(model: nn.Module) -> list[tuple[str, int]]:
     """Skip convolutions of the up blocks: before them come the features of the residual block that ran last."""
     found: list[tuple[str, int]] = []
-    deep = _last_width(getattr(model, "mid_block", None)) or _last_width(list(getattr(model, "down_blocks", []))[-1:])
+    before = [*getattr(model, "down_blocks", []), getattr(model, "mid_block", None)]
+    widths = [_width(resnet) for stage in before for resnet in getattr(stage, "resnets", [])]
+    deep = widths[-1] if widths else None
     for number, block in enumerate(getattr(model, "up_blocks", [])):
         for index, resnet in enumerate(getattr(block, "resnets", [])):
-            shortcut = getattr(resnet, "conv_shortcut", None)
+            inside = "spatial_res_block." if hasattr(resnet, "spatial_res_block") else ""
+            shortcut = getattr(_spatial(resnet), "conv_shortcut", None)
             if isinstance(shortcut, nn.Conv2d) and deep and 0 < deep < shortcut.in_channels:
-                found.append((f"up_blocks.{number}.resnets.{index}.conv_shortcut", deep))
-            deep = resnet.out_channels
+                found.append((f"up_blocks.{number}.resnets.{index}.{inside}conv_shortcut", deep))
+            deep = _width(resnet)
     return found
 
 
-def _last_width(parts: object) -> int | None:
-    """Channels that the last residual block of a stage gives."""
-    stages = parts if isinstance(parts, list) else [parts]
-    resnets = [resnet for stage in stages for resnet in getattr(stage, "resnets", [])]
-    return int(resnets[-1].out_channels) if resnets else None
+def _spatial(resnet: nn.Module) -> nn.Module:
+    """Of a residual block for video the half that reads what enters it."""
+    return getattr(resnet, "spatial_res_block", resnet)
+
+
+def _width(resnet: nn.Module) -> int | None:
+    """Channels that a residual block gives, or what stands in its place; None where it does not say."""
+    if isinstance(resnet, Passthrough):
+        return resnet.channels
+    width = getattr(_spatial(resnet), "out_channels", None)
+    return width if isinstance(width, int) else None
 
 
 def _joined_streams(model: nn.Module) -> list[tuple[str, int]]:

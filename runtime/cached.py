@@ -25,6 +25,7 @@ from ..core.schedule_id import NoiseGrid, same_levels
 from .cache_hooks import ADDITIONS, FRAME, Frame, Values, computing, drop, has_free_u, original_of
 from .cache_units import Layout, containers_of, layout_of
 from .clock import change_samples, current_grid, current_run, run_storage, running_order, running_solver
+from .clockwork import count_evaluation
 from .compiled import CompiledModules
 from .correction import Correction
 from .decode_ahead import DecodeAhead, has_step_scales
@@ -262,6 +263,7 @@ class RootHook(ModelHook):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        count_evaluation(self.owner.denoiser, args, kwargs)  # where the denoiser is compiled as a whole
         self.owner.compiled.step_outside_()
         opened = self.owner.open(args, kwargs)
         if opened is None:

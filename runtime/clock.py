@@ -44,9 +44,12 @@ class Run:
     sigmas: tuple[float, ...] | None
     order: int
     solver: str  # class name of its scheduler
+    train_timesteps: float  # of its scheduler, by which pipelines divide what they tell the denoiser
+    told: bool = False  # the pipeline told the scheduler where it begins, or where it is
     started: bool = False  # a denoiser was evaluated in this run
     evaluated: bool = False  # a denoiser was evaluated in this call
     doubled: bool = False  # inputs hold both guidance branches
+    counted: Any = None  # the denoiser that was counted before its call and has not run yet
     storage: dict[Any, Any] = field(default_factory=dict)  # what others keep for the length of this run
     before_step: Change | None = None  # gives what a step is made from in place of the sample
 

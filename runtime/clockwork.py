@@ -11,6 +11,7 @@ import contextvars
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from ..core.schedule_id import read_grid
 from .clock import RUN, Branch, Run, RunState
 
 _RUN_IDS = itertools.count(1)
+_EXACT = 1e-5  # relative; grids are float32, and some pipelines scale and restore their timesteps
 _BRANCH: contextvars.ContextVar[str | None] = contextvars.ContextVar("dacc_branch", default=None)
 _OBSERVER: contextvars.ContextVar[Callable[[Tensor], None] | None] = contextvars.ContextVar(
     "dacc_observer", default=None
@@ -93,6 +95,7 @@ def _set_begin_index(method: Callable[..., Any]) -> Callable[..., Any]:
     def set_begin_index(self: Any, begin_index: int = 0) -> Any:
         result = method(self, begin_index)
         if run := vars(self).get("_dacc_run"):
+            run.told = True
             _move(run, begin_index)
         return result
 
@@ -105,6 +108,7 @@ def _scale_model_input(method: Callable[..., Any]) -> Callable[..., Any]:
         extra = (timestep, *args) if timestep is not None or args else ()
         result = method(self, sample, *extra, **kwargs)
         if run := _active_run(self):
+            run.told = True
             _move(run, _locate(self, run, timestep))
         return result
 
@@ -139,17 +143,85 @@ def _step(method: Callable[..., Any]) -> Callable[..., Any]:
     return step
 
 
-def _before_denoiser(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Count evaluations inside a call and name the guidance branch. Compiled graphs leave this out."""
+def _before_denoiser(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The hook in front of a denoiser. Compiled graphs leave it out."""
     if torch.compiler.is_compiling() or (run := RUN.get()) is None:
         return
+    _count(run, denoiser, args, kwargs)
+    run.counted = _inside(denoiser)
+
+
+def count_evaluation(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Count an evaluation where the hook in front of the denoiser did not: it is left out of what is compiled.
+
+    Args:
+        denoiser: not compiled, or what was.
+        args: what the denoiser is called with.
+        kwargs: the same, by name.
+    """
+    if (run := RUN.get()) is None:
+        return
+    if run.counted is not _inside(denoiser):
+        _count(run, denoiser, args, kwargs)
+    run.counted = None
+
+
+def _count(run: Run, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Count evaluations inside a call and name the guidance branch."""
     if not run.started:
         run.doubled = _halves_equal(
             next((value for value in (*args, *kwargs.values()) if torch.is_tensor(value)), None)
         )
+        if not run.told:
+            _begin_where_asked(run, _asked_timestep(denoiser, args, kwargs))
     evaluation = run.state.evaluation + 1 if run.evaluated else 0
     run.started = run.evaluated = True
     run.state = replace(run.state, evaluation=evaluation, branch=_branch(run))
+
+
+def _inside(denoiser: nn.Module) -> nn.Module:
+    """What `torch.compile(denoiser)` wraps."""
+    inner: nn.Module = getattr(denoiser, "_orig_mod", denoiser)
+    return inner
+
+
+def _asked_timestep(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float] | None:
+    """The timestep that a denoiser is called with, and its relative precision; None where tokens or rows differ."""
+    value = kwargs.get("timestep")
+    if value is None:
+        names = list(inspect.signature(type(_inside(denoiser)).forward).parameters)[1:]
+        place = names.index("timestep") if "timestep" in names else len(args)
+        value = args[place] if place < len(args) else None
+    if not torch.is_tensor(value):
+        return (float(value), _EXACT) if isinstance(value, int | float) else None
+    values = value.flatten()
+    if not len(values) or not torch.equal(values, values[:1].expand_as(values)):
+        return None
+    return float(values[0]), max(_EXACT, torch.finfo(value.dtype).eps if value.is_floating_point() else 0)
+
+
+def _begin_where_asked(run: Run, asked: tuple[float, float] | None) -> None:
+    """Move a run to the later place of its grid that its denoiser is asked for, if there is but one: pipelines that
+    begin in the middle do not all tell their scheduler.
+
+    Denoisers take timesteps as they are or from 0 to 1. Some count them backwards or take sigmas, which could be other
+    timesteps of the grid (0 for the first of 1000): what may mean the place where the run is does not move it.
+    """
+    if asked is None:
+        return
+    value, precision = asked
+    now, sigma, top = run.state.timestep, run.state.sigma, run.train_timesteps
+    here = [now, now / top, 1 - now / top]
+    here += [] if sigma is None else [sigma, sigma / (1 + sigma)]
+    if any(math.isclose(value, way, rel_tol=precision, abs_tol=_EXACT) for way in here):
+        return
+    places = [
+        call
+        for call in range(run.state.call + 1, len(run.timesteps))
+        if any(math.isclose(value, run.timesteps[call] / divisor, rel_tol=precision) for divisor in (1, top))
+    ]
+    if len(places) == 1:
+        _move(run, places[0])
 
 
 def _halves_equal(inputs: Tensor | None) -> bool:
@@ -189,7 +261,8 @@ def _new_run(scheduler: Any) -> Run | None:
     if calls != order * (steps - 1) + 1:  # not a solver that lists each of its stages but the last
         order = 1
     state = RunState(next(_RUN_IDS), 0, calls, 0, -(-calls // order), timesteps[0], sigmas[0] if sigmas else None)
-    return Run(state, scheduler.timesteps, timesteps, sigmas, order, type(scheduler).__name__)
+    top = float(getattr(scheduler, "config", {}).get("num_train_timesteps") or 1)  # 1: nothing is scaled
+    return Run(state, scheduler.timesteps, timesteps, sigmas, order, type(scheduler).__name__, top)
 
 
 def _active_run(scheduler: Any) -> Run | None:
@@ -220,7 +293,7 @@ def _locate(scheduler: Any, run: Run, timestep: Any) -> int:
 
 
 def _move(run: Run, call: int) -> None:
-    if call == run.state.call:
+    if call == run.state.call or not 0 <= call < len(run.timesteps):  # a pipeline may begin behind the end: strength 0
         return
     run.evaluated = False
     run.state = replace(

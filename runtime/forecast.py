@@ -6,7 +6,8 @@ published   D0 = v_n, D(i+1) = (D(i) - D(i) of the computed call before) / (x_n 
             sum of D(i) (x - x_n)^i / i!; exact for straight lines only, as the authors' program
 
 Both are linear in the values: v_n + sum of w_j (v_j - v_n), with numbers w_j that depend on the places alone. So values
-are kept as they are, in the type of the model, and the sum runs in float32.
+are kept as they are, in the type of the model, and the sum runs in float32. Second-order solvers come to a sigma or
+timestep twice; of values at one place the newest counts, and the others have weight 0.
 
 Letters: m order, n values that are there: v_1 ... v_n, at the places x_1 ... x_n (call, sigma or timestep).
 """
@@ -49,12 +50,10 @@ class History:
         self._points: dict[Key, list[Point]] = {}
 
     def add(self, key: Key, state: RunState, value: Any) -> None:
-        """A computed value; it replaces an older one at the same place (second-order solvers come twice)."""
-        if key not in self.predictors:
-            return
-        place = abscissa(self.predictors[key], state)
-        points = self._points.setdefault(key, [])
-        points[:] = [*(point for point in points if point.place != place), Point(place, state.call, value)]
+        """A computed value. One at the same place stays beside it, so that values and calls of a plan go together."""
+        if key in self.predictors:
+            point = Point(abscissa(self.predictors[key], state), state.call, value)
+            self._points.setdefault(key, []).append(point)
 
     def forecast(self, key: Key, state: RunState) -> Any:
         """The value at a call, of the order that the values which are there allow."""
@@ -65,8 +64,11 @@ class History:
         return combined(numbers, [point.value for point in points])
 
     def points(self, key: Key) -> list[Point]:
-        """What a forecast looks at, the newest last."""
-        return self._points[key][-self.predictors[key].order - 1 :]
+        """What a forecast looks at, the newest last: all that is there at the last m + 1 places."""
+        points = self._points[key]
+        places = dict.fromkeys(point.place for point in reversed(points))
+        last = set(list(places)[: self.predictors[key].order + 1])
+        return [point for point in points if point.place in last]
 
     def trim(self, needed: Mapping[str, int]) -> None:
         """Keep no more values than later calls look at: unit -> how many."""
@@ -81,8 +83,8 @@ class History:
         self._points.clear()
 
     def count(self, key: Key) -> int:
-        """n."""
-        return len(self._points.get(key, ()))
+        """At how many places there are values."""
+        return len({point.place for point in self._points.get(key, ())})
 
 
 def abscissa(predictor: Predictor, state: RunState) -> float:
@@ -93,8 +95,15 @@ def abscissa(predictor: Predictor, state: RunState) -> float:
 
 
 def weights(places: Sequence[float], place: float, form: str) -> list[float]:
-    """What each value (n,) counts in the forecast at `place`; they add up to 1."""
-    return _newton(places, place) if form == "newton" else _published(places, place)
+    """What each value (n,) counts in the forecast at `place`; they add up to 1. Of values at one place the last counts,
+    the others 0."""
+    counting = [number for number, own in enumerate(places) if own not in places[number + 1 :]]
+    apart = [places[number] for number in counting]
+    numbers = _newton(apart, place) if form == "newton" else _published(apart, place)
+    found = [0.0] * len(places)
+    for number, own in zip(counting, numbers, strict=True):
+        found[number] = own
+    return found
 
 
 def combined(numbers: Sequence[float], values: Sequence[Any]) -> Any:

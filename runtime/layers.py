@@ -142,8 +142,10 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[override
 
     def forward(self, indices: Tensor) -> Tensor:
         flat = indices.reshape(-1)
-        zero_point = None if self.zero_point is None else self.zero_point[flat]
-        rows = dequantize_rows(self.qweight[flat], self.scale[flat], zero_point, None, self.scheme, self.features)
+        # refuses negative entries as `nn.Embedding` does; brackets would count them from the end
+        zero_point = None if self.zero_point is None else self.zero_point.index_select(0, flat)
+        qweight, scale = self.qweight.index_select(0, flat), self.scale.index_select(0, flat)
+        rows = dequantize_rows(qweight, scale, zero_point, None, self.scheme, self.features)
         return rows.to(self.compute_dtype).view(*indices.shape, self.features)
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
-from ..core.errors import ConfigError, ModelError, ResourceError
+from ..core.errors import ConfigError, ModelError, ResourceError, UnsupportedError
 from ..core.manifest import Manifest
 from ..core.reporter import Reporter, silent
-from ..core.source import Source, resolve_source
+from ..core.source import Source, component_entries, resolve_source
 from ..core.verify import check_bundle
 from .clockwork import attach_clock
 from .correction import read_correction
@@ -21,6 +21,7 @@ from .installed import install_plan_
 from .layers import set_prefer_
 from .plan import check_record
 from .quantized_layer import Prefer
+from .skeleton import build_skeleton
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,6 +41,7 @@ def load(
         prefer: "memory" keeps weights packed and unpacks them at each call; "speed" unpacks them once.
 
     Raises:
+        ConfigError: a dtype, a device or a preference that there is not.
         ModelError: the source is missing or not a pipeline, or its cache plan is for another model.
         BundleError: the bundle is damaged or of a newer format, or its cache plan was edited.
     """
@@ -61,6 +63,8 @@ def load_source(
         cached: install the cache plans of a bundle; without, every call computes everything.
     """
     folder = source.path if isinstance(source, Source) else source
+    if prefer not in get_args(Prefer):
+        raise ConfigError(f"prefer {prefer!r} is not known.", mend=f"Use {' or '.join(get_args(Prefer))}.")
     register()
     manifest = check_bundle(folder)  # before anything is mapped; plain pipelines are checked by their headers
     target = pick_device(device)
@@ -122,15 +126,31 @@ def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
     logging.disable_progress_bar()
     try:
         return DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said:
             raise ResourceError(
                 f"not enough memory to load {folder.name} ({said}).", mend="Use --dtype bfloat16."
             ) from None
+        if broken := _broken_config(folder):
+            raise broken from error
         raise ModelError(
             f"diffusers cannot load {folder.name}: {said}.",
             mend="Check the folder with diffusers' own DiffusionPipeline.from_pretrained, or copy it again.",
         ) from error
     finally:
         logging.enable_progress_bar()
+
+
+def _broken_config(folder: Path) -> ModelError | None:
+    """What is wrong with the config of a component. What diffusers says of it names no file, or blames the network."""
+    for name, (library, _) in component_entries(folder).items():
+        if library != "diffusers" or not (folder / name / "config.json").is_file():
+            continue
+        try:
+            build_skeleton(folder / name)
+        except ModelError as error:
+            return error
+        except UnsupportedError:
+            continue
+    return None

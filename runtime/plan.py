@@ -6,6 +6,7 @@ Letters: C calls of the plan's grid, C' calls of the grid that runs.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +30,19 @@ class Row:
 
 
 def denoiser_sha256(denoiser: nn.Module) -> str:
-    """Hash of a denoiser's config, the same for the float model and its quantized versions."""
+    """Hash of a denoiser's config, the same for the float model and its quantized versions.
+
+    Of fields that differ from the defaults of its class: a later diffusers has more fields, which change nothing.
+    """
     config = dict(getattr(denoiser, "config", {}))
-    kept = {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    parameters = inspect.signature(type(denoiser).__init__).parameters
+    told = {
+        key: json.dumps(value, default=str) for key, value in config.items()
+    }  # a tuple is a list once it was stored
+    usual = {key: json.dumps(one.default, default=str) for key, one in parameters.items()}
+    kept = {key: value for key, value in told.items() if not key.startswith("_") and value != usual.get(key)}
+    kept.pop("quantization_config", None)
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def check_record(record: CacheRecord, component: str, weights: tuple[str, ...]) -> None:

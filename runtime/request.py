@@ -83,7 +83,7 @@ def call_arguments(pipe: Any, request: RunRequest, positions: Sequence[int]) -> 
     """Arguments of the pipeline call, chosen by its signature.
 
     Raises:
-        ConfigError: the request sets something that this pipeline does not have.
+        ConfigError: the request sets something that this pipeline does not have, or a class that it does not know.
         UnsupportedError: the pipeline needs inputs that a request cannot give.
     """
     parameters = inspect.signature(type(pipe).__call__).parameters
@@ -97,7 +97,7 @@ def call_arguments(pipe: Any, request: RunRequest, positions: Sequence[int]) -> 
     if "eta" in parameters:
         arguments["eta"] = 0.0
     if "class_labels" in parameters:
-        labels = request.class_labels or tuple(range(_classes(pipe)))
+        labels = _labels(pipe, request)
         arguments["class_labels"] = [labels[position % len(labels)] for position in positions]
     elif "prompt" in parameters:
         prompts = request.prompts or DEFAULT_PROMPTS
@@ -149,13 +149,31 @@ def _text_length(pipe: Any, parameters: Parameters) -> dict[str, int]:
     return {"max_sequence_length": shortest} if shortest < parameter.default else {}
 
 
-def _classes(pipe: Any) -> int:
-    """How many classes a class-conditional denoiser knows."""
+def _labels(pipe: Any, request: RunRequest) -> tuple[int, ...]:
+    """The classes that take turns: those asked for, else all.
+
+    Raises:
+        ConfigError: one that the pipeline does not have; its embedding would fail, or give that of another class.
+    """
+    known = _classes(pipe)
+    if request.class_labels is None:
+        return tuple(range(known or 1))
+    for label in request.class_labels:
+        if label < 0 or (known is not None and label >= known):
+            classes = f"0 to {known - 1}" if known is not None else "0 and above"
+            raise ConfigError(
+                f"class {label}: {type(pipe).__name__} has classes {classes}.", mend="Choose one of these with --class."
+            )
+    return request.class_labels
+
+
+def _classes(pipe: Any) -> int | None:
+    """How many classes a class-conditional denoiser knows; None where its config does not tell."""
     for denoiser in _configured(pipe):
         for key in ("num_class_embeds", "num_embeds_ada_norm", "num_classes"):
             if denoiser.config.get(key):
                 return int(denoiser.config[key])
-    return 1
+    return None
 
 
 def _configured(pipe: Any) -> list[Any]:

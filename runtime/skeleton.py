@@ -21,25 +21,37 @@ def build_skeleton(folder: Path) -> nn.Module:
     """Instantiate the model of a component folder on the meta device, without what was removed from it.
 
     Raises:
-        ModelError: config.json is missing or unreadable.
+        ModelError: config.json is missing, unreadable, or holds what no model can be built from.
         UnsupportedError: not a diffusers model.
     """
     file = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read ({error}).", mend="Give a complete pipeline folder.") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} is not a table of fields.", mend="Copy the pipeline again.")
     model_class = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
         raise UnsupportedError(
             f"{folder.name} is a {config.get('_class_name') or 'model without _class_name'}, not a diffusers model.",
             mend="Choose a diffusers model with --component.",
         )
-    with init_empty_weights():
-        model: nn.Module = model_class.from_config(
-            {key: value for key, value in config.items() if key != "quantization_config"}
-        )
+    model = _from_config(model_class, config, file)
     bypass_(model, identity_modules_of(folder))
+    return model
+
+
+def _from_config(model_class: Any, config: dict[str, Any], file: Path) -> nn.Module:
+    """The model on the meta device. Whatever goes wrong lies in its config: there is nothing else to build it from."""
+    fields = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        with init_empty_weights():
+            model: nn.Module = model_class.from_config(fields)
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"no {model_class.__name__} can be built from {file} ({error}).", mend="Copy the pipeline again."
+        ) from error
     return model
 
 

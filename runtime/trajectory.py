@@ -89,6 +89,9 @@ def call_pipeline(
 
     Args:
         on_step: told the new sample after every scheduler step; may end the run by an exception of its own.
+
+    Raises:
+        ConfigError: the pipeline does not take what was asked, such as this size or as many steps.
     """
     arguments = call_arguments(pipe, request, positions)
     # stochastic solvers that ignore `generator` draw from the global one, which is put back afterwards
@@ -98,7 +101,7 @@ def call_pipeline(
         try:
             return pipe(**arguments)
         except ValueError as error:
-            if refused := _refused_size(error, request):
+            if refused := _refused(error, pipe, request):
                 raise refused from None
             raise
         finally:
@@ -117,6 +120,9 @@ def measure_effect(
     reporter: Reporter | None = None,
 ) -> Effect:
     """How far a treated pipeline is from its float reference from the same noise.
+
+    Where no denoiser was treated (but a VAE, say) the latents are the same and their distance says nothing: it is not
+    measured then, so that no floor about it is met.
 
     Args:
         seeds: samples to compare.
@@ -140,6 +146,9 @@ def measure_effect(
         return _unmeasured(str(error), reporter)
     if effect.not_measured:
         return _unmeasured(effect.not_measured, reporter)
+    if effect.relative_l2 == 0 and not _denoisers_differ(reference_pipe, other_pipe):
+        why = "the latents are the same, as no denoiser was treated"
+        return effect.model_copy(update={"relative_l2": None, "not_measured": why})
     return effect
 
 
@@ -196,10 +205,25 @@ def _unmeasured(why: str, reporter: Reporter) -> Effect:
     return Effect(not_measured=why)
 
 
-def _refused_size(error: ValueError, request: RunRequest) -> ConfigError | None:
-    """Some pipelines refuse a size of their own accord; every other ValueError is a bug."""
-    if (request.height or request.width) and "height" in str(error):
-        return ConfigError(f"the pipeline refuses this size: {error}.", mend="Choose another --height and --width.")
+def _denoisers_differ(first: Any, second: Any) -> bool:
+    """Whether any denoiser of two pipelines holds other tensors."""
+    pairs = zip(denoisers(first).values(), denoisers(second).values(), strict=True)
+    return any(not _same_tensors(one.state_dict(), other.state_dict()) for one, other in pairs)
+
+
+def _same_tensors(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def _refused(error: ValueError, pipe: Any, request: RunRequest) -> ConfigError | None:
+    """Some pipelines refuse a size, some schedulers a number of steps; every other ValueError is a bug."""
+    said, steps = str(error), request.num_inference_steps
+    if (request.height or request.width) and "height" in said:
+        return ConfigError(f"the pipeline refuses this size: {said}.", mend="Choose another --height and --width.")
+    if "num_inference_steps" in said and str(steps) in said:
+        most = pipe.scheduler.config.get("num_train_timesteps") or steps
+        mend = f"Choose at most {most} with --steps." if steps > most else "Choose another number with --steps."
+        return ConfigError(f"{type(pipe.scheduler).__name__} refuses {steps} steps: {said.rstrip('.')}.", mend=mend)
     return None
 
 

@@ -12,6 +12,7 @@ Letters: C calls of a run, K groups, which is also the number of calls that comp
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field
@@ -87,6 +88,12 @@ def candidates(calls: int, computed: int, config: DPConfig, cost: list[list[floa
     Arguments as for `schedule`."""
     even = deepcache.schedule(calls, computed, deepcache.DeepCacheConfig())
     return [Choice(config, places) for places in dict.fromkeys((schedule(calls, computed, config, cost), even))]
+
+
+def permits(places: tuple[int, ...], calls: int, config: DPConfig) -> bool:
+    """Whether whole runs may move calls so: with `bounds` no group gets shorter or longer than these."""
+    shortest, longest = _bounds(calls, len(places))
+    return not config.bounds or all(shortest <= end - first <= longest for first, end in pairwise((*places, calls)))
 
 
 def segment_costs(cost: list[list[float]]) -> list[list[float]]:

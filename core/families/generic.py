@@ -16,6 +16,13 @@ FAMILY = Family(
         "x_embedder*",
         "context_embedder*",
         "norm_out.linear",
+        # of autoencoders: both halves have a first and a last layer
+        "encoder.conv_in*",
+        "encoder.conv_out*",
+        "decoder.conv_in*",
+        "decoder.conv_out*",
+        "quant_conv",
+        "post_quant_conv",
     ),
     temporal=(
         "time_embed*",

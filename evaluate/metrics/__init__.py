@@ -1,4 +1,5 @@
-"""One metric per file. A file holds `NEEDS` and `compute(case) -> {name: Metric}`; its name is the name to ask for."""
+"""One metric per file. A file holds `NEEDS` and `compute(case) -> {name: Metric}`; its name is the name to ask for.
+Where `compute` may give nothing, `why_nothing(case)` says why."""
 
 from __future__ import annotations
 

@@ -33,6 +33,11 @@ def compute(case: Case) -> dict[str, Metric]:
     return {name: Metric(value=distance, count=count, better="lower", note=note)}
 
 
+def why_nothing(case: Case) -> str:
+    """Why there is no distance."""
+    return f"a distance between sets takes at least 2 samples; there is {len(case.samples)}"
+
+
 def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and covariance (D, D), float64, of features (N, D)."""
     features = features.double()

@@ -27,3 +27,11 @@ def compute(case: Case) -> dict[str, Metric]:
     strangers = len(asked) - len(found)
     note = f"{strangers} of {len(asked)} images left out, whose prompts the judge cannot read" if strangers else None
     return {f"{name}_accuracy": share([right[name] for right in found], note=note) for name in found[0]}
+
+
+def why_nothing(case: Case) -> str:
+    """Why there are no shares."""
+    assert case.judge is not None
+    if case.judge.reader is None:
+        return f"the judge {case.judge.name} knows no captions of images"
+    return "the judge cannot read any of the prompts"

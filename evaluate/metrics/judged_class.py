@@ -24,5 +24,13 @@ def compute(case: Case) -> dict[str, Metric]:
     return {"class_agreement": _agreement(found, case.reference_judged.answers[:, 0].tolist())}
 
 
+def why_nothing(case: Case) -> str:
+    """Why there is no share."""
+    assert case.judged is not None
+    if case.judged.answers.shape[1] > 1:
+        return "the judge answers several questions, none of which is the class"
+    return "no class was asked for, and the reference agrees with itself"
+
+
 def _agreement(found: list[int], expected: list[int]) -> Metric:
     return share([a == b for a, b in zip(found, expected, strict=True)])

@@ -42,3 +42,11 @@ def compute(case: Case) -> dict[str, Metric]:
             [digit == 1 and motion for digit, motion in zip(digits, motions, strict=True)], note=note
         ),
     }
+
+
+def why_nothing(case: Case) -> str:
+    """Why there are no shares."""
+    assert case.judge is not None
+    if case.judge.clip_reader is None:
+        return f"the judge {case.judge.name} knows no captions of clips"
+    return "the judge cannot read any of the prompts"

@@ -7,19 +7,24 @@ Diffusion (Kim et al., 2023), arXiv 2305.15798. Of a U-Net
 - `tiny`: so does the innermost stage, with the down-sampling that leads to it. Only where the stage before is as wide.
 
 Of a transformer blocks go at even distances, as in the baseline of that name in TinyFusion (Fang et al., 2024), arXiv
-2412.01199: the paper itself is about U-Nets.
+2412.01199: the paper itself is about U-Nets. Where it has several lists of blocks, each gives its share.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from math import inf
+from typing import TYPE_CHECKING, Literal
 
 from ...core.errors import ConfigError, UnsupportedError
 from ..config import KEPT_PROMISE
 from ..request import Request
-from ..select import Item, cheapest, largest
+from ..select import largest
 from ..settings import MethodConfig
 from ..stacks import UNETS
+
+if TYPE_CHECKING:
+    from ..units import Unit
 
 SIZES = ("base", "small", "tiny")
 
@@ -108,24 +113,42 @@ def _pattern_or_none(request: Request, size: str) -> tuple[str, ...]:
 
 
 def _evenly(request: Request) -> tuple[str, ...]:
-    """As many units as the ratio needs, at even distances: of all sets that are large enough the one in which they
-    stand nearest to the middles of equal parts."""
+    """As many units as the ratio needs, of each stack its share, at even distances."""
     if request.ratio is None:
         raise ConfigError(
             f"of a {request.class_name} blocks go at even distances, and nothing says how many.", mend="Give --ratio."
         )
-    needed, rules = request.needed(), request.rules()
-    by_size = sorted((request.costs[unit.name] for unit in request.units), reverse=True)
-    for count in range(1, len(request.units) + 1):
-        if sum(by_size[:count]) < needed:
-            continue
-        marks = [(part + 0.5) * len(request.units) / count - 0.5 for part in range(count)]
-        scores = [1 + min(abs(place - mark) for mark in marks) ** 2 for place in range(len(request.units))]
-        items = [
-            Item(score, request.costs[unit.name], unit.stack, unit.position)
-            for score, unit in zip(scores, request.units, strict=True)
-        ]
-        if places := cheapest(items, needed, rules):
-            return tuple(name for place in places for name in request.units[place].modules)
-    items = [Item(0.0, request.costs[unit.name], unit.stack, unit.position) for unit in request.units]
-    raise request.out_of_reach(largest(items, rules))
+    needed = request.needed()
+    stacks: dict[str, list[Unit]] = {}
+    for unit in request.units:
+        stacks.setdefault(unit.stack, []).append(unit)
+    share = needed / sum(request.costs[unit.name] for unit in request.units)
+    going: dict[str, list[Unit]] = {stack: [] for stack in stacks}
+    while sum(request.costs[unit.name] for units in going.values() for unit in units) < needed:
+        more = {
+            stack: found
+            for stack, units in stacks.items()
+            if (found := _even_places(units, len(going[stack]) + 1, request.allow_adjacent)) is not None
+        }
+        if not more:
+            items = request.items(dict.fromkeys(request.costs, 0.0))
+            raise request.out_of_reach(largest(items, request.rules()))
+        behind = max(more, key=lambda stack: share * len(stacks[stack]) - len(going[stack]))
+        going[behind] = more[behind]
+    return tuple(name for units in going.values() for unit in units for name in unit.modules)
+
+
+def _even_places(units: Sequence[Unit], count: int, allow_adjacent: bool) -> list[Unit] | None:
+    """So many units of a stack, each as near as can be to the middle of one of so many equal parts; None where they
+    do not fit."""
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * (len(units) + 1)  # of the first so many units
+    for part in range(count):
+        mark = (part + 0.5) * len(units) / count - 0.5
+        now: list[tuple[float, tuple[int, ...]]] = [(inf, ())]
+        for place, unit in enumerate(units):
+            beside = place > 0 and units[place - 1].position == unit.position - 1
+            error, others = best[place - 1 if beside and not allow_adjacent else place]
+            now.append(min(now[-1], (error + (place - mark) ** 2, (*others, place))))
+        best = now
+    error, places = best[-1]
+    return [units[place] for place in places] if error < inf else None

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from math import floor
 
+from ...core.errors import ConfigError
 from ..masks import Group
 from ..request import Request
 from ..settings import MaskConfig
@@ -35,12 +36,15 @@ def groups(request: Request, config: TinyFusionConfig) -> list[Group]:
 
     Raises:
         UnsupportedError: the ratio is out of reach.
+        ConfigError: a size of groups for a U-Net.
     """
     costs, needed = request.costs, request.needed()
     total = sum(costs[unit.name] for unit in request.units)
     if needed > total:
         raise request.out_of_reach(total, takes_neighbours=True)
     if request.class_name in UNETS:
+        if "group" in config.model_fields_set:
+            raise ConfigError("--set group is for transformers: units of a U-Net are one group.", mend="Leave it out.")
         return [Group(tuple(request.units), _just_enough([costs[unit.name] for unit in request.units], needed))]
     stacks: dict[str, list[Unit]] = {}
     for unit in request.units:

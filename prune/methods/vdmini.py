@@ -65,6 +65,8 @@ def _of_unet(request: Request, config: VdMiniConfig) -> tuple[str, ...]:
         raise ConfigError(
             f"--set by={config.by} is for transformers: of a U-Net no times are taken.", mend="Leave it out."
         )
+    if "score" in config.model_fields_set:
+        raise ConfigError("--set score is for transformers: a U-Net loses a fixed pattern.", mend="Leave it out.")
     found = _patterns(request, deep=config.deep)
     if not found:
         raise UnsupportedError(

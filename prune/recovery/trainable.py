@@ -49,8 +49,8 @@ class LowRank(nn.Module):
     def __init__(self, weight: Tensor, rank: int, scale: float | None, generator: torch.Generator) -> None:
         super().__init__()
         rows, features = weight.shape[0], weight[0].numel()
+        self.scale = 1.0 if scale is None else scale / rank  # of the rank that was asked for, as everywhere
         rank = min(rank, rows, features)
-        self.scale = 1.0 if scale is None else scale / rank
         start = (2 * torch.rand(rank, features, generator=generator) - 1) / features**0.5
         self.down = nn.Parameter(start.to(weight.device))  # A
         self.up = nn.Parameter(torch.zeros(rows, rank, device=weight.device))  # B

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 SAVE_SECONDS = 30.0  # between two checkpoints
 SAVE_SHARE = 20  # so many times as long as one takes passes between them
+LEAST_BETWEEN_CHECKS = 10  # updates: judging costs more than a few of them, and a single one is no time to be patient
 LEAST_GAIN = 0.005  # of the error; less than this is no gain to the patience
 RATES = {"full": 5e-5, "lora": 3e-4, "difffit": 2e-3}  # for LARGE parameters
 LARGE = 1e9
@@ -143,7 +145,7 @@ class _Run:
 
 
 def _train(run: _Run, training: Training, judge: Judge, journal: Journal, reporter: Reporter) -> None:
-    steps, every = run.config.steps, max(1, run.config.steps // run.config.checks)
+    steps, every = run.config.steps, max(LEAST_BETWEEN_CHECKS, ceil(run.config.steps / run.config.checks))
     saved, pause = time.monotonic(), SAVE_SECONDS
 
     def title() -> str:

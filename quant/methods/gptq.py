@@ -105,15 +105,18 @@ def _inverse_factor(gram: Tensor, power: Tensor, damping: float, order: Tensor) 
         CalibrationError: it holds NaN or infinity.
     """
     backwards = order.flip(0)
-    gram, power = gram[backwards][:, backwards].double(), power[backwards].double()
+    power = power[backwards].double()
     mean = float(power.mean())
     unit = mean if mean > 0 else 1.0  # a covariance of constants is noise, whose mean may be negative
+    damped = torch.empty_like(gram, dtype=torch.float64).T  # column by column, as LAPACK works in place
     for _ in range(ATTEMPTS):
-        gram.diagonal().copy_(power + damping * unit)
-        lower, failed = torch.linalg.cholesky_ex(gram)
+        damped.copy_(gram[backwards[:, None], backwards])
+        damped.diagonal().copy_(power + damping * unit)
+        lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, torch.empty((), dtype=torch.int32)))
         if not failed:
             inverse = torch.eye(len(lower), dtype=lower.dtype)
             torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower, damped
             return inverse.float().flip(0, 1)
         damping *= DAMPING_GROWTH
     raise CalibrationError(

@@ -146,6 +146,12 @@ def test_call_times_of_a_profile_decide_for_a_speed_up(dit_folder, evolved, tmp_
         ({"macs_ratio": 0.05}, UnsupportedError, "best that can be reached.*--macs-ratio"),
         ({"settings": {"population": 1}}, ConfigError, "population"),
         ({"method": "dp", "settings": {}, "unit": "module:a,module:b"}, ConfigError, "treats one unit"),
+        (
+            {"unit": "module:transformer_blocks,module:transformer_blocks.1.attn1"},
+            ConfigError,
+            "skips module:transformer_blocks saves no.*never calls it.*--unit module:NAME",
+        ),
+        ({"method": "dp", "settings": {}, "unit": "module:transformer_blocks"}, ConfigError, "saves no.*never calls"),
     ],
 )
 def test_what_cannot_be_is_refused(dit_folder, fields, error, said):

@@ -6,6 +6,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from diffusers import PNDMScheduler
 
 import dacc
 from dacc import SearchCacheConfig, search_cache, verify_bundle
@@ -13,6 +14,7 @@ from dacc.cache.fitting import Grams
 from dacc.core.cache_plan import CorrectionId, Predictor
 from dacc.core.errors import BundleError
 from dacc.core.manifest import read_manifest
+from dacc.core.schedule_id import schedule_id
 from dacc.core.tensor_file import content_hash
 from dacc.runtime.cache_units import layout_of
 from dacc.runtime.cached import CachedUnits, CachePlanWarning
@@ -84,22 +86,30 @@ def test_a_strong_ridge_gives_the_polynomial_and_any_fit_is_nearer_to_the_target
         assert errors == sorted(errors, reverse=True)
 
 
+def test_of_two_calls_at_one_level_the_polynomial_goes_through_the_later(dit_pipeline, values):
+    grams = grams_of(values)
+    grams.places = [9.0, 8.0, 7.0, 7.0, 6.0, 5.0, 4.0, 3.0]
+    table = grams.tables(plan_of(dit_pipeline(), "CCCCFFFF"), 1e9)["body/x/0.weights"][4]
+    wanted = torch.tensor([-1.0, 0.0, 2.0])[:, None].expand(3, CHANNELS)  # of calls 1, 2 and 3
+    torch.testing.assert_close(table, wanted, rtol=1e-4, atol=1e-4)
+
+
 def corrected(pipe: Any, plan: Any, tables: dict[str, torch.Tensor]) -> CachedUnits:
     plan = plan.model_copy(update={"correction": CorrectionId(sha256=content_hash(tables))})
     return install_plan_(pipe, denoiser_of(pipe)[0], plan, Correction(tables, plan))
 
 
-def polynomial_tables(pipe: Any, plan: Any, shift: float = 0.0) -> dict[str, torch.Tensor]:
-    """Weights that do as the polynomial does."""
+def polynomial_tables(pipe: Any, plan: Any, shift: float = 0.0, places: Any = None) -> dict[str, torch.Tensor]:
+    """Weights that do as the polynomial over calls, or `places`, does."""
+    places = [float(call) for call in range(plan.calls)] if places is None else places
     unit = plan.units[0].id
     (path,) = layout_of(denoiser_of(pipe)[1], plan.units[0]).kept
     rows = torch.zeros(plan.calls, 3, 16 if unit == "deep" else 64)
     for call, code in enumerate(plan.codes[unit]):
         history = [place for place in range(call) if plan.codes[unit][place] == "C"][-3:]
         if code == "F":
-            rows[call, 3 - len(history) :] = torch.tensor(weights(list(map(float, history)), float(call), "newton"))[
-                :, None
-            ]
+            own = weights([places[one] for one in history], places[call], "newton")
+            rows[call, 3 - len(history) :] = torch.tensor(own)[:, None]
     return {f"{unit}/{path}/0.weights": rows, f"{unit}/{path}/0.shift": torch.full((plan.calls, rows.shape[2]), shift)}
 
 
@@ -112,6 +122,25 @@ def test_a_run_forecasts_by_the_fitted_weights(request, kind, unit):
     corrected(pipe, plan, polynomial_tables(pipe, plan))
     torch.testing.assert_close(sample(pipe, asked).latents, polynomial)
     corrected(pipe, plan, polynomial_tables(pipe, plan, shift=0.1))
+    assert not torch.allclose(sample(pipe, asked).latents, polynomial)
+
+
+def test_a_run_that_visits_a_level_twice_forecasts_by_the_fitted_weights(dit_pipeline):
+    pipe = dit_pipeline()
+    pipe.scheduler = PNDMScheduler(skip_prk_steps=True)
+    pipe.scheduler.set_timesteps(7)
+    codes, predict = "CCCFCFFF", {"body": Predictor(order=2, x="timestep")}
+    plan = plan_for(pipe, {BODY: codes}, predict=predict, grid=schedule_id(pipe.scheduler))
+    assert plan.schedule.timesteps[1] == plan.schedule.timesteps[2]
+    asked = request_of(pipe, num_inference_steps=7)
+    install_plan_(pipe, "transformer", plan)
+    polynomial = sample(pipe, asked).latents
+    corrected(pipe, plan, polynomial_tables(pipe, plan, places=plan.schedule.timesteps))
+    torch.testing.assert_close(sample(pipe, asked).latents, polynomial)
+    shifted = polynomial_tables(pipe, plan, places=plan.schedule.timesteps)
+    (name,) = (name for name in shifted if name.endswith("shift"))
+    shifted[name][3] = 0.1  # at the call whose last three values are of two levels
+    corrected(pipe, plan, shifted)
     assert not torch.allclose(sample(pipe, asked).latents, polynomial)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 
 import dacc
 from dacc import SearchCacheConfig, search_cache
@@ -34,6 +35,32 @@ def test_the_error_of_a_forecast_follows_from_distances(form, history):
     apart = combined(numbers, [values[one] for one in history]) - targets[4]
     assert cost.squared_error(history, 4) == pytest.approx(float(apart.double().square().sum()), rel=1e-4)
     assert cost(history, 4) == pytest.approx(2 * float(apart.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["newton", "published"])
+def test_of_two_calls_at_one_level_the_later_counts(form):
+    """As PNDM visits them. Before, published divided by 0, and the weights of newton added up to 5."""
+    values = torch.randn(4, 40, generator=torch.Generator().manual_seed(1)).cumsum(0)
+    squares = squared_distances(values).tolist()
+    cost = ForecastCost(squares, squares, [981.0, 961.0, 961.0, 941.0], [1.0] * 4, form)
+    line = 2 * values[2] - values[0]
+    assert cost.squared_error((0, 1, 2), 3) == pytest.approx(
+        float((line - values[3]).double().square().sum()), rel=1e-4
+    )
+    assert cost.squared_error((1, 2), 3) == pytest.approx(squares[2][3], rel=1e-4)
+    assert weights([981.0, 961.0, 961.0], 941.0, form) == [-1.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize(("x", "form"), [("timestep", "published"), ("sigma", "newton")])
+def test_solvers_that_visit_a_level_twice_are_searched_for(dit_pipeline, tmp_path, x, form):
+    pipe = dit_pipeline()
+    pipe.scheduler = PNDMScheduler(skip_prk_steps=True)
+    pipe.save_pretrained(tmp_path / "pndm")
+    config = SearchCacheConfig(**{**SEARCH, "steps": 8}, settings={"x": x, "form": form, "order": 2, "trials": 8})
+    bundle = search_cache(tmp_path / "pndm", config, output=tmp_path / "found", device="cpu")
+    record = read_manifest(bundle).components["transformer"].cache
+    assert record.plan.calls == 9
+    assert 0 < record.chosen["relative_l2"] < 1
 
 
 @pytest.fixture

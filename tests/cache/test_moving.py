@@ -89,3 +89,17 @@ def test_a_run_that_is_no_number_is_never_the_best():
 
     found = best_choice([Choice(1, (0, 2)), Choice(2, (0, 9))], error, calls=12, fixed=1, trials=20)
     assert found.best == Choice(2, (0, 4))
+
+
+def test_calls_move_only_to_where_they_are_permitted():
+    def permits(places):
+        return all(after - before <= 6 for before, after in itertools.pairwise((*places, 15)))
+
+    runs = Runs()
+    start = [Choice(None, (0, 3, 6, 10))]
+    trial = best_choice(start, runs, calls=15, fixed=1, trials=200, permits=permits)
+    assert all(permits(choice.places) for choice in runs.seen)
+    assert trial.best.places == WANTED
+    far = best_choice(start, Runs((0, 11, 12, 13)), calls=15, fixed=1, trials=200, permits=permits)
+    assert far.best.places == (0, 6, 12, 13)
+    assert best_choice(start, Runs((0, 11, 12, 13)), calls=15, fixed=1, trials=200).best.places == (0, 11, 12, 13)

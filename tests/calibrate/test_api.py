@@ -99,6 +99,17 @@ def test_a_set_that_exists_is_returned_and_another_is_refused(unet_folder, calib
         calibrated(unet_folder, seed=1)
 
 
+def test_a_set_whose_bytes_changed_is_not_what_was_asked_for(unet_folder, calibrated, watch) -> None:
+    folder = calibrated(unet_folder)
+    file = folder / "calls-00000.safetensors"
+    before = file.read_bytes()
+    file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(ConfigError, match=r"damaged: calls-00000.safetensors.*--overwrite"):
+        calibrated(unet_folder)
+    assert calibrated(unet_folder, _overwrite=True) == folder
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_another_dtype_is_another_set(dtype: str, unet_folder, calibrated) -> None:
     record = open_calibration(calibrated(unet_folder, timesteps=1, _dtype=dtype)).record

@@ -16,6 +16,7 @@ from dacc import CalibrateConfig, calibrate_pipeline, open_calibration
 from dacc.calibrate.picture_folder import read_folder
 from dacc.calibrate.pictures import read_picture
 from dacc.core.errors import ConfigError, ModelError, UnsupportedError
+from dacc.core.reporter import silent
 from dacc.core.seeds import named_seed, seed_stream
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside diffusers
@@ -62,6 +63,14 @@ def test_inputs_are_pictures_with_the_noise_of_each_call(unet_folder, folder):
                 level = scheduler.alphas_cumprod[int(call.state.timestep)]
                 wanted = level.sqrt() * clean + (1 - level).sqrt() * noise_of(position, clean.shape)
                 torch.testing.assert_close(call.args[0][row : row + 1], wanted)
+
+
+@pytest.mark.parametrize(("samples", "told"), [(2, False), (3, True)])
+def test_pictures_that_several_samples_share_are_a_notice(unet_folder, folder, samples, told):
+    config = CalibrateConfig(**{**QUICK, "images": folder, "samples": samples})
+    reporter = silent()
+    calibrate_pipeline(unet_folder, config, device="cpu", overwrite=True, reporter=reporter)
+    assert any("2 pictures are shared by 3 samples" in text for text in reporter.notices) == told
 
 
 def test_latents_are_those_of_the_vae_and_captions_are_prompts(sd_folder, folder):

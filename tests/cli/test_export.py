@@ -35,6 +35,8 @@ def test_wrong_options_are_named(dacc, pipeline, unchanged):
     unchanged()
     assert "no export format 'ggml'" in dacc("export", pipeline, "--format", "ggml").error
     assert "type" in dacc("export", pipeline, "--format", "gguf", "--set", "type=q9").error
+    fieldless = dacc("export", pipeline, "--format", "safetensors-bf16", "--set", "type=q9").error
+    assert fieldless == "there is no field 'type'. It has no fields: leave --set out."
     assert "component" in dacc("export", pipeline, "--component", "prior").error
     unchanged()
 

@@ -132,7 +132,7 @@ def test_the_zoo_is_listed_and_copied(dacc, tmp_path):
     entries = json.loads(dacc("zoo", "list", "--json").out)["pipelines"]
     assert [entry["name"] for entry in entries] == names
     copied = dacc("zoo", "copy", "zoo:digits-unet", "-o", "mine", "--json")
-    assert Path(json.loads(copied.out)["path"]) == tmp_path / "mine"
+    assert json.loads(copied.out)["path"] == "mine"
     assert dacc("quantize", "mine", "--dry-run").code == 0
 
 

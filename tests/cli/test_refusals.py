@@ -142,6 +142,63 @@ def test_a_file_in_place_of_the_output_is_kept(dacc, pipeline, unchanged, tmp_pa
     assert "is a file" in message
 
 
+@pytest.mark.parametrize("written", ["", ".", "../here"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize", "zoo:digits-dit", "--bits", 8, "--measure", "never"],
+        ["export", "zoo:digits-dit"],
+        ["generate", "zoo:digits-dit", "--num", 1, "--steps", 1],
+        ["calibrate", "zoo:digits-dit", "--samples", 1, "--steps", 1],
+        ["zoo", "copy", "digits-dit"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_the_current_folder_is_not_deleted(dacc, pipeline, unchanged, monkeypatch, tmp_path, arguments, written):
+    here = pipeline.rename(tmp_path / "here")
+    (here / "thesis.txt").write_text("mine")
+    monkeypatch.chdir(here)
+    assert refuse(dacc, unchanged, 2, *arguments, "--overwrite", "-o", written)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize", "--output="],
+        ["prune", "--calib", ""],
+        ["evaluate", "--output", ""],
+        ["evaluate", "--reference", ""],
+        ["evaluate", "-r", ""],
+        ["generate", "--prompts", ""],
+        ["calibrate", "--images", ""],
+        ["search-cache", "--cost-profile", ""],
+        ["quantize", "--fuse-lora", "style.safetensors", "--fuse-lora", ""],
+    ],
+    ids=" ".join,
+)
+def test_an_option_without_a_value_is_not_the_default(dacc, pipeline, unchanged, arguments):
+    name, *options = arguments
+    message = refuse(dacc, unchanged, 2, name, pipeline, *options)
+    assert "is empty. Was it $(a command that failed)" in message
+
+
+def test_the_root_of_the_disk_is_no_output(dacc, pipeline, unchanged):
+    refuse(dacc, unchanged, 2, "zoo", "copy", "digits-dit", "-o", "/", "--overwrite")
+
+
+def test_a_damaged_result_is_not_returned(dacc, pipeline, tmp_path):
+    ran = dacc("quantize", pipeline, "-o", "out", "--measure", "never")
+    file = tmp_path / "out/unet" / WEIGHTS
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    again = dacc("quantize", pipeline, "-o", "out", "--measure", "never")
+    assert (ran.code, again.code, again.out) == (0, 2, "")
+    assert "damaged: unet" in again.error
+    assert "--overwrite" in again.error
+    mended = dacc("quantize", pipeline, "-o", "out", "--measure", "never", "--overwrite")
+    assert (mended.code, file.read_bytes()) == (0, content)
+
+
 def test_overwrite_deletes_only_pipelines(dacc, pipeline, unchanged, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.txt").write_text("mine")
@@ -165,6 +222,14 @@ def test_generate_keeps_an_existing_output(dacc, pipeline, unchanged, tmp_path):
     (tmp_path / "out/holiday.jpg").write_text("mine")
     assert "--overwrite" in refuse(dacc, unchanged, 2, "generate", pipeline, "-o", tmp_path / "out")
     assert "holiday.jpg" in refuse(dacc, unchanged, 2, "generate", pipeline, "-o", tmp_path / "out", "--overwrite")
+
+
+def test_generate_keeps_a_link_and_what_it_leads_to(dacc, pipeline, unchanged, tmp_path):
+    (tmp_path / "album").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "album")
+    assert "is a file or a link" in refuse(
+        dacc, unchanged, 2, "generate", pipeline, "-o", tmp_path / "out", "--overwrite"
+    )
 
 
 def test_evaluate_keeps_an_earlier_report(dacc, pipeline, unchanged, tmp_path):
@@ -197,6 +262,12 @@ def test_zoo_copy_keeps_an_existing_output(dacc, unchanged, tmp_path):
 @pytest.mark.parametrize("name", ["quantize", "generate", "evaluate", "inspect", "verify"])
 def test_a_source_that_is_not_there(dacc, unchanged, name, source, advice):
     assert advice in refuse(dacc, unchanged, 3, name, source)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_calibration_set_that_is_not_there(dacc, pipeline, unchanged, method):
+    message = refuse(dacc, unchanged, 3, "quantize", pipeline, "--method", method, "--calib", "nope")
+    assert "nope is not a calibration set. Make one with dacc calibrate" in message
 
 
 def test_zoo_copy_of_an_unknown_name(dacc, unchanged):
@@ -333,8 +404,8 @@ def test_a_manifest_of_a_newer_format(dacc, bundle, unchanged, name):
     ran = dacc(name, bundle)
     assert ran.code == 4
     assert "format 99" in ran.err + ran.out
-    assert "pip install -U dacc-diffusion" in ran.err + ran.out
-    assert ran.error
+    assert "pip install -U dacc-diffusion" in ran.error
+    assert "Copy" not in ran.error
     unchanged()
 
 
@@ -373,13 +444,18 @@ def test_a_damaged_bundle_is_not_loaded(dacc, bundle, unchanged, name):
 # resources, exit code 5
 
 
-def test_an_output_that_another_run_is_writing(dacc, pipeline, tmp_path):
+@pytest.mark.parametrize(
+    "arguments",
+    [["quantize", "pipe", "--measure", "never"], ["generate", "pipe", "--steps", 1], ["zoo", "copy", "digits-dit"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_an_output_that_another_run_is_writing(dacc, pipeline, tmp_path, arguments):
     from dacc.core.lock import WriterLock
 
     lock = WriterLock(tmp_path / ".out.lock")
     lock.acquire()
     try:
-        ran = dacc("quantize", pipeline, "-o", tmp_path / "out", "--measure", "never")
+        ran = dacc(*arguments, "-o", tmp_path / "out")
     finally:
         lock.release()
     assert ran.code == 5
@@ -458,9 +534,15 @@ def test_a_missed_floor_can_be_kept_beside(dacc, pipeline, tmp_path):
     assert (tmp_path / "out.failed/unet/config.json").is_file()
 
 
-def test_a_floor_about_what_was_not_measured_is_missed(dacc, pipeline, unchanged):
+@pytest.mark.parametrize("name", ["quantize", "prune", "search-cache"])
+def test_a_floor_about_what_will_not_be_measured_is_refused_at_once(dacc, pipeline, unchanged, name):
     options = ["--measure", "never", "--require", "ssim>=0.1"]
-    assert "was not measured" in refuse(dacc, unchanged, 6, "quantize", pipeline, *options)
+    assert "Leave --measure never out" in refuse(dacc, unchanged, 2, name, pipeline, *options)
+
+
+@pytest.mark.parametrize("name", ["quantize", "prune"])
+def test_a_dry_run_reads_the_floors_too(dacc, pipeline, unchanged, name):
+    assert "psnr>=25" in refuse(dacc, unchanged, 2, name, pipeline, "--dry-run", "--require", "psnr")
 
 
 # unsupported, exit code 7

@@ -27,6 +27,12 @@ def test_wrong_options_are_named(dacc, pipeline, unchanged):
     unchanged()
 
 
+def test_a_schedule_file_that_is_not_given_is_asked_for(dacc, pipeline, unchanged):
+    unchanged()
+    assert dacc("search-cache", pipeline, "--method", "ecad").error == "file has to be given. Add --set file=VALUE."
+    unchanged()
+
+
 def test_a_ratio_out_of_reach_is_exit_7_and_names_the_best(dacc, pipeline, unchanged):
     unchanged()
     ran = dacc("search-cache", pipeline, "--macs-ratio", 0.01, "--method", "deepcache", "--steps", 4)

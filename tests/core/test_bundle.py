@@ -16,6 +16,7 @@ import torch
 from dacc.core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
 from dacc.core.errors import BundleError, ConfigError, DaccError, ModelError, ResourceError
 from dacc.core.manifest import ComponentRecord, FileRecord, Manifest, SourceRecord, read_manifest
+from dacc.core.output import chosen_output
 from dacc.core.reporter import Reporter, silent
 from dacc.core.safe_read import read_header_and_metadata, weight_hash
 from dacc.core.tensor_file import stored_tensors, write_tensors
@@ -182,8 +183,30 @@ def test_the_very_same_run_is_recognised_while_its_result_is_intact(make_pipelin
     assert not existing_bundle(output, "another")
     assert not existing_bundle(tmp_path / "pipe", "key")
     assert not existing_bundle(tmp_path / "nothing", "key")
-    os.truncate(output / "unet/config.json", 1)
-    assert not existing_bundle(output, "key")
+
+
+def flip_last_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda output: os.truncate(output / "unet/config.json", 1),
+        lambda output: flip_last_byte(output / "unet/diffusion_pytorch_model.safetensors"),
+        lambda output: (output / "unet/model.safetensors").write_bytes(b"added"),
+        lambda output: (output / "tokenizer/merges.txt").unlink(),
+    ],
+)
+def test_a_damaged_result_of_the_very_same_run_is_refused_as_such(make_pipeline, tmp_path, damage):
+    output = make_bundle(make_pipeline(), tmp_path / "out")
+    damage(output)
+    with pytest.raises(ConfigError, match="this very result, but damaged: (unet|tokenizer)") as caught:
+        existing_bundle(output, "key")
+    assert "--overwrite" in caught.value.mend
+    assert not existing_bundle(output, "another")
 
 
 # refusals before any work
@@ -193,6 +216,44 @@ def test_the_very_same_run_is_recognised_while_its_result_is_intact(make_pipelin
 def test_output_and_source_cannot_lie_in_each_other(make_pipeline, tmp_path, place):
     with pytest.raises(ConfigError, match="lie in each other"):
         writer_for(make_pipeline(), tmp_path / place, overwrite=True)
+
+
+@pytest.mark.parametrize("here", [".", "deep/inside"])
+@pytest.mark.parametrize("written", ["absolute", "relative", "linked"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_current_folder_is_never_an_output(make_pipeline, tmp_path, monkeypatch, here, written, overwrite):
+    source, output = make_pipeline(), make_pipeline("out")
+    (output / here).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(output / here)
+    if written == "relative":
+        place = Path(os.path.relpath(output))
+    elif written == "linked":
+        (tmp_path / "link").symlink_to(tmp_path)
+        place = tmp_path / "link/out"
+    else:
+        place = output
+    before = content(output)
+    with pytest.raises(ConfigError, match="is, or holds, the current folder"):
+        writer_for(source, place, overwrite=overwrite)
+    assert content(output) == before
+
+
+def test_where_the_current_folder_was_deleted_others_are_written_all_the_same(make_pipeline, tmp_path, monkeypatch):
+    source = make_pipeline()
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    try:
+        make_bundle(source, tmp_path / "out")
+    finally:
+        monkeypatch.chdir(tmp_path)
+
+
+def test_an_empty_output_is_not_the_default():
+    assert chosen_output(None, "default") == Path("default")
+    assert chosen_output("out", "default") == Path("out")
+    with pytest.raises(ConfigError, match="is empty"):
+        chosen_output("", "default")
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])

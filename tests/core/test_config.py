@@ -17,6 +17,24 @@ def test_an_unknown_field_names_the_nearest_and_lists_all():
     assert "Fields: bits, search, minutes." in caught.value.mend
 
 
+class Fieldless(Config):
+    pass
+
+
+class WithFile(Config):
+    file: str
+
+
+def test_a_config_without_fields_says_so():
+    with pytest.raises(ConfigError, match=r"^there is no field 'type'\. It has no fields: leave --set out\.$"):
+        build_config(Fieldless, type="q9")
+
+
+def test_a_missing_field_is_told_with_the_option_that_gives_it():
+    with pytest.raises(ConfigError, match=r"^file has to be given\. Add --set file=VALUE\.$"):
+        build_config(WithFile)
+
+
 def test_a_bad_value_is_told_with_its_field():
     with pytest.raises(ConfigError, match="bits=9: Input should be less than or equal to 8"):
         build_config(Example, bits=9)

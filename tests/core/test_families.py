@@ -244,3 +244,19 @@ def test_guessing_from_names_agrees_on_unets(layers):
     assert [generic.role(name) for name in layers["UNet2DConditionModel"]] == [
         sure.role(name) for name in layers["UNet2DConditionModel"]
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "latent_layers"),
+    [
+        ("AutoencoderKL", {"quant_conv", "post_quant_conv"}),
+        ("AutoencoderKLCogVideoX", set()),  # its convolutions lie one level deeper
+        ("AutoencoderKLWan", {"quant_conv", "post_quant_conv"}),
+    ],
+)
+def test_the_edges_of_autoencoders_are_the_first_and_last_layers_of_both_halves(name, latent_layers):
+    with torch.device("meta"):
+        layers = [layer for layer, _ in walk_layers(getattr(diffusers, name)())]
+    edges = {layer.removesuffix(".conv") for layer in layers if find_family(name)[0].role(layer) == "edge"}
+    halves = {f"{half}.{end}" for half in ("encoder", "decoder") for end in ("conv_in", "conv_out")}
+    assert edges == halves | latent_layers

@@ -24,19 +24,21 @@ class Writer:
     ],
 )
 def test_floors_are_read(text, floor):
-    assert parse_requirements((text,)).floors == (floor,)
+    assert parse_requirements((text,), "quantize", measure="auto").floors == (floor,)
 
 
 @pytest.mark.parametrize("text", ["", "psnr", "psnr>25", "fid<=3", "psnr>=much", "psnr>=25 dB", "psnr>=-3"])
 def test_anything_else_is_refused_with_examples(text):
     with pytest.raises(ConfigError, match="cannot be read") as caught:
-        parse_requirements((text,))
+        parse_requirements((text,), "quantize", measure="auto")
     assert "psnr>=25" in caught.value.mend
 
 
 @pytest.mark.parametrize("text", ["psnr>=25", "ssim>=0.9", "relative_l2<=0.1"])
 def test_a_floor_that_is_just_reached_passes(text):
-    parse_requirements((text,)).check(Effect(psnr=25.0, ssim=0.9, relative_l2=0.1), Writer(), keep=False)
+    parse_requirements((text,), "quantize", measure="auto").check(
+        Effect(psnr=25.0, ssim=0.9, relative_l2=0.1), Writer(), keep=False
+    )
 
 
 @pytest.mark.parametrize("text", ["psnr>=25.1", "ssim>=0.91", "relative_l2<=0.09"])
@@ -44,11 +46,30 @@ def test_a_floor_that_is_just_reached_passes(text):
 def test_a_missed_floor_drops_or_keeps_the_result_and_says_which(text, keep):
     writer = Writer()
     with pytest.raises(QualityError, match="out.failed" if keep else "Nothing was written") as caught:
-        parse_requirements((text,)).check(Effect(psnr=25.0, ssim=0.9, relative_l2=0.1), writer, keep=keep)
+        parse_requirements((text,), "quantize", measure="auto").check(
+            Effect(psnr=25.0, ssim=0.9, relative_l2=0.1), writer, keep=keep
+        )
     assert writer.kept is keep
     assert "more bits" in caught.value.mend
 
 
+@pytest.mark.parametrize(("command", "advice"), [("prune", "--ratio"), ("search-cache", "--speedup")])
+def test_advice_is_about_options_that_the_command_has(command, advice):
+    with pytest.raises(QualityError) as caught:
+        parse_requirements(("psnr>=25",), command, measure="auto").check(Effect(psnr=20.0), Writer(), keep=False)
+    assert advice in caught.value.mend
+    assert "bits" not in caught.value.mend
+
+
+def test_floors_without_a_measurement_are_refused_before_any_work():
+    with pytest.raises(ConfigError, match="psnr>=25") as caught:
+        parse_requirements(("psnr>=25",), "prune", measure="never")
+    assert "Leave --measure never out" in caught.value.mend
+    assert parse_requirements((), "prune", measure="never").floors == ()
+
+
 def test_what_was_not_measured_misses_every_floor():
-    with pytest.raises(QualityError, match=r"was not measured \(too large\)"):
-        parse_requirements(("psnr>=1",)).check(Effect(not_measured="too large"), Writer(), keep=False)
+    with pytest.raises(QualityError, match=r"was not measured \(too large\).*leave --require out"):
+        parse_requirements(("psnr>=1",), "prune", measure="auto").check(
+            Effect(not_measured="too large"), Writer(), keep=False
+        )

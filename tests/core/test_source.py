@@ -99,6 +99,17 @@ def test_a_source_that_is_nowhere_gets_advice(zoo, text, advice):
         (lambda folder: (folder / "model_index.json").write_text('{"../x": ["a", "b"]}'), "leads out"),
         (lambda folder: (folder / "unet").rename(folder / "other"), "lacks the components unet"),
         (lambda folder: (folder / "unet/diffusion_pytorch_model.safetensors").unlink(), "has no weights in unet"),
+        (
+            lambda folder: (folder / "model_index.json").write_text('{"_class_name": 3}'),
+            "_class_name 3, which names no",
+        ),
+        (lambda folder: (folder / "unet/config.json").write_text("[]"), r"unet/config.json is not a table"),
+        (lambda folder: (folder / "scheduler/scheduler_config.json").write_text("3"), "scheduler_config.json is not a"),
+        (
+            lambda folder: (folder / "scheduler/scheduler_config.json").unlink(),
+            "has no scheduler/scheduler_config.json",
+        ),
+        (lambda folder: (folder / "text_encoder/config.json").unlink(), "has no text_encoder/config.json"),
     ],
 )
 def test_a_folder_that_is_no_whole_pipeline_is_refused(make_pipeline, spoil, message):

@@ -54,6 +54,10 @@ def flip_last_byte(file: Path) -> None:
     file.write_bytes(data)
 
 
+def test_a_folder_may_be_given_as_text(intact):
+    assert verify_bundle(str(intact)) == []
+
+
 @pytest.mark.parametrize("deep", [True, False])
 def test_an_intact_bundle_has_no_problems(intact, deep):
     (intact / "sample.png").write_bytes(b"the user's own picture")

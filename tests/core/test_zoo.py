@@ -11,7 +11,8 @@ import pytest
 from dacc.core.errors import ModelError, ResourceError
 from dacc.core.folder import place_file
 from dacc.core.lock import WriterLock
-from dacc.core.zoo import INDEX_NAME, ZooEntry, list_zoo, user_zoo, zoo_entry
+from dacc.core.output import only_writer
+from dacc.core.zoo import INDEX_NAME, ZooEntry, copy_zoo, list_zoo, user_zoo, zoo_entry
 from dacc.core.zoo_add import add_zoo
 
 ENTRY = {"pipeline": "TinyPipeline", "description": "tiny", "num_inference_steps": 4, "judge": "judge", "extra": 1}
@@ -65,6 +66,29 @@ def test_the_users_zoo_lies_in_the_data_folder(monkeypatch, tmp_path):
         assert user_zoo() == tmp_path / ".local/share/dacc/zoo"
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     assert user_zoo() == tmp_path / "data/dacc/zoo"
+
+
+# copy
+
+
+def test_a_copy_leaves_the_unfinished_run_of_another_command_alone(checkout, tmp_path, monkeypatch):
+    monkeypatch.setenv("DACC_ZOO", str(checkout))
+    (tmp_path / ".mine.partial").mkdir()
+    (tmp_path / ".mine.partial/units").write_text("finished layers")
+    copy_zoo("drawn", tmp_path / "mine")
+    assert (tmp_path / ".mine.partial/units").read_text() == "finished layers"
+    assert (tmp_path / "mine/model_index.json").is_file()
+    assert [name for name in names_in(tmp_path) if name.startswith(".mine")] == [".mine.partial"]
+
+
+def test_a_copy_does_not_disturb_another_writer(checkout, tmp_path, monkeypatch):
+    monkeypatch.setenv("DACC_ZOO", str(checkout))
+    before = names_in(tmp_path)
+    with only_writer(tmp_path / "mine"):
+        with pytest.raises(ResourceError, match="another run"):
+            copy_zoo("drawn", tmp_path / "mine")
+        assert names_in(tmp_path) == sorted([*before, ".mine.lock"])
+    assert names_in(tmp_path) == before
 
 
 # prompts

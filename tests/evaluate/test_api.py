@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dacc import QuantizeConfig, quantize_pipeline
 from dacc.core.errors import ConfigError, ModelError
 from dacc.core.seeds import seed_stream
 from dacc.evaluate.api import evaluate_pipelines
@@ -34,6 +35,12 @@ def test_an_unconditional_pipeline_is_compared_and_judged(tiny_zoo: Path) -> Non
     assert any("speed" in reason for reason in result.absent)
 
 
+@pytest.mark.parametrize("form", [str, Path])
+def test_a_lone_source_needs_no_list(tiny_zoo: Path, form: type) -> None:
+    result = evaluate_pipelines(form(tiny_zoo / "tiny-unet-other"), reference="zoo:tiny-unet", config=QUICK)
+    assert [source.name for source in result.sources] == ["tiny-unet", "tiny-unet-other"]
+
+
 def test_a_class_conditional_pipeline_is_asked_for_the_zoos_classes(tiny_zoo: Path) -> None:
     result = evaluate_pipelines([tiny_zoo / "tiny-dit-other"], reference="zoo:tiny-dit", config=QUICK)
     assert result.settings.labels == (0, 1, 2)
@@ -54,6 +61,43 @@ def test_without_a_judge_the_report_says_what_is_absent(tiny_zoo: Path) -> None:
     assert result.judge is None
     assert "frechet, judged_caption, judged_class" in result.absent[0]
     assert result.settings.steps == 20
+
+
+def test_what_was_asked_for_and_says_nothing_is_absent_with_its_reason(tiny_zoo: Path) -> None:
+    asked = ("judged_caption", "judged_clip", "judged_class", "latent_error", "frechet")
+    result = evaluate_pipelines(["zoo:tiny-unet"], config=QUICK.model_copy(update={"metrics": asked}))
+    assert set(result.sources[0].metrics) == {"fid"}
+    absent = {reason.partition(":")[0]: reason for reason in result.absent}
+    assert "have no prompts" in absent["judged_caption"]
+    assert "have no prompts" in absent["judged_clip"]
+    assert "no class was asked for" in absent["judged_class"]
+    assert "no other source" in absent["latent_error"]
+    assert "frechet" not in absent
+
+
+def test_metrics_that_were_not_asked_for_come_where_they_apply_and_are_not_missed(tiny_zoo: Path) -> None:
+    result = evaluate_pipelines(["zoo:tiny-unet"], config=QUICK)
+    assert result.absent == ("speed: switched off.", "peak memory: switched off.")
+
+
+def test_one_image_has_no_frechet_distance_and_no_line_about_it(tiny_zoo: Path) -> None:
+    result = evaluate_pipelines(["zoo:tiny-dit"], config=QUICK.model_copy(update={"num": 1}))
+    assert "class_accuracy" in result.sources[0].metrics
+    assert any(reason.startswith("frechet: ") and "at least 2" in reason for reason in result.absent)
+    assert not any(line.startswith("FID") for line in remarks(result))
+    two = evaluate_pipelines(["zoo:tiny-dit"], config=QUICK.model_copy(update={"num": 2}))
+    assert not any(reason.startswith("frechet") for reason in two.absent)
+    assert any(line.startswith("FID uses judge") for line in remarks(two))
+
+
+def test_components_that_were_treated_are_sized_in_every_source(tiny_zoo: Path) -> None:
+    config = QuantizeConfig(bits=8, component=("vae",), measure="never")
+    small = quantize_pipeline("zoo:tiny-dit", config, output=tiny_zoo / "small", device="cpu")
+    reference, other = evaluate_pipelines([small], config=QUICK.model_copy(update={"num": 1})).sources
+    assert set(reference.components) == set(other.components) == {"transformer", "vae"}
+    assert other.components["vae"].bytes_on_disk < reference.components["vae"].bytes_on_disk
+    assert other.components["vae"].parameters == reference.components["vae"].parameters
+    assert other.components["transformer"] == reference.components["transformer"]
 
 
 def test_speed_is_measured_in_turns_and_the_report_survives_json(tiny_zoo: Path) -> None:

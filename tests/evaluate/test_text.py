@@ -54,7 +54,19 @@ def test_other_prompts_are_sampled_but_not_checked(text_zoo: Path) -> None:
     assert result.sources[0].metrics["caption_accuracy"].count == 2
     assert any("2 of 4 images left out" in line for line in remarks(result))
     strange = config.model_copy(update={"prompts": ("a dog",), "metrics": ("judged_caption",)})
-    assert evaluate_pipelines(["zoo:tiny-sd"], config=strange).sources[0].metrics == {}
+    nothing = evaluate_pipelines(["zoo:tiny-sd"], config=strange)
+    assert nothing.sources[0].metrics == {}
+    assert "judged_caption: the judge cannot read any of the prompts." in nothing.absent
+
+
+def test_metrics_that_the_judge_cannot_give_are_absent_with_its_name(text_zoo: Path) -> None:
+    config = QUICK.model_copy(update={"metrics": ("judged_class", "judged_clip")})
+    result = evaluate_pipelines(["zoo:tiny-sd"], config=config)
+    assert result.sources[0].metrics == {}
+    assert result.absent[:2] == (
+        "judged_class: the judge answers several questions, none of which is the class.",
+        "judged_clip: the judge shapes knows no captions of clips.",
+    )
 
 
 def test_images_of_another_size_are_compared_without_the_judge(text_zoo: Path) -> None:

@@ -60,6 +60,11 @@ def test_unknown_formats_and_fields_are_refused(dit_folder):
         export_pipeline(dit_folder, ExportConfig(format="safetensors-bf16", settings={"type": "q4_0"}))
 
 
+def test_an_empty_output_is_refused(dit_folder):
+    with pytest.raises(ConfigError, match="the output is empty"):
+        export_pipeline(dit_folder, ExportConfig(format="safetensors-bf16"), output="")
+
+
 def test_other_libraries_are_refused(sd_folder):
     with pytest.raises(UnsupportedError, match="CLIPTextModel of transformers"):
         export_pipeline(sd_folder, ExportConfig(format="safetensors-fp8", component=("text_encoder",)))

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 
 import dacc
 from dacc import PruneConfig, prune_pipeline, verify_bundle
-from dacc.core.errors import ConfigError
+from dacc.core.errors import ConfigError, UnsupportedError
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import silent
 from dacc.prune.api import calibration_config, prepare
@@ -18,7 +19,7 @@ from dacc.prune.config import METHODS
 from dacc.prune.recovery import trainer
 from dacc.prune.recovery.config import RecoveryConfig
 
-TRAINED: dict[str, Any] = {"ratio": 0.3, "recover": 20, "settings": {"learning_rate": 5e-4, "patience": 0}}
+TRAINED: dict[str, Any] = {"ratio": 0.3, "recover": 20, "settings": {"learning_rate": 2e-4, "patience": 0}}
 
 
 @pytest.fixture
@@ -88,6 +89,15 @@ def test_an_interrupted_recovery_goes_on_and_ends_with_the_same_bytes(files_of, 
 def test_wrong_fields_of_recovery_are_refused_at_once(deep_dit, fields, told):
     with pytest.raises(ConfigError, match=told):
         prepare(deep_dit, PruneConfig(**fields), silent())
+
+
+def test_a_class_without_gradient_checkpointing_is_refused_before_anything_runs(deep_dit, tmp_path, monkeypatch):
+    fields = {**TRAINED, "settings": {"gradient_checkpointing": True}}
+    monkeypatch.setattr(DiTTransformer2DModel, "_supports_gradient_checkpointing", False)
+    monkeypatch.setattr("dacc.prune.run.calibration_for", lambda *_: pytest.fail("too late"))
+    with pytest.raises(UnsupportedError, match="no gradient checkpointing for a DiTTransformer2DModel"):
+        prune_pipeline(deep_dit, PruneConfig(**fields), output=tmp_path / "out", device="cpu")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_fields_of_methods_and_of_recovery_have_different_names():

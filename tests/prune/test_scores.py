@@ -18,7 +18,7 @@ from dacc.prune.noise import Noise
 from dacc.prune.scores import SCORES, of_outputs, score_units
 from dacc.prune.select import Item, Rules, cheapest
 from dacc.prune.task import task_gradients
-from dacc.prune.teacher import Teacher
+from dacc.prune.teacher import Teacher, some_of
 from dacc.prune.units import find_units
 from dacc.runtime.clock import RunState
 from dacc.runtime.passthrough import skipping
@@ -36,6 +36,32 @@ def teacher_of(toy: toys.Toy, network: nn.Module, calls: Calls, **fields: Any) -
 def scores_of(name: str, teacher: Teacher) -> dict[str, float]:
     found = score_units(name, teacher, find_units(teacher.denoiser), {}, 0, silent())
     return {unit: score.score for unit, score in found.items()}
+
+
+def run_of(number: int, rows: int, calls: int, branches: tuple[str | None, ...]) -> list[DenoiserCall]:
+    found = []
+    for call in range(calls):
+        for evaluation, branch in enumerate(branches):
+            state = RunState(number, call, calls, call, calls, 900.0 - call, 1.0, evaluation, branch)
+            sample = torch.zeros(rows * (2 if branch == "both" else 1), 4, 8, 8)
+            found.append(DenoiserCall("transformer", state, (sample,), {}))
+    return found
+
+
+@pytest.mark.parametrize("branches", [(None,), ("cond", "uncond"), ("both",)])
+def test_of_a_large_set_whole_runs_and_whole_calls_judge(branches):
+    calls = [call for number in (-1, -2, -3) for call in run_of(number, 8, 16, branches)]
+    found = some_of(calls, 16, 4)
+    moments = [(call.state.run, call.state.call, call.state.evaluation) for call in found]
+    places = (0, 5, 10, 15)
+    assert moments == [(run, call, one) for run in (-1, -2) for call in places for one in range(len(branches))]
+    assert some_of(calls, 24, 16) == some_of(calls, 1000, 1000) == calls
+    assert {call.state.call for call in some_of(calls, 1, 1)} == {0}
+
+
+def test_calls_without_a_run_all_judge():
+    calls = [DenoiserCall("transformer", None, (torch.zeros(2, 4, 8, 8),), {}) for _ in range(4)]
+    assert some_of(calls, 1, 1) == calls
 
 
 @pytest.mark.parametrize("score", SCORES)

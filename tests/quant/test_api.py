@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -304,9 +305,29 @@ def test_a_floor_also_holds_for_a_result_from_before(unet_folder):
     assert content(made) == before
 
 
-def test_a_floor_without_a_measurement_is_missed(unet_folder, tmp_path):
-    with pytest.raises(QualityError, match="psnr was not measured"):
-        quantize_pipeline(unet_folder, QUICK, output="out", require=("psnr>=1",))
+def test_a_floor_without_a_measurement_is_missed(unet_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("dacc.runtime.measure.COPIES", 1e12)  # no machine has so much memory
+    with pytest.raises(QualityError, match="psnr was not measured") as caught:
+        quantize_pipeline(unet_folder, QuantizeConfig(bits=2), output="out", require=("psnr>=1",))
+    assert "bits" not in caught.value.mend
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_floor_that_nothing_will_measure_is_refused_before_anything_is_read():
+    with pytest.raises(ConfigError, match="Leave --measure never out"):
+        quantize_pipeline("nowhere", QUICK, require=("psnr>=1",))
+
+
+@pytest.mark.parametrize("output", ["", Path("")])
+def test_an_empty_output_is_refused(unet_folder, tmp_path, output):
+    with pytest.raises(ConfigError, match="the output"):
+        quantize_pipeline(unet_folder, QUICK, output=output, overwrite=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_calibration_set_that_is_not_there_is_refused_by_methods_that_need_none_too(unet_folder, tmp_path):
+    with pytest.raises(ModelError, match="nope is not a calibration set"):
+        quantize_pipeline(unet_folder, QUICK, calib="nope")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,6 +17,7 @@ from dacc.quant.methods import gptq, svdquant
 from dacc.quant.methods.gptq import GPTQConfig
 from dacc.quant.methods.rtn import RTNConfig, quantize
 from dacc.quant.methods.svdquant import SVDQuantConfig
+from dacc.quant.ranges import dynamic_roundings
 from dacc.quant.simulate import rounding_before, rounding_of
 from dacc.runtime.kernels_round import quantize_rows
 from dacc.runtime.layers import LAYER_CLASSES
@@ -153,6 +154,22 @@ def test_methods_of_layers_use_them(block, method, config):
     for name in found:
         for key, tensor in found[name].tensors().items():
             assert torch.equal(tensor, again[name].tensors()[key])
+
+
+def test_channels_that_would_be_lost_without_factors_get_them(make_block):
+    sizes = torch.ones(16, 1, 1)
+    sizes[8:] = 1 / 15  # below half a step of what the loud ones need
+    layer = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+    layer.weight.div_(sizes)  # and they count as much
+    scheme = W8A8.model_copy(update={"act_bits": 4})
+    block = make_block(nn.Sequential(layer), [torch.randn(4, 16, 12, 12) * sizes for _ in range(4)], {"0": scheme})
+    with block.rounding.instead(dynamic_roundings(block)):
+        weight = treat_layers(block, gptq, GPTQConfig())["0"].weight
+    x = torch.randn(4, 16, 12, 12) * sizes
+    found = layer._conv_forward(
+        rounding_before(weight, rounding_of(weight.scheme, layer, None), 1)(x), weight.dequantize(), None
+    )
+    assert (found - layer(x)).norm() < 0.25 * layer(x).norm()
 
 
 def test_a_treated_layer_is_kept_byte_for_byte(block, tmp_path):

@@ -76,6 +76,55 @@ def test_inputs_that_are_as_in_the_float_network_change_nothing():
     assert torch.equal(compensated(weight, -torch.eye(12), torch.eye(12)), weight)  # no gram matrix at all
 
 
+def test_what_is_computed_in_place_is_the_formula_and_leaves_the_statistics():
+    weight, x, intact = example(features=150)
+    found = moments_of(x + 1.5, intact, weight)
+    before = found.gram.clone(), found.lag.clone()
+    damped = found.gram.double() + 0.01 * found.gram.diagonal().double().mean() * torch.eye(150, dtype=torch.float64)
+    shift = torch.cholesky_solve((weight.double() @ found.lag.double()).T, torch.linalg.cholesky(damped)).T
+    expected = (weight.double() + shift).float()
+    torch.testing.assert_close(compensated(weight, found.gram, found.lag), expected, rtol=2e-7, atol=0)
+    about = found.about_means(weight, "layer")
+    assert torch.equal(about.gram, found.gram - torch.outer(found.mean, found.mean))
+    assert torch.equal(about.lag, found.lag - torch.outer(found.drift, found.mean))
+    assert all(map(torch.equal, before, (found.gram, found.lag)))
+
+
+GROWTH = """
+import psutil
+import torch
+
+from dacc.core.scheme import Scheme
+from dacc.evaluate.memory import peak_resident_bytes
+from dacc.quant.moments import Moments
+from dacc.quant.sequential import compensated
+
+
+def growth(what, features):
+    rows, mean = torch.ones(16, features), torch.ones(features)
+    gram = torch.full((features, features), 0.1)
+    gram.diagonal().add_(5.0)
+    lag = torch.full_like(gram, 1e-3)
+    before = psutil.Process().memory_info().rss
+    if what == "compensated":
+        assert not torch.equal(compensated(rows, gram, lag), rows)
+    else:
+        Moments(Scheme(bits=4), None, gram, lag, mean, mean, {"0": 1.0}, {}).about_means(rows, "0")
+    return (peak_resident_bytes() - before) / (8 * features**2)
+
+
+for features in (64, 3000):  # at first what the libraries take once
+    print(growth("about_means", features), growth("compensated", features))
+"""
+
+
+@pytest.mark.slow
+def test_no_more_than_one_matrix_of_float64_or_two_of_float32_is_held(run_python):
+    about_means, compensated = map(float, run_python(GROWTH).stdout.split()[-2:])
+    assert 0.9 < about_means < 1.5
+    assert 0.9 < compensated < 1.5
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_error_is_that_of_the_outputs(biased):
     weight, x, intact = example()

@@ -5,14 +5,19 @@ import pytest
 import torch
 from torch import nn
 
-from dacc import load
+from dacc import PruneConfig, QuantizeConfig, load, prune_pipeline
 from dacc.benchmarks.full_size_models import MODELS
+from dacc.core.reporter import silent
 from dacc.core.scheme import Scheme
 from dacc.quant.grid import find_grid
+from dacc.quant.preview import preview_quantization
 from dacc.quant.ranges import Observed, scale_of
 from dacc.quant.splits import find_splits
 from dacc.runtime.activation import round_static
+from dacc.runtime.passthrough import bypass_
 from dacc.runtime.weight import QuantizedWeight
+
+from ..prune import toys
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy 2 inside diffusers
 
@@ -100,14 +105,14 @@ def watched_splits(model, monkeypatch, *args, **kwargs):
         return result
 
     def note(name):
-        def keep(_, inputs):
-            found[f"{name}.conv_shortcut"] = joined[id(inputs[0])][1]
+        def keep(_, args, kwargs):
+            found[f"{name}.conv_shortcut"] = joined[id([*args, *kwargs.values()][0])][1]
 
         return keep
 
     for name, module in model.named_modules():
         if name.startswith("up_blocks") and getattr(module, "conv_shortcut", None) is not None:
-            module.register_forward_pre_hook(note(name))
+            module.register_forward_pre_hook(note(name), with_kwargs=True)
     monkeypatch.setattr(torch, "cat", watch)
     with torch.no_grad():
         model(*args, **kwargs)
@@ -174,6 +179,61 @@ def test_the_first_part_is_right_at_real_sizes(name, monkeypatch):
         expected = watched_splits(model, monkeypatch, **inputs)
     assert len(expected) == {"sd15": 12, "sdxl": 9}[name]
     assert find_splits(model) == expected
+
+
+FAMILIES = {
+    "UNet2DModel": toys.unet2d(),
+    "UNet2DConditionModel": toys.unet_condition(),
+    "UNet2DConditionModel of SDXL": toys.sdxl(),
+    "UNet3DConditionModel": toys.unet3d(block_out_channels=(32, 64)),
+    "UNetMotionModel": toys.motion(),
+    "UNetSpatioTemporalConditionModel": toys.spatio_temporal(block_out_channels=(32, 64)),
+}
+REMOVED = {
+    "nothing": [],
+    "layers": ["down_blocks.1.resnets.1", "up_blocks.0.resnets.1"],
+    "layers beside wider and narrower ones": ["mid_block.resnets.1", "up_blocks.0.resnets.2", "up_blocks.1.resnets.0"],
+    "the middle": ["mid_block", "down_blocks.1.resnets.1"],
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("removed", REMOVED)
+def test_the_first_part_is_right_in_every_family_and_behind_what_was_removed(kind, removed, monkeypatch):
+    toy, names = FAMILIES[kind], REMOVED[removed]
+    model = toy.build()
+    bypass_(model, names)
+    expected = watched_splits(model, monkeypatch, **toy.inputs())
+    gone = sum(name.startswith("up_blocks") for name in names)
+    assert len(expected) == sum(len(block.resnets) for block in model.up_blocks) - gone
+    assert find_splits(model) == expected
+
+
+def test_where_widths_are_not_told_nothing_is_split():
+    with torch.device("meta"):
+        model = diffusers.UNet1DModel(sample_size=64, block_out_channels=(8, 16, 16))
+    bypass_(model, ["up_blocks.0.resnets.1"])
+    assert find_splits(model) == {}
+
+
+@pytest.fixture(scope="module")
+def pruned_unet(tmp_path_factory):
+    """A tiny pipeline of which two layers are gone, in whose places modules pass on what enters them."""
+    folder, model = tmp_path_factory.mktemp("pruned"), toys.unet2d().build()
+    diffusers.DDPMPipeline(model, diffusers.DDPMScheduler()).save_pretrained(folder / "whole")
+    return prune_pipeline(
+        folder / "whole", PruneConfig(method="random", ratio=0.05, seed=1), output=folder / "cut", device="cpu"
+    )
+
+
+@pytest.mark.parametrize("method", ["qdiffusion", "tfmq"])
+def test_what_was_pruned_is_planned_with_its_splits(method, pruned_unet):
+    splits = find_splits(load(pruned_unet, device="cpu").unet)
+    assert 0 < len(splits) < 6
+    preview = preview_quantization(
+        pruned_unet, QuantizeConfig(method=method, act_bits=8, bits=8), reporter=silent()
+    ).components["unet"]
+    assert sum(count for scheme, count in preview.schemes.items() if "split" in scheme) == len(splits)
 
 
 def test_in_flux_attention_comes_before_the_feed_forward_product(flux_pipeline):

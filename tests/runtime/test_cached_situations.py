@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dacc.core.cache_plan import UnetCut
+from dacc.runtime.clock import current_run
 from dacc.runtime.compiled import Outside
 from dacc.runtime.installed import install_plan_, no_cache, remove_plans_
 from dacc.runtime.trajectory import sample
@@ -115,8 +116,8 @@ def test_compiled_blocks_run_as_the_others(dit_pipeline, when):
     torch.compiler.reset()
 
 
-def wan_pipeline() -> Any:
-    """Two denoisers: one for the noisy half of the run, one for the other."""
+def wan_pipeline(*, boundary_ratio: float | None = 0.5) -> Any:
+    """Two denoisers: one for the noisy half of the run, one for the other; or one alone."""
 
     def transformer(seed: int) -> Any:
         torch.manual_seed(seed)
@@ -127,11 +128,13 @@ def wan_pipeline() -> Any:
 
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKLWan(
-        base_dim=3, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False]
-    )
+        base_dim=3, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
     return diffusers.WanPipeline(
         tokenizer=None, text_encoder=None, vae=vae, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        transformer=transformer(1), transformer_2=transformer(2), boundary_ratio=0.5,
+        transformer=transformer(1), transformer_2=transformer(2) if boundary_ratio else None,
+        boundary_ratio=boundary_ratio,
     )  # fmt: skip
 
 
@@ -166,3 +169,51 @@ def test_two_denoisers_have_plans_of_their_own_on_one_grid():
     assert torch.equal(clip_of(pipe, 8), cached)
     with no_cache(pipe):
         assert torch.equal(clip_of(pipe, 8), before)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_guidance_branches_of_a_denoiser_that_is_compiled_as_a_whole_keep_their_own_values(wrapped):
+    pipe = wan_pipeline(boundary_ratio=None)
+    pipe.set_progress_bar_config(disable=True)
+    install_plan_(pipe, "transformer", plan_for(pipe, {blocks(1, 2, "blocks"): "CRRRCRRR"}, grid=grid_of(pipe, 8)))
+    wanted = clip_of(pipe, 8)
+    seen: list[tuple[int, str | None]] = []
+    pipe.transformer.blocks[0].register_forward_hook(
+        lambda *_: seen.append((current_run().evaluation, current_run().branch))
+    )
+    torch.compiler.reset()
+    if wrapped:
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    else:
+        pipe.transformer.compile(backend="eager")
+    torch.testing.assert_close(clip_of(pipe, 8), wanted)
+    assert seen == [(0, "cond"), (1, "uncond")] * 8
+    torch.compiler.reset()
+
+
+def test_redrawing_a_clip_follows_the_plan_from_the_call_at_which_it_begins():
+    """Its pipeline does not tell the scheduler that it begins in the middle."""
+    parts = wan_pipeline(boundary_ratio=None).components
+    del parts["transformer_2"]
+    pipe, body = diffusers.WanVideoToVideoPipeline(**parts), blocks(1, 2, "blocks")
+    pipe.set_progress_bar_config(disable=True)
+    words = torch.linspace(-1, 1, 2 * 4 * 8).reshape(2, 4, 8)
+
+    def again() -> torch.Tensor:
+        return pipe(
+            video=torch.linspace(0, 1, 5 * 3 * 16 * 16).reshape(1, 5, 3, 16, 16), strength=0.5,
+            prompt_embeds=words[:1], negative_prompt_embeds=words[1:], height=16, width=16, num_inference_steps=10,
+            guidance_scale=2.0, output_type="latent", generator=torch.Generator().manual_seed(SEED),
+        ).frames  # fmt: skip
+
+    before = again()
+    install_plan_(pipe, "transformer", plan_for(pipe, {body: "CRRRRRRRCR"}, grid=grid_of(pipe, 10)))
+    recorder = Recorder(pipe.transformer.blocks[1].ffn)
+    timesteps: list[float] = []
+    pipe.transformer.condition_embedder.register_forward_hook(
+        lambda _, args, __: timesteps.append((args[0][0].item(), current_run().timestep))
+    )
+    assert not torch.equal(again(), before)
+    assert recorder.calls == [5, 5, 8, 8]
+    assert all(given == known for given, known in timesteps)
+    assert len(timesteps) == 10

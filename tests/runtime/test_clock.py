@@ -104,6 +104,95 @@ def test_a_run_that_starts_in_the_middle_keeps_its_place_on_the_grid(
     assert [state.call for state in spy.take()] == [2, 3, 4, 5]
 
 
+ASKED = {  # how denoisers are given a timestep
+    "by place": lambda t: ((t,), {}),
+    "by name": lambda t: ((), {"timestep": t}),
+    "as a number": lambda t: ((t.item(),), {}),
+    "for every row": lambda t: ((), {"timestep": t.expand(3)}),
+    "for every frame": lambda t: ((t.expand(3, 2),), {}),
+    "from 0 to 1": lambda t: ((t.expand(3) / 1000,), {}),
+    "in half precision": lambda t: ((), {"timestep": t.to(torch.bfloat16) / 1000}),
+}
+
+
+def untold(denoiser: Any, scheduler: Any, asking: Callable[[Any], Any], *, start: int, steps: int = 8) -> None:
+    """The loop of a pipeline that begins in the middle and tells its scheduler nothing."""
+    denoiser.forward = lambda *_, **__: None
+    scheduler.set_timesteps(steps)
+    latents = torch.zeros(3, 1, 16, 16)
+    for timestep in scheduler.timesteps[start:]:
+        args, kwargs = asking(timestep)
+        for _ in range(2):
+            denoiser(latents, *args, **kwargs)
+        scheduler.step(latents, timestep, latents)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"])
+@pytest.mark.parametrize("start", [0, 1, 5])
+@pytest.mark.parametrize("asking", ASKED.values(), ids=ASKED)
+def test_a_run_that_nothing_is_told_of_begins_where_its_denoiser_is_asked(
+    unet_pipeline: Callable[[], Any], name: str, start: int, asking: Callable[[Any], Any]
+) -> None:
+    pipe, spy = clocked(unet_pipeline(), getattr(diffusers, name)())
+    untold(pipe.unet, pipe.scheduler, asking, start=start)
+    states = spy.take()
+    assert [state.call for state in states] == [call for call in range(start, 8) for _ in range(2)]
+    assert [state.timestep for state in states[::2]] == pipe.scheduler.timesteps[start:].tolist()
+    assert [state.evaluation for state in states] == [0, 1] * (8 - start)
+
+
+@pytest.mark.parametrize(
+    "asking",
+    [
+        lambda t: torch.stack([t, t / 2, t * 0]),  # tokens of their own
+        lambda t: 1 - t / 1000,  # backwards: 0, which is on the grid too
+        lambda t: t / 1000 / (1 + t / 1000),
+        lambda t: t - 0.5,
+        lambda t: None,
+        lambda t: torch.zeros(0),
+    ],
+)
+def test_what_a_denoiser_is_asked_in_another_way_does_not_move_a_run(
+    unet_pipeline: Callable[[], Any], asking: Callable[[Any], Any]
+) -> None:
+    pipe, spy = clocked(unet_pipeline(), diffusers.FlowMatchEulerDiscreteScheduler())
+    pipe.unet.forward = lambda *_, **__: None
+    pipe.scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25, 0.0])
+    pipe.unet(torch.zeros(3, 1), timestep=asking(pipe.scheduler.timesteps[0]))
+    assert [state.call for state in spy.take()] == [0]
+
+
+def test_a_run_whose_scheduler_was_told_its_place_does_not_ask(unet_pipeline: Callable[[], Any]) -> None:
+    pipe, spy = clocked(unet_pipeline(), diffusers.EulerDiscreteScheduler())
+    pipe.scheduler.set_timesteps(4)
+    pipe.scheduler.scale_model_input(torch.zeros(1), pipe.scheduler.timesteps[0])
+    pipe.unet(torch.zeros(1, 1, 16, 16), pipe.scheduler.timesteps[2])
+    assert [state.call for state in spy.take()] == [0]
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_a_run_that_is_to_begin_behind_its_end_is_left_to_diffusers(
+    unet_pipeline: Callable[[], Any], name: str
+) -> None:
+    pipe, _ = clocked(unet_pipeline(), getattr(diffusers, name)())
+    pipe.scheduler.set_timesteps(10)
+    pipe.scheduler.set_begin_index(10)
+    assert pipe.scheduler.begin_index == 10
+    assert current_run().call == 0  # type: ignore[union-attr]
+    drive(pipe.unet, pipe.scheduler, steps=3)
+    assert current_run() is None
+
+
+def test_a_denoiser_with_a_clock_compiles_into_one_graph(unet_pipeline: Callable[[], Any]) -> None:
+    pipe = unet_pipeline()
+    attach_clock(pipe)
+    torch.compiler.reset()
+    pipe.unet.compile(backend="eager", fullgraph=True)
+    pipe.scheduler.set_timesteps(2)
+    pipe.unet(torch.zeros(1, 1, 16, 16), pipe.scheduler.timesteps[0])
+    torch.compiler.reset()
+
+
 def test_an_exception_in_the_middle_does_not_reach_the_next_run(unet_pipeline: Callable[[], Any]) -> None:
     pipe, spy = clocked(unet_pipeline())
 

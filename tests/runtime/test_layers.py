@@ -103,6 +103,13 @@ def test_an_embedding_gives_rows_of_its_dequantized_table(scheme):
     assert layer(indices).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("index", [-1, 11])
+def test_an_embedding_refuses_entries_that_it_does_not_have(index):
+    for layer in (nn.Embedding(11, 6), quantized(nn.Embedding(11, 6), Scheme(bits=4, symmetric=False))):
+        with pytest.raises(IndexError):
+            layer(torch.tensor([3, index]))
+
+
 class LargestResult(TorchDispatchMode):
     """Watches how large the results of operators are."""
 

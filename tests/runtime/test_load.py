@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -83,6 +84,27 @@ def test_what_diffusers_cannot_load_is_told_in_one_line(unet_folder, tmp_path):
     index.write_text(index.read_text().replace("UNet2DModel", "UNetOfTomorrow"))
     with pytest.raises(ModelError, match="diffusers cannot load copy"):
         dacc.load(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": "x"}, r"DiTTransformer2DModel can be built from .*transformer/config.json"),
+        (None, r"transformer/config.json is not a table"),
+    ],
+)
+def test_a_component_whose_config_is_broken_is_named(dit_folder, tmp_path, change, message):
+    shutil.copytree(dit_folder, tmp_path / "copy")
+    file = tmp_path / "copy/transformer/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change} if change else []))
+    with pytest.raises(ModelError, match=message):
+        load_source(tmp_path / "copy")
+
+
+def test_an_unknown_preference_is_refused(unet_folder):
+    with pytest.raises(ConfigError, match="prefer 'fast' is not known") as caught:
+        dacc.load(unet_folder, device="cpu", prefer="fast")
+    assert caught.value.mend == "Use memory or speed."
 
 
 def test_there_is_no_such_source(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -145,6 +146,19 @@ def test_a_plan_for_another_model_is_refused_by_what_differs(pipe, dit_pipeline)
     other = type(pipe.unet).from_config({**pipe.unet.config, "sample_size": 32})
     with pytest.raises(ModelError, match="another config"):
         check_model(plan, "unet", other)
+
+
+def test_a_plan_fits_a_later_diffusers_whose_configs_have_more_fields(pipe, monkeypatch):
+    plan = plan_for(pipe, {CUT: "CR"})
+    signature = inspect.signature(type(pipe.unet).__init__)
+    field = inspect.Parameter("new_option", inspect.Parameter.KEYWORD_ONLY, default=(1, 2))
+    later = signature.replace(parameters=[*signature.parameters.values(), field])
+    monkeypatch.setattr(type(pipe.unet).__init__, "__signature__", later, raising=False)
+    pipe.unet.register_to_config(new_option=[1, 2])  # as it comes from a file
+    check_model(plan, "unet", pipe.unet)
+    pipe.unet.register_to_config(new_option=[1, 3])
+    with pytest.raises(ModelError, match="another config"):
+        check_model(plan, "unet", pipe.unet)
 
 
 def test_an_edited_plan_other_weights_and_a_newer_format_are_refused(pipe):

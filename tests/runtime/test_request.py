@@ -98,3 +98,34 @@ def test_a_size_that_the_pipeline_rounds_is_a_notice(flux_pipeline: Callable[[],
     images = sample(flux_pipeline(), SMALL.model_copy(update={"height": 34}), reporter=reporter).images
     assert images.shape[-2:] == (32, 32)
     assert "32 x 34 pixels were asked for" in reporter.notices[0]
+
+
+@pytest.mark.parametrize("label", [4242, 1000, -1])
+def test_a_class_that_the_pipeline_does_not_have_is_refused(dit_pipeline: Callable[[], Any], label: int) -> None:
+    request = RunRequest(seeds=(1, 2), num_inference_steps=2, class_labels=(3, label))
+    with pytest.raises(ConfigError, match=f"class {label}: DiTPipeline has classes 0 to 999") as caught:
+        call_arguments(dit_pipeline(), request, range(2))
+    assert "--class" in caught.value.mend
+    last = request.model_copy(update={"class_labels": (0, 999)})
+    assert call_arguments(dit_pipeline(), last, range(2))["class_labels"] == [0, 999]
+
+
+def test_more_steps_than_the_scheduler_has_are_refused_with_the_most_that_it_takes(
+    unet_pipeline: Callable[[], Any],
+) -> None:
+    with pytest.raises(ConfigError, match="DDIMScheduler refuses 5000 steps") as caught:
+        sample(unet_pipeline(), RunRequest(seeds=(1,), num_inference_steps=5000))
+    assert caught.value.mend == "Choose at most 1000 with --steps."
+
+
+def test_other_failures_of_a_pipeline_stay_what_they_are(
+    unet_pipeline: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = unet_pipeline()
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("must pass exactly one of `num_inference_steps` or `timesteps`")
+
+    monkeypatch.setattr(pipe.scheduler, "set_timesteps", fail)
+    with pytest.raises(ValueError, match="exactly one"):
+        sample(pipe, RunRequest(seeds=(1,), num_inference_steps=2))

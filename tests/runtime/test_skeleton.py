@@ -33,6 +33,22 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path, text):
         build_skeleton(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["[]", "3", '"UNet2DModel"', "null"])
+def test_a_config_that_is_no_table_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"config.json is not a table"):
+        build_skeleton(tmp_path)
+
+
+@pytest.mark.parametrize("field", [{"num_layers": "x"}, {"attention_head_dim": []}, {"patch_size": 0}])
+def test_a_config_that_no_model_can_be_built_from_is_named(dit_folder, tmp_path, field):
+    config = json.loads((dit_folder / "transformer/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **field}))
+    with pytest.raises(ModelError, match=r"no DiTTransformer2DModel can be built from .*config.json") as caught:
+        build_skeleton(tmp_path)
+    assert caught.value.mend
+
+
 @pytest.mark.parametrize(
     "config", [{}, {"_class_name": "CLIPTextModel"}, {"_class_name": "DDIMScheduler"}, {"_class_name": "__name__"}]
 )

@@ -160,7 +160,7 @@ def test_the_effect_grows_with_the_perturbation(kind: str, request: pytest.Fixtu
         measure_effect(make(), other, seeds=2, steps=2)
         for other in (make(), _perturbed(make(), 0.005), _perturbed(make(), 0.05))
     )
-    assert (same.relative_l2, same.psnr, same.seeds, same.steps) == (0.0, MAX_PSNR, 2, 2)
+    assert (same.relative_l2, same.psnr, same.seeds, same.steps) == (None, MAX_PSNR, 2, 2)
     assert small.relative_l2 < large.relative_l2
     assert small.psnr > large.psnr
 
@@ -177,3 +177,23 @@ def test_a_broken_result_is_named_instead_of_averaged() -> None:
     good = Samples(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4))
     bad = Samples(good.latents * float("nan"), good.images)
     assert "NaN" in str(compare(good, bad).not_measured)
+
+
+def test_latents_that_nothing_could_change_are_not_measured(dit_pipeline: Callable[[], Any]) -> None:
+    other, reporter = dit_pipeline(), silent()
+    with torch.no_grad():
+        other.vae.decoder.conv_out.weight.mul_(1.5)
+    effect = measure_effect(dit_pipeline(), other, seeds=2, steps=2, reporter=reporter)
+    assert effect.relative_l2 is None
+    assert "no denoiser was treated" in str(effect.not_measured)
+    assert 0 < effect.psnr < MAX_PSNR
+    assert reporter.notices == []  # the images were measured: nothing went wrong
+
+
+def test_a_treated_denoiser_that_gives_the_same_is_at_no_distance(dit_pipeline: Callable[[], Any]) -> None:
+    other = dit_pipeline()
+    embedder = other.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
+    with torch.no_grad():
+        embedder.weight[500] += 1  # of a class that is not drawn
+    effect = measure_effect(dit_pipeline(), other, seeds=2, steps=2)
+    assert (effect.relative_l2, effect.not_measured) == (0.0, None)

@@ -5,10 +5,13 @@ import random
 
 import pytest
 
+from dacc import SearchCacheConfig, search_cache
+from dacc.cache import search
 from dacc.cache.methods import deepcache
-from dacc.cache.methods.dp import DPConfig, candidates, schedule, schedule_cost
+from dacc.cache.methods.dp import DPConfig, candidates, permits, schedule, schedule_cost
 from dacc.cache.moving import Choice
 from dacc.core.errors import ConfigError, UnsupportedError
+from dacc.core.manifest import read_manifest
 
 
 def random_cost(calls: int, seed: int) -> list[list[float]]:
@@ -91,3 +94,30 @@ def test_what_was_not_profiled_is_not_chosen():
 def test_costs_that_are_not_finite_are_told_as_that(value, bounds):
     with pytest.raises(UnsupportedError, match="costs of reuse are not finite.*float16.*--device cpu"):
         schedule(6, 3, DPConfig(bounds=bounds), [[value] * 6] * 6)
+
+
+@pytest.mark.parametrize("calls", range(1, 11))
+def test_runs_may_move_calls_within_the_bounds_and_start_there(calls):
+    bounded, free = DPConfig(bounds=True), DPConfig()
+    for computed in range(1, calls + 1):
+        interval = -(-calls // computed)
+        inside = set(all_schedules(calls, computed, -(-interval // 2), 2 * interval))
+        for places in all_schedules(calls, computed, 1, calls):
+            assert permits(places, calls, bounded) == (places in inside)
+            assert permits(places, calls, free)
+        starts = candidates(calls, computed, bounded, random_cost(calls, computed))
+        assert all(permits(choice.places, calls, bounded) for choice in starts)
+
+
+@pytest.mark.parametrize("bounds", [True, False])
+def test_whole_runs_keep_the_bounds(dit_folder, monkeypatch, bounds):
+    def late(self, plan, tables=None):  # runs are the better the later their calls compute
+        return 1000.0 - sum(place for place, code in enumerate(plan.codes["body"]) if code == "C")
+
+    monkeypatch.setattr(search.PlanObjective, "error", late)
+    fields = {"bounds": bounds, "cost": "feature", "correct": False, "trials": 60}
+    config = SearchCacheConfig(macs_ratio=0.7, steps=12, samples=1, measure="never", method="dp", settings=fields)
+    bundle = search_cache(dit_folder, config, output="out", device="cpu")
+    plan = read_manifest(bundle).components["transformer"].cache.plan
+    places = tuple(place for place, code in enumerate(plan.codes["body"]) if code == "C")
+    assert permits(places, 12, DPConfig(bounds=True)) == bounds

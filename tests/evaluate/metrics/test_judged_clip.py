@@ -44,10 +44,13 @@ def test_prompts_that_the_judge_cannot_read_are_left_out_and_counted() -> None:
     found = judged_clip.compute(case_of([RIGHT, FLICKERS], ["one moving left", "a lighthouse at dusk"]))
     assert found["motion_accuracy"].count == 1
     assert all("1 of 2 clips left out" in str(metric.note) for metric in found.values())
-    assert judged_clip.compute(case_of([RIGHT], ["a lighthouse at dusk"])) == {}
+    strange = case_of([RIGHT], ["a lighthouse at dusk"])
+    assert judged_clip.compute(strange) == {}
+    assert "cannot read" in judged_clip.why_nothing(strange)
 
 
 def test_metrics_of_images_say_nothing_of_clips_and_the_distance_has_a_name_of_its_own() -> None:
     case = case_of([RIGHT, RIGHT, RIGHT], ["one moving left"] * 3)
     assert judged_caption.compute(case) == judged_class.compute(case) == {}
+    assert judged_caption.why_nothing(case) == "the judge clips knows no captions of images"
     assert set(frechet.compute(case)) == {"frechet_video"}

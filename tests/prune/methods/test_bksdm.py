@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from dacc.core.errors import ConfigError, UnsupportedError
@@ -67,6 +69,31 @@ def test_blocks_of_a_transformer_go_at_even_distances(layers, ratio, places):
     found = tuple(int(name.rpartition(".")[2]) for name in removed)
     assert len(found) == len(places)
     assert all(abs(one - other) <= 1 for one, other in zip(found, places, strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("ratio", "allow_adjacent"), [(0.1, False), (0.3, False), (0.25, True), (0.5, True), (0.7, True)]
+)
+def test_every_list_of_blocks_gives_its_share_at_even_distances(ratio, allow_adjacent):
+    request = ask(toys.flux(num_layers=19, num_single_layers=38), ratio, allow_adjacent=allow_adjacent)
+    removed = select("bksdm", request)
+    assert 0.95 * ratio <= share(request, removed) < ratio + 0.03
+    shares = []
+    for stack in ("transformer_blocks", "single_transformer_blocks"):
+        units = [unit for unit in request.units if unit.stack == stack]
+        gone = [place for place, unit in enumerate(units) if unit.modules[0] in removed]
+        shares.append(len(gone) / len(units))
+        apart = [later - before for before, later in pairwise([-1, *gone, len(units)])]
+        assert max(apart[1:-1]) - min(apart[1:-1]) <= 1
+        assert abs(apart[0] - apart[-1]) <= 1
+        assert allow_adjacent or min(apart[1:-1]) > 1
+    assert abs(shares[0] - shares[1]) <= 1 / 15  # of one block of the shorter list
+
+
+def test_more_than_fits_apart_is_refused():
+    request = ask(toys.flux(num_layers=19, num_single_layers=38), 0.6)
+    with pytest.raises(UnsupportedError, match="--allow-adjacent"):
+        select("bksdm", request)
 
 
 def test_what_does_not_fit_together_is_refused():

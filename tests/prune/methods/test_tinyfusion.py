@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import dacc
-from dacc.core.errors import UnsupportedError
+from dacc.core.errors import ConfigError, UnsupportedError
 from dacc.core.manifest import read_manifest
 from dacc.prune.methods.tinyfusion import TinyFusionConfig, groups
 
@@ -59,7 +59,7 @@ def test_no_more_goes_than_one_unit_beyond_the_ratio(toy, ratio):
 def test_of_a_unet_every_set_that_is_just_large_enough_is_a_pattern():
     request = ask(toys.motion(layers_per_block=3), 0.35)
     costs, needed = [request.costs[unit.name] for unit in request.units], request.needed()
-    (group,) = groups(request, TinyFusionConfig(group=2))
+    (group,) = groups(request, TinyFusionConfig())
 
     def enough(chosen: set[int]) -> bool:
         return sum(costs[place] for place in chosen) >= needed
@@ -68,6 +68,11 @@ def test_of_a_unet_every_set_that_is_just_large_enough_is_a_pattern():
     wanted = [chosen for chosen in sets if enough(chosen) and not any(enough(chosen - {one}) for one in chosen)]
     assert len(wanted) > 1
     assert {frozenset(pattern) for pattern in group.patterns} == {frozenset(chosen) for chosen in wanted}
+
+
+def test_the_units_of_a_unet_have_no_size_of_groups():
+    with pytest.raises(ConfigError, match="for transformers"):
+        groups(ask(toys.motion(layers_per_block=3), 0.35), TinyFusionConfig(group=2))
 
 
 def test_a_ratio_out_of_reach_names_the_nearest():

@@ -96,6 +96,8 @@ def test_another_choice_of_layers_and_blocks_is_refused():
             select("vdmini", ask(toys.motion()), **settings)
     with pytest.raises(ConfigError, match="for transformers"):
         select("vdmini", ask(toys.motion()), by="latency")
+    with pytest.raises(ConfigError, match="fixed pattern"):
+        select("vdmini", ask(toys.motion()), score="bi")
 
 
 def test_a_pattern_out_of_reach_does_not_ask_for_neighbours_which_it_takes_anyway():

@@ -66,6 +66,11 @@ def test_low_rank_equals_the_formula():
     assert torch.allclose(low_rank(weight), weight + change.view(6, 2, 3, 3), atol=1e-5)
 
 
+def test_layers_too_small_for_the_rank_move_as_fast_as_others():
+    scales = [LowRank(torch.ones(rows, 18), 8, 8.0, torch.Generator()).scale for rows in (32, 4, 1)]
+    assert scales == [1.0, 1.0, 1.0]
+
+
 def test_difffit_trains_biases_norms_and_one_factor_for_every_branch(toy):
     student, _ = toy()
     with prepared(student, trainable="difffit") as parameters:
