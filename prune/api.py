@@ -23,7 +23,7 @@ from ..core.config import Config
 from ..core.identity import source_identity
 from ..core.machine import arithmetic_of, describe_machine
 from ..core.manifest import read_manifest
-from ..core.output import check_output
+from ..core.output import check_output, chosen_output
 from ..core.pipeline import select_components
 from ..core.reporter import Reporter, silent
 from ..core.requirements import parse_requirements
@@ -99,7 +99,7 @@ def prune_pipeline(
     earlier = len(reporter.notices)  # a reporter may have served another pass before
     requirements = parse_requirements(require, "prune", measure=config.measure)
     job = prepare(source, config, reporter, calib, from_reference=from_reference)
-    target = Path(output) if output else default_output(job)
+    target = chosen_output(output, default_output(job))
     if not overwrite and existing_bundle(target, job.run_key):
         return requirements.accept(target, reporter)
     check_output(job.source.path, target, overwrite=overwrite)
@@ -176,12 +176,13 @@ def prepare(
     hashes = {name: weight_hash(found.path / name) for name in components}
     entries = component_entries(found.path)
     classes = {name: entries[name][1] for name in components}
-    calibration = Path(calib) if calib else found.calibration
+    calibration = found.calibration if calib is None else Path(calib)
+    given_id = calibration_id(calibration) if calibration else None  # also where it is not needed: a typo is one
     origin = source_identity(found.path, hashes)
     identity: dict[str, Any] = {"source": origin, "config": config.model_dump(mode="json")}
     job = Job(found, config, settings, recovery, components, hashes, classes, calibration, "")
     if job.running and calibration:
-        identity["calibration"] = calibration_id(calibration)
+        identity["calibration"] = given_id
     elif job.running:
         identity["calibration"] = prepare_calibration(found, calibration_config(job), "float32", reporter).request
     elif calibration:

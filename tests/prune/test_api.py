@@ -301,3 +301,15 @@ def test_wrong_requests_are_refused_and_nothing_is_written(name, deep_dit, tmp_p
 def test_a_set_of_another_model_is_refused(deep_dit, deep_unet, inputs_of, tmp_path):
     with pytest.raises(ModelError):
         prune_pipeline(deep_dit, PruneConfig(), calib=inputs_of(deep_unet), output=tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "told"),
+    [
+        ({"output": ""}, ConfigError, "the output is empty"),
+        ({"calib": "nope"}, ModelError, "nope is not a calibration"),
+    ],
+)
+def test_an_empty_output_and_a_set_that_is_not_there_are_refused_by_every_method(deep_dit, fields, error, told):
+    with pytest.raises(error, match=told):
+        prune_pipeline(deep_dit, PruneConfig(method="random", ratio=0.3), device="cpu", **fields)
