@@ -17,8 +17,8 @@ from .config import Config
 
 StepRule = Literal["exact", "nearest"]  # what a table does on another grid: refuse, or take the nearest noise level
 DIGITS = 6  # significant digits in a hash; a value beside a border of rounding may still differ between machines
-NEAR, TINY = 2e-5, 1e-5  # relative and absolute: grids are float32, and one bit of `alphas_cumprod`, 6e-8, moves a low
-# sigma by 3e-8 / sigma
+# Relative and absolute: grids are float32, and one bit of `alphas_cumprod`, 6e-8, moves a low sigma by 3e-8 / sigma.
+NEAR, TINY = 2e-5, 1e-5
 
 
 class ScheduleId(Config):
