@@ -148,6 +148,7 @@ def record_batch(
     """Run one batch up to its last kept call and save what entered the denoisers."""
     packer = Packer(store_dtype)
     records: list[dict[str, Any]] = []
+    truth: tuple[Tensor, Tensor] | None = None  # about the coming call
     run: int | None = None  # of the scheduler whose calls we count; pipelines in two stages have another before
 
     def keep(component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -161,14 +162,19 @@ def record_batch(
             facts = {name: value for name, value in asdict(state).items() if name != "run"}
             inputs = [packer.pack(value, f"argument {index} {where}") for index, value in enumerate(args)]
             named = [[name, packer.pack(value, f"argument {name!r} {where}")] for name, value in kwargs.items()]
-            records.append({"component": component, "state": facts, "args": inputs, "kwargs": named})
+            known = {"truth": packer.pack(truth, f"a picture {where}")} if truth else {}
+            records.append({"component": component, "state": facts, "args": inputs, "kwargs": named, **known})
+
+    def put_pictures(sample: Tensor) -> None:
+        nonlocal truth
+        assert pictures is not None
+        truth = pictures.noised_(sample, positions=batch.samples)
 
     def done() -> bool:
         state = current_run()
         return state is not None and state.run == run and state.call >= batch.calls[-1]
 
-    change = partial(pictures.noised_, positions=batch.samples) if pictures else None
-    _run_until(done, keep, pipe, request, batch.samples, components, change)
+    _run_until(done, keep, pipe, request, batch.samples, components, put_pictures if pictures else None)
     if not records:
         raise CalibrationError(
             f"{' and '.join(components)} were not called at {batch.calls} of the run.",

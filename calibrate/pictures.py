@@ -44,8 +44,11 @@ class Pictures:
     _known: dict[int, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
-    def noised_(self, sample: Tensor, positions: Sequence[int]) -> None:
+    def noised_(self, sample: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """Put the pictures of some samples, with the noise of the coming call, where a step has put what it drew.
+
+        Returns:
+            Clean samples (N, ...) and the noise in them, on the CPU; None after the last call.
 
         Raises:
             ModelError: a file is no picture.
@@ -55,9 +58,10 @@ class Pictures:
         assert scheduler is not None
         assert state is not None
         if state.call + 1 >= len(scheduler.timesteps):
-            return
+            return None
         clean = torch.cat([self._clean(position % len(self.files)) for position in positions])
         noise = torch.cat([self._noise(position, clean[:1].shape) for position in positions])
+        truth = clean, noise
         if len(sample) == 2 * len(positions):  # DiT steps from both guidance branches at once
             clean, noise = torch.cat([clean, clean]), torch.cat([noise, noise])
         if clean.shape != sample.shape:
@@ -77,6 +81,7 @@ class Pictures:
                 f"{type(scheduler).__name__} does not tell how noise is added to pictures.",
                 mend="Calibrate without --images.",
             )
+        return truth
 
     def _noise(self, position: int, shape: torch.Size) -> Tensor:
         generator = torch.Generator().manual_seed(named_seed(self.request.seeds[position], "pictures"))

@@ -181,6 +181,7 @@ class _Shard:
                 state=RunState(run=-1 - self.number, **entry["state"]),
                 args=tuple(unpack(value, load) for value in entry["args"]),
                 kwargs={name: unpack(value, load) for name, value in entry["kwargs"]},
+                truth=unpack(entry.get("truth"), load),
             )
 
     def _load(self, read: Callable[[str], Tensor], name: str, entered_as: torch.dtype | None) -> Tensor:

@@ -38,6 +38,7 @@ class DenoiserCall:
     state: RunState | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    truth: tuple[Tensor, Tensor] | None = None  # of a user's pictures: clean samples (N, ...) and the noise in them
 
     @torch.no_grad()
     def replay(self, denoiser: nn.Module) -> Any:

@@ -32,6 +32,7 @@ class RecoveryConfig(Config):
     ema: float = Field(0.999, ge=0, lt=1)  # of the weights that are judged and kept; larger: smoother, later; 0: none
     output_weight: float = Field(1.0, ge=0)  # of the error of what the denoiser gives
     feature_weight: float = Field(1.0, ge=0)  # of the error inside, where student and teacher agree in shape
+    task_weight: float = Field(0.1, ge=0)  # of the error against the noise in your own pictures; 0: none
     mask_std: float = Field(2.0, ge=0)  # tokens' features so far from their mean are left out; 0: none are
     icmd: bool = True  # video: features frame by frame, and an adversary that looks at frames and at motion
     adversarial_weight: float = Field(0.1, ge=0)  # of that adversary; larger: sharper motion, less stable; 0: none

@@ -212,10 +212,12 @@ def objective_for(
 ) -> Objective:
     """What this network is trained with; a notice where a video has to do without losses of its own."""
     layout = layout_of(teacher, calls[0])
+    if config.task_weight and noise is None and any(call.truth for call in calls):
+        reporter.notice("recovery does not learn from the noise in your pictures: it is not known how it was added.")
     if config.icmd and type(teacher).__name__ in PACKED:
         reporter.notice("recovery has the losses of images, as with icmd=false: clips enter as a plain list of tokens.")
     if layout is None or not config.icmd:
-        return Objective(config)
+        return Objective(config, noise)
     if not config.adversarial_weight or layout.frames == 1:
         return VideoObjective(config, teacher, None)
     levels = NoiseLevels((call.state for call in calls), noise) if noise else None

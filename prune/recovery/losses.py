@@ -4,6 +4,8 @@ output   ||e - e^||^2 / ||e||^2                         e: what the teacher give
 feature  mean over taps of ||h - h^||^2 / ||h||^2       h: what a module of the teacher gives (LAPTOP-Diff, 2024,
          arXiv 2404.11098, divides by the teacher's norm); of tokens, values more than 2 standard deviations from
          their tensor's mean, in either network, are left out (TinyFusion, 2025, CVPR, arXiv 2412.01199)
+task     ||w - e^||^2 / ||w||^2                         w: what the noise in a user's picture asks for, see `noise.py`;
+         the loss of the first training, beside distillation as in BK-SDM (2024, ECCV, arXiv 2305.15798)
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ def placed(call: DenoiserCall, model: nn.Module) -> DenoiserCall:
             return value
         return value.to(weight.device, weight.dtype if value.is_floating_point() and value.ndim > 1 else value.dtype)
 
-    return DenoiserCall(call.component, call.state, tree_map(move, call.args), tree_map(move, call.kwargs))
+    args, kwargs, truth = (tree_map(move, part) for part in (call.args, call.kwargs, call.truth))
+    return DenoiserCall(call.component, call.state, args, kwargs, truth)
 
 
 def _tensors(output: Any) -> Feature:

@@ -18,6 +18,7 @@ from dacc.calibrate.pictures import read_picture
 from dacc.core.errors import ConfigError, ModelError, UnsupportedError
 from dacc.core.reporter import silent
 from dacc.core.seeds import named_seed, seed_stream
+from dacc.prune.noise import noise_of as law_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside diffusers
 QUICK = {"samples": 3, "steps": 4, "timesteps": 4, "batch_size": 2}
@@ -49,6 +50,15 @@ def noise_of(position: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(named_seed(seed, "pictures")))
 
 
+def assert_truth(source: Path, call: Any, entered: torch.Tensor, rtol: float = 1e-5) -> None:
+    """The picture and the noise that a call names give what entered, in each guidance branch."""
+    assert call.truth is not None
+    assert call.state.sigma is not None
+    mixed = law_of(source).mixed(*call.truth, call.state.sigma)
+    for branch in entered.chunk(len(entered) // len(mixed)):
+        torch.testing.assert_close(mixed, branch, rtol=rtol, atol=rtol)
+
+
 def test_inputs_are_pictures_with_the_noise_of_each_call(unet_folder, folder):
     plain = calls_of(unet_folder, None)
     calls = calls_of(unet_folder, folder)
@@ -57,7 +67,9 @@ def test_inputs_are_pictures_with_the_noise_of_each_call(unet_folder, folder):
     for place, positions in ((0, (0, 1)), (1, (2,))):
         batch = calls[4 * place : 4 * place + 4]
         assert torch.equal(batch[0].args[0], plain[4 * place].args[0])  # pure noise, as ever
+        assert batch[0].truth is None
         for call in batch[1:]:
+            assert_truth(unet_folder, call, call.args[0])
             for row, position in enumerate(positions):
                 clean = read_picture(folder / f"{position % 2}.png", 16, 16, gray=True)[None]
                 level = scheduler.alphas_cumprod[int(call.state.timestep)]
@@ -89,6 +101,7 @@ def test_latents_are_those_of_the_vae_and_captions_are_prompts(sd_folder, folder
     wanted = level.sqrt() * clean + (1 - level).sqrt() * noise_of(0, clean.shape)
     entered = last.args[0]
     assert len(entered) == 4  # both guidance branches of two samples
+    assert_truth(sd_folder, last, entered)
     for row in (0, 2):
         torch.testing.assert_close(entered[row : row + 1], wanted)
     assert calls[0].kwargs["encoder_hidden_states"].shape[0] == 4
@@ -106,6 +119,7 @@ def test_a_pipeline_that_steps_from_both_guidance_branches_gets_every_picture_tw
     noise = torch.cat([noise_of(position, rows[0].shape) for position in range(2)])
     level = pipe.scheduler.alphas_cumprod[int(call.state.timestep)]
     wanted = level.sqrt() * torch.cat(rows) + (1 - level).sqrt() * noise
+    assert_truth(dit_folder, call, call.args[0])
     torch.testing.assert_close(call.args[0], torch.cat([wanted, wanted]))
 
 
@@ -131,6 +145,7 @@ def test_every_solver_gets_the_level_of_its_next_call(sd_folder, folder, tmp_pat
         level = scheduler.alphas_cumprod[round(call.state.timestep)]
         wanted = level.sqrt() * torch.cat(latents) + (1 - level).sqrt() * noise  # as it enters, scaled or not
         torch.testing.assert_close(call.args[0][:2], wanted, rtol=0.02, atol=0.02)
+        assert_truth(other, call, call.args[0])
 
 
 def test_flows_mix_pictures_and_noise_and_pack_them(flux_folder, folder):
@@ -147,6 +162,7 @@ def test_flows_mix_pictures_and_noise_and_pack_them(flux_folder, folder):
             rows.append(pipe._pack_latents(latents, *latents.shape))
     noise = torch.cat([noise_of(position, rows[0].shape) for position in range(2)])
     sigma = last.state.sigma
+    assert_truth(flux_folder, last, last.kwargs["hidden_states"])
     torch.testing.assert_close(last.kwargs["hidden_states"], (1 - sigma) * torch.cat(rows) + sigma * noise)
 
 
@@ -162,6 +178,7 @@ def test_the_request_knows_the_pictures_and_not_where_they_lie(unet_folder, fold
     Image.new("RGB", (9, 9)).save(moved / "1.png")
     assert made(moved, "third").request != first.request
     plain = CalibrateConfig(**QUICK)
+    assert all(call.truth is None for call in calls_of(unet_folder, None))
     assert "images" not in plain.model_dump()
 
 

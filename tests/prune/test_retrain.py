@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from PIL import Image
 
 import dacc
 from dacc import PruneConfig, prune_pipeline, verify_bundle
@@ -50,6 +51,20 @@ def test_what_is_left_is_nearer_to_the_source_after_training(deep_dit, pruned):
     name = "transformer_blocks.0.attn1.to_q.weight"
     assert not torch.equal(before.get_parameter(name), after.get_parameter(name))
     assert before.get_parameter(name).dtype == after.get_parameter(name).dtype
+
+
+def test_a_set_of_pictures_is_learned_from_too(deep_dit, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(2):
+        Image.new("RGB", (32, 32), (90 * number, 40, 200)).save(folder / f"{number}.png")
+    asked = dacc.CalibrateConfig(images=folder, samples=2, steps=4, timesteps=4)
+    shown = dacc.calibrate_pipeline(deep_dit, asked, output=tmp_path / "set", device="cpu")
+    config = PruneConfig(measure="never", ratio=0.3, method="bksdm", recover=4)
+    bundle = prune_pipeline(deep_dit, config, calib=shown, output=tmp_path / "pruned", device="cpu")
+    losses = read_manifest(bundle).components["transformer"].pruning.recovery.losses
+    assert set(losses) == {"output", "feature", "task"}
+    assert 0 < losses["task"] < 10
 
 
 def test_an_interrupted_recovery_goes_on_and_ends_with_the_same_bytes(files_of, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from accelerate.state import PartialState
 from dacc.core.errors import CalibrationError, UnsupportedError
 from dacc.core.journal import Journal
 from dacc.core.reporter import silent
+from dacc.prune.noise import Noise
 from dacc.prune.recovery import trainer as module
 from dacc.prune.recovery.config import RecoveryConfig
 from dacc.prune.recovery.lessons import Judge, split_lessons
@@ -228,6 +229,35 @@ def test_another_set_of_calls_is_another_run(toy, train):
     train(fresh, teacher, calls, steps=4, name="other")
     assert equal(weights(other), weights(fresh))
     assert not equal(weights(other), weights(student))
+
+
+def with_truth(teacher):
+    """The toy's calls as if pictures had entered of which the teacher is half wrong."""
+    found = []
+    for call in toy_calls():
+        answer = call.replay(teacher)[0]
+        found.append(replace(call, truth=(answer + 0.5, torch.zeros_like(answer))))
+    return found
+
+
+def test_pictures_are_learned_from_where_their_noise_is_understood(toy, train):
+    told, shown = silent(), with_truth(toy()[1])
+    for name, calls, noise in (("plain", None, Noise()), ("task", shown, Noise("sample")), ("unknown", shown, None)):
+        student, teacher = toy()
+        losses = train(student, teacher, calls, noise=noise, name=name, reporter=told).losses
+        assert set(losses) == ({"output", "feature", "task"} if name == "task" else {"output", "feature"})
+        assert any("your pictures" in text for text in told.notices) == (name == "unknown")
+
+
+def test_a_heavier_task_leads_nearer_to_the_pictures(toy, train):
+    errors = []
+    for weight in (0.0, 1.0):
+        student, teacher = toy()
+        calls = with_truth(teacher)
+        train(student, teacher, calls, noise=Noise("sample"), name=str(weight), task_weight=weight, steps=150)
+        given = [call.replay(student)[0] - call.truth[0] for call in calls]
+        errors.append(sum(float(wrong.square().mean()) for wrong in given))
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_one_call_is_too_little(toy, train):
