@@ -19,7 +19,6 @@ from ..core.bundle import BundleWriter, existing_bundle
 from ..core.cache_plan import beside_plan
 from ..core.calibration import calibration_id
 from ..core.card import model_card
-from ..core.config import Config
 from ..core.identity import source_identity
 from ..core.machine import arithmetic_of, describe_machine
 from ..core.manifest import read_manifest
@@ -33,6 +32,7 @@ from ..core.treatable import refuse_other_libraries
 from .config import PruneConfig, on_the_fly
 from .outcome import manifest_of, summarize, tell_of_size
 from .recovery.config import RecoveryConfig
+from .settings import MethodConfig
 from .sources import float_source, refuse_treated
 
 
@@ -42,7 +42,7 @@ class Job:
 
     source: Source
     config: PruneConfig  # resolved
-    settings: Config  # of the method
+    settings: MethodConfig
     recovery: RecoveryConfig
     components: list[str]
     hashes: dict[str, str]  # component -> weight hash
@@ -193,8 +193,7 @@ def prepare(
 
 def calibration_config(job: Job) -> CalibrateConfig:
     """What is run when no set is given."""
-    settings: Any = job.settings
-    return on_the_fly(job.config, settings.samples, settings.timesteps, job.running)
+    return on_the_fly(job.config, job.settings, job.running)
 
 
 def default_output(job: Job) -> Path:

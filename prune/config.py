@@ -13,6 +13,7 @@ from ..core.config import Config, build_config
 from ..core.errors import ConfigError
 from ..core.registry import Registry
 from .recovery.config import RecoveryConfig
+from .settings import MethodConfig
 from .stacks import UNETS
 
 METHODS = Registry("pruning method", f"{__package__}.methods", Path(__file__).parent / "methods")
@@ -52,14 +53,14 @@ class PruneConfig(Config):
         needed = METHODS.fact(self.method, "NEEDS_RATIO", False)
         return self.model_copy(update={"ratio": DEFAULT_RATIO if self.ratio is None and needed else self.ratio})
 
-    def of_method(self) -> Config:
+    def of_method(self) -> MethodConfig:
         """The method's own fields.
 
         Raises:
             ConfigError: a field that neither it nor recovery has.
         """
         own = {name: value for name, value in self.settings.items() if name not in RecoveryConfig.model_fields}
-        settings: Config = build_config(METHODS.load(self.method).CONFIG, **own)
+        settings: MethodConfig = build_config(METHODS.load(self.method).CONFIG, **own)
         return settings
 
     def of_recovery(self) -> RecoveryConfig:
@@ -84,13 +85,14 @@ class PruneConfig(Config):
         return ALWAYS in needs or MASKS in needs or (OF_TRANSFORMERS in needs and class_name not in UNETS)
 
 
-def on_the_fly(config: PruneConfig, samples: int, timesteps: int, components: Iterable[str]) -> CalibrateConfig:
+def on_the_fly(config: PruneConfig, settings: MethodConfig, components: Iterable[str]) -> CalibrateConfig:
     """The calibration set that is made when one is needed and none is given; larger where something is trained."""
     least = (RECOVERY_SAMPLES, RECOVERY_TIMESTEPS) if config.recover else (1, 1)
     return CalibrateConfig(
         strategy="uniform",
-        samples=max(samples, least[0]),
-        timesteps=max(timesteps, least[1]),
+        samples=max(settings.samples, least[0]),
+        timesteps=max(settings.timesteps, least[1]),
+        batch_size=settings.batch_size,
         component=tuple(components),
         seed=config.seed,
         budget_gb=ON_THE_FLY_GB,

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from ..core.config import Config
 from ..core.errors import UnsupportedError
 from ..core.manifest import PrunedUnit
 from ..core.reporter import Reporter
@@ -25,7 +24,7 @@ from .remove import Removal, plan_removal
 from .request import Request
 from .scores import UnitScore, of_outputs, score_units
 from .select import greedily, permitted
-from .settings import MaskConfig, ScoredConfig, parse_groups
+from .settings import MaskConfig, MethodConfig, ScoredConfig, parse_groups
 from .teacher import Errors, Teacher
 from .unet import Modules
 from .units import Unit, find_units, sizes_of
@@ -54,7 +53,7 @@ def decide(
     denoiser: nn.Module,
     config: PruneConfig,
     method: ModuleType,
-    settings: Config,
+    settings: MethodConfig,
     teacher: Teacher | None,
     known: Known,
     reporter: Reporter,

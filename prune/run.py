@@ -167,7 +167,7 @@ def choose(
 
 def _judging(job: Job, calls: Sequence[DenoiserCall]) -> Sequence[DenoiserCall]:
     """The calls that units are judged on: a set that is trained on has more than that takes. Masks are trained too."""
-    settings: Any = job.settings
+    settings = job.settings
     return calls if isinstance(settings, MaskConfig) else some_of(calls, settings.samples, settings.timesteps)
 
 

@@ -16,6 +16,7 @@ class MethodConfig(Config):
 
     samples: int = Field(16, ge=1)  # pictures of the calibration set made when none is given; more: surer, longer
     timesteps: int = Field(8, ge=1)  # and calls of each, spread over the run
+    batch_size: int = Field(8, ge=1)  # pictures of one call of that set; smaller: more updates in the time, noisier
 
 
 class ScoredConfig(MethodConfig):

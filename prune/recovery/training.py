@@ -35,7 +35,7 @@ class Training:
             {"params": [one for one in parameters.values() if one.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [one for one in parameters.values() if one.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, fused=True)
         self.done, self.stale, self.stopped = 0, 0, ""
         self.least = self.error_before = error
         self.average = {name: one.detach().clone() for name, one in parameters.items()}
@@ -119,12 +119,12 @@ class Training:
         return tables.get("extra", {})
 
     def _adam(self, tables: Mapping[str, Mapping[str, Tensor]], name: str, parameter: Tensor) -> dict[str, Any]:
-        state = {
-            kind.removeprefix("adam "): table[name]
+        # all of it beside its weights, the count too: the step is fused
+        return {
+            kind.removeprefix("adam "): table[name].to(parameter.device)
             for kind, table in tables.items()
             if kind.startswith("adam ") and name in table
         }
-        return {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
 
 
 _PLAIN = ("done", "stale", "stopped", "least", "error_before", "sums", "counts", "cpu_seconds")

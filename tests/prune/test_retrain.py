@@ -127,3 +127,11 @@ def test_a_set_that_is_trained_on_is_larger(deep_dit):
         for made in [calibration_config(prepare(deep_dit, PruneConfig(recover=recover), silent()))]
     ]
     assert sizes == [(16, 8), (64, 16)]
+
+
+def test_a_set_for_training_has_as_many_pictures_to_a_call_as_asked_for(deep_dit):
+    sizes = [
+        calibration_config(prepare(deep_dit, PruneConfig(recover=5, settings=settings), silent())).batch_size
+        for settings in ({}, {"batch_size": 2})
+    ]
+    assert sizes == [8, 2]
