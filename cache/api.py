@@ -35,7 +35,7 @@ from ..core.reporter import Reporter, silent
 from ..core.requirements import parse_requirements
 from ..core.safe_read import component_tensors, weight_hash
 from ..core.source import Source, component_entries, resolve_source, zoo_entry_of
-from .config import DEFAULT_STEPS, GIVEN, SearchCacheConfig
+from .config import DEFAULT_STEPS, GIVEN, SearchCacheConfig, wants_reference
 from .files import given_schedule, read_costs, told_config
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def prepare(
     components = select_components(found.path, list(config.component))
     hashes = {name: weight_hash(found.path / name) for name in components}
     costs = read_costs(Path(cost_profile)) if cost_profile else {}
-    float_source = _reference(found, components, reference, reporter)
+    float_source = _reference(found, components, config, reference, reporter)
     identity = {
         "source": source_identity(found.path, hashes),
         "config": told_config(config),
@@ -169,11 +169,18 @@ def prepare(
 
 
 def _reference(
-    source: Source, components: list[str], given: str | Path | Source | None, reporter: Reporter
+    source: Source,
+    components: list[str],
+    config: SearchCacheConfig,
+    given: str | Path | Source | None,
+    reporter: Reporter,
 ) -> Source | None:
     """The float pipeline of a quantized source: the one that was given, else where its manifest says."""
     if given is None:
         return find_reference(source, reporter)
+    if not any(wants_reference(method, config) for method in config.methods()):
+        reporter.notice(f"method {config.method} compares with no float pipeline here: --reference is not used.")
+        return None
     manifest = read_manifest(source.path)
     treated = {name: manifest.components.get(name) for name in components} if manifest else {}
     rounded = {name: record.reference_hash for name, record in treated.items() if record and record.quantization}

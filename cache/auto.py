@@ -18,7 +18,7 @@ from ..runtime.trajectory import sample
 from .config import METHODS, TRIED, SearchCacheConfig
 from .objective import typical
 from .profile import CallCost
-from .search import Found, deciding, search_component
+from .search import Found, other_samples, search_component
 
 
 def search_auto(
@@ -36,7 +36,7 @@ def search_auto(
     Arguments and errors are those of `search_component`. A method that the target does not fit, or whose plan has runs
     that are not finite, is left out (a notice).
     """
-    others = deciding(request, config)
+    others = other_samples("auto", request, config)
     wanted = sample(reference or pipe, others).latents
     found: dict[str, Found] = {}
     errors: dict[str, float] = {}

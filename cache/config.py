@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from ..core.cache_plan import BlockRange, ModuleUnit, UnetBody, UnetCut, UnetEncoder, Unit
-from ..core.config import Config
+from ..core.config import Config, build_config
 from ..core.errors import ConfigError
 from ..core.registry import Registry
 from ..core.schedule_id import StepRule
@@ -66,6 +66,10 @@ class SearchCacheConfig(Config):
             raise ValueError("a speed-up and a ratio of MACs are two targets; give one")
         return self
 
+    def methods(self) -> tuple[ModuleType, ...]:
+        """The method, or all that auto tries."""
+        return tuple(METHODS.load(name) for name in (TRIED if self.method == AUTO else (self.method,)))
+
     def resolved(self) -> SearchCacheConfig:
         """The same with a target.
 
@@ -94,6 +98,16 @@ def needs_of(method: ModuleType, settings: Any) -> tuple[str, ...]:
     """What a method, with these fields, has to know of the model before it chooses; empty: nothing."""
     found: tuple[str, ...] = method.needs(settings) if hasattr(method, "needs") else method.NEEDS
     return found
+
+
+def wants_reference(method: ModuleType, config: SearchCacheConfig) -> bool:
+    """Whether a method, with these settings, compares a quantized network with the float one.
+
+    Raises:
+        ConfigError: the method's fields.
+    """
+    settings = build_config(method.CONFIG, **config.settings)
+    return bool(needs_of(method, settings) and getattr(settings, "joint", False))
 
 
 def parse_unit(text: str, stacks: tuple[str, ...]) -> Unit:

@@ -47,7 +47,9 @@ def feature_costs(
             for unit, distances in total.items():
                 for first, reused in enumerate(features):
                     for call in range(first, len(calls)):
-                        distances[first, call] += (goals[call][unit] - reused[unit]).abs().sum(dtype=torch.float64)
+                        wanted, given = goals[call][unit], reused[unit]
+                        shared = min(len(wanted), len(given))  # guidance may end before the run does
+                        distances[first, call] += (wanted[:shared] - given[:shared]).abs().sum(dtype=torch.float64)
     return {unit: distances.tolist() for unit, distances in total.items()}
 
 

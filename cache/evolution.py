@@ -7,8 +7,9 @@ Letters: P plans, C calls of a run, U units.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from math import isfinite
 from types import ModuleType
@@ -57,7 +58,13 @@ class Keeper:
     """Keeps the state of a search in the journal of its output."""
 
     def __init__(self, journal: OutputWriter, component: str) -> None:
-        self._journal, self._name = journal, f"evolve:{component}/state"
+        self._journal, self._name, self._costs = journal, f"evolve:{component}/state", f"evolve:{component}/costs"
+
+    def costs(self, measure: Callable[[], CallCost]) -> CallCost:
+        """What calls take: measured once for a search, so that its target is the same after an interruption."""
+        if self._costs not in self._journal.finished_units():
+            self._journal.save_unit(self._costs, {}, measure().model_dump())
+        return build_config(CallCost, **self._journal.unit_record(self._costs))
 
     def load(self) -> State | None:
         """The state that an interrupted run of the same search left; None for a new one."""
@@ -182,7 +189,8 @@ def evolve_component(
     check_saving(units, macs)
     cost = None
     if config.speedup is not None:
-        cost = known_cost(known_costs, units) if known_costs else time_calls(denoiser, units, calls, reporter)
+        measure = partial(time_calls, denoiser, units, calls, reporter)
+        cost = known_cost(known_costs, units) if known_costs else keeper.costs(measure)
     blank = blank_plan(denoiser, units, macs, window.schedule, weights, config)
     state = keeper.load()
     seeds = _seeds(pipe, component, blank, request, settings, reporter) if state is None else None

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
-from types import ModuleType
 from typing import Any
 
-from ..core.config import build_config
 from ..core.manifest import read_manifest
 from ..core.reporter import Reporter
 from ..runtime.load import load_source
 from .api import Job
-from .config import SearchCacheConfig, needs_of
-
-
-def wants_reference(method: ModuleType, config: SearchCacheConfig) -> bool:
-    """Whether a method, with these settings, compares with the float network.
-
-    Raises:
-        ConfigError: the method's fields.
-    """
-    settings = build_config(method.CONFIG, **config.settings)
-    return bool(needs_of(method, settings) and getattr(settings, "joint", False))
 
 
 class FloatReference:
@@ -38,23 +25,27 @@ class FloatReference:
     def pipeline(self, component: str) -> Any | None:
         """The float pipeline; None for a component that is not quantized, and, with a notice, where it is not found or
         has other blocks."""
-        record = self._manifest.components.get(component) if self._manifest else None
-        if record is None or record.quantization is None:
+        if not self.is_quantized(component):
             return None
-        if record.pruning is not None:
+        assert self._manifest is not None
+        if self._manifest.components[component].pruning is not None:
             self._reporter.notice(
                 f"{component} was pruned before it was quantized: the search compares with the quantized network "
                 "itself, without its rounding errors"
             )
             return None
         if self._job.reference is None:
-            assert self._manifest is not None
             self._reporter.notice(
                 f"the float pipeline {self._manifest.source.name} of {component} was not found: the search compares "
                 "with the quantized network itself, without its rounding errors"
             )
             return None
         return self._loaded
+
+    def is_quantized(self, component: str) -> bool:
+        """Whether a component of the source is."""
+        record = self._manifest.components.get(component) if self._manifest else None
+        return record is not None and record.quantization is not None
 
     @cached_property
     def _loaded(self) -> Any:

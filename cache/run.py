@@ -15,10 +15,10 @@ from ..runtime.installed import remove_plans_
 from ..runtime.request import RunRequest, tell_of_prompts
 from .api import Job
 from .auto import search_auto
-from .config import AUTO, METHODS, TRIED
+from .config import AUTO, wants_reference
 from .evolution import Keeper, evolve_component
 from .files import parse_costs
-from .floats import FloatReference, wants_reference
+from .floats import FloatReference
 from .given import import_component
 from .measuring import check_promise, measure_plan, measure_speedup
 from .search import Found, search_component
@@ -55,20 +55,23 @@ def search_all(pipe: Any, job: Job, journal: OutputWriter, reporter: Reporter) -
         num_frames=config.num_frames,
     ).with_zoo_defaults(entry)
     tell_of_prompts(pipe, request, reporter)
-    methods = [METHODS.load(name) for name in (TRIED if config.method == AUTO else (config.method,))]
-    method = methods[-1]
-    wanted = any(wants_reference(own, config) for own in methods)
-    floats = FloatReference(job, pipe, reporter) if wanted else None
+    methods = config.methods()
+    method, wanted = methods[-1], any(wants_reference(own, config) for own in methods)
+    floats = FloatReference(job, pipe, reporter)
     found: dict[str, Found] = {}
     for name in job.components:
         remove_plans_(pipe)
         known = parse_costs(job.costs, name)
-        reference = floats.pipeline(name) if floats else None
+        reference = floats.pipeline(name) if wanted else None
         weights = job.hashes[name]
         if config.method == AUTO:
             found[name] = search_auto(pipe, name, config, request, weights, reporter, known, reference)
         elif getattr(method, "UNITS", "one") == "many":
             keeper = Keeper(journal, name)
+            if floats.is_quantized(name):
+                reporter.notice(
+                    f"{config.method} compares {name} with the quantized network itself, without its rounding errors"
+                )
             found[name] = evolve_component(pipe, name, config, method, request, weights, reporter, known, keeper)
         elif getattr(method, "UNITS", "one") == "given":
             found[name] = import_component(pipe, name, config, request, weights, reporter)
@@ -77,17 +80,25 @@ def search_all(pipe: Any, job: Job, journal: OutputWriter, reporter: Reporter) -
     for name, own in found.items():
         own.install_(pipe, name)
     if config.measure == "never":
+        if config.speedup is not None:
+            reporter.notice(f"whether the loop is {config.speedup:g} times as fast was not measured: --measure never")
         return Result(found, Effect(not_measured="switched off with --measure never"), None)
     try:
-        speedup, seconds = measure_speedup(pipe, request, reporter)
-        others = [name for name in denoisers(pipe) if name not in job.components]
-        if config.speedup is not None and others:
-            reporter.notice(
-                f"--speedup was planned for {' and '.join(job.components)} alone: with {' and '.join(others)}, which "
-                f"computes everything, the whole loop is {speedup:.2f} times as fast"
-            )
-        elif config.speedup is not None:
-            check_promise(config.speedup, speedup)
+        speedup, seconds = measure_speedup(pipe, request, reporter, needed=config.speedup is not None)
+        if config.speedup is not None and speedup is not None:
+            _check_speed(pipe, job, config.speedup, speedup, reporter)
         return Result(found, measure_plan(pipe, request, seconds, config.seed, reporter), speedup)
     finally:
         remove_plans_(pipe)
+
+
+def _check_speed(pipe: Any, job: Job, asked: float, measured: float, reporter: Reporter) -> None:
+    """Of a pipeline whose every denoiser has a plan the promise is kept, of others the whole loop is told."""
+    others = [name for name in denoisers(pipe) if name not in job.components]
+    if not others:
+        check_promise(asked, measured)
+        return
+    reporter.notice(
+        f"--speedup was planned for {' and '.join(job.components)} alone: with {' and '.join(others)}, which computes "
+        f"everything, the whole loop is {measured:.2f} times as fast"
+    )

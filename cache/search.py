@@ -116,17 +116,16 @@ def search_component(
     if config.speedup is not None:
         cost = known_cost(known_costs, (unit,)) if known_costs else time_calls(denoiser, (unit,), calls, reporter)
     rank = settings.rank if hasattr(settings, "rank") and settings.correct else 0
-    mixing = mixing_macs(denoiser, unit, calls, rank) if rank else 0
-    computed = _budget(config, window.calls, macs, unit, cost, mixing)
-    if hasattr(method, "check"):
-        method.check(window.calls, computed, settings)  # before the profile, which takes its time
+    mixing = mixing_macs(denoiser, unit, calls, rank) if rank and config.samples > 1 else 0
+    least = method.least(window.calls, settings) if hasattr(method, "least") else 1
+    computed = _budget(config, window.calls, macs, unit, cost, mixing, least)
     blank = blank_plan(denoiser, (unit,), macs, window.schedule, weights, config)
     profile = _profile(pipe, component, blank, window, method, settings, request, computed, reporter, reference)
     chosen: dict[str, int | float | str] = {"calls": window.calls}
     ridge = None
     if profile.told and getattr(settings, "trials", 0) > 0:
         candidates = method.candidates(window.calls, computed, settings, *profile.told)
-        objective = PlanObjective(pipe, component, blank, window, deciding(request, config), reference)
+        objective = PlanObjective(pipe, component, blank, window, other_samples("trials", request, config), reference)
         trial = _run_trials(objective, method, settings, candidates, profile, reporter)
         remove_plans_(pipe)  # the last one that was tried
         assert trial.best is not None
@@ -164,10 +163,10 @@ def search_component(
     return Found(record, (cost,) if cost else (), tables)
 
 
-def deciding(request: RunRequest, config: SearchCacheConfig) -> RunRequest:
-    """The runs that choose between plans: of other samples than those that are profiled, on which what is fitted to
-    them looks better than it is."""
-    return request.model_copy(update={"seeds": seed_stream("trials", config.seed, len(request.seeds))})
+def other_samples(stream: str, request: RunRequest, config: SearchCacheConfig) -> RunRequest:
+    """Runs that choose: of other samples than those by which what they choose from was fitted, or chosen in its turn,
+    which make it look better than it is."""
+    return request.model_copy(update={"seeds": seed_stream(stream, config.seed, len(request.seeds))})
 
 
 def _run_trials(
@@ -247,16 +246,22 @@ def count_plan(
 
 
 def _budget(
-    config: SearchCacheConfig, calls: int, macs: UnitMacs, unit: Unit, cost: CallCost | None, mixing: int
+    config: SearchCacheConfig,
+    calls: int,
+    macs: UnitMacs,
+    unit: Unit,
+    cost: CallCost | None,
+    mixing: int,
+    least: int,
 ) -> int:
-    """K."""
+    """K. What a correction takes in seconds is not timed: it is taken to follow its multiply-accumulates."""
     if cost is not None:
         assert config.speedup is not None
-        partial = cost.partial_seconds / cost.full_seconds
-        return computed_calls(calls, 1 / config.speedup, partial, wish="speedup")
+        partial = cost.partial_seconds / cost.full_seconds + mixing / macs.full
+        return computed_calls(calls, 1 / config.speedup, partial, wish="speedup", least=least)
     assert config.macs_ratio is not None
     partial = 1 - (macs.units[unit.id] - mixing) / macs.full
-    return computed_calls(calls, config.macs_ratio, partial, wish="macs")
+    return computed_calls(calls, config.macs_ratio, partial, wish="macs", least=least)
 
 
 def known_cost(costs: Sequence[CallCost], units: tuple[Unit, ...]) -> CallCost:

@@ -174,6 +174,12 @@ class ComponentRecord(Config):
     quantization: QuantizationRecord | None = None
     cache: CacheRecord | None = None  # plan that the loader installs
 
+    @property
+    def has_stale_correction(self) -> bool:
+        """Whether what its cache plan corrects was fitted to other weights: those before they were rounded."""
+        plan = self.cache.plan if self.cache else None
+        return plan is not None and plan.correction is not None and plan.weights != self.weight_hash
+
 
 class Manifest(Config):
     """The whole file."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import Literal, get_args
 
-SeedKind = Literal["calibration", "search", "evaluation", "effect", "recovery", "generate", "trials"]
+SeedKind = Literal["calibration", "search", "evaluation", "effect", "recovery", "generate", "trials", "auto"]
 COUNTER_BITS = 29
 
 

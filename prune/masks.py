@@ -26,7 +26,7 @@ from torch.nn.functional import one_hot
 
 from ..core.reporter import Reporter
 from ..core.seeds import named_seed
-from ..runtime.passthrough import Passthrough
+from ..runtime.passthrough import Passthrough, running_instead
 from .recovery.config import RecoveryConfig
 from .recovery.lessons import Lessons
 from .recovery.losses import output_loss
@@ -155,13 +155,11 @@ def straight_through(logits: Tensor, temperature: float, draw: torch.Generator) 
 def masked(model: nn.Module, gates: Mapping[str, Tensor]) -> Iterator[None]:
     """Run a model with modules that count in part: 1 is the module, 0 as if it were removed."""
     modules = [(model.get_submodule(name), gate) for name, gate in gates.items()]
-    for module, gate in modules:
-        vars(module)["forward"] = partial(_mixed, module.forward, Passthrough.like(module).forward, gate)
-    try:
+    forwards = {
+        module: partial(_mixed, module.forward, Passthrough.like(module).forward, gate) for module, gate in modules
+    }
+    with running_instead(forwards):
         yield
-    finally:
-        for module, _ in modules:
-            del vars(module)["forward"]
 
 
 def _mixed(run: Any, skip: Any, gate: Tensor, *args: Any, **kwargs: Any) -> Any:

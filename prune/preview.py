@@ -15,7 +15,7 @@ from ..core.source import Source
 from ..runtime.skeleton import build_skeleton
 from .api import prepare
 from .config import PruneConfig
-from .run import calibration_for, choose, smaller, whole_of
+from .run import calibration_for, choose, refuse_checkpointing, smaller, whole_of
 
 NAMED_AT_MOST = 40  # characters of a unit's name in the picture
 
@@ -56,6 +56,7 @@ def preview_pruning(
         DaccError: as `prune_pipeline` would.
     """
     job = prepare(source, config, reporter, calib, from_reference=from_reference)
+    refuse_checkpointing(job)
     calibration = calibration_for(job, device, reporter)
     components = {}
     for name in job.components:

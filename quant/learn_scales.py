@@ -57,7 +57,8 @@ def round_straight(x: Tensor) -> Tensor:
 def learn_scales(block: Block, treated: dict[str, Treated], updates: int, learning_rate: float) -> dict[str, Treated]:
     """Better scales for the layers of a unit, whose quantized weights are at work.
 
-    The best scales seen are kept; those at the start are among them.
+    The best scales seen are kept; those at the start are among them. An error that a layer has is that of the unit, and
+    follows them.
 
     Args:
         updates: each looks at one call.
@@ -89,7 +90,12 @@ def learn_scales(block: Block, treated: dict[str, Treated], updates: int, learni
             scales = {name: learner.result() for name, learner in learned.items()}
             if (found_error := _error(block, treated, scales)) < least:
                 least, best = found_error, scales
-    return {name: replace(found, acts=best.get(name, found.acts)) for name, found in treated.items()}
+    return {
+        name: replace(
+            found, acts=best.get(name, found.acts), output_error=None if found.output_error is None else least
+        )
+        for name, found in treated.items()
+    }
 
 
 def _distance(mine: Tensor, wanted: Tensor) -> Tensor:

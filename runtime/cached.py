@@ -174,8 +174,8 @@ class CachedUnits:
             frame.history.trim(row.needed)
 
     def _correcting(self, grid: NoiseGrid, call: int, branch: _Branch) -> Callable[[str, str, Any], Any] | None:
-        """How a call corrects what it reuses: on the plan's own grid, and from the call that the plan means."""
-        if self.correction is None or self.plan is None or not same_levels(self.plan.schedule, grid):
+        """How a call corrects what it reuses: where what was fitted holds, and from the call that the plan means."""
+        if self.correction is None or self.plan is None or not _as_fitted(self.plan, grid):
             return None
         correction, strays = self.correction, frozenset(branch.strays)
 
@@ -185,9 +185,9 @@ class CachedUnits:
         return correct
 
     def _fitting(self, grid: NoiseGrid, call: int, branch: _Branch) -> Callable[[str, str], Any] | None:
-        """How a call forecasts by fitted weights: on the plan's own grid, from the calls that the plan means."""
+        """How a call forecasts by fitted weights: where these hold, from the calls that the plan means."""
         correction, plan = self.correction, self.plan
-        if correction is None or plan is None or not plan.predict or not same_levels(plan.schedule, grid):
+        if correction is None or plan is None or not plan.predict or not _as_fitted(plan, grid):
             return None
 
         def fitted(unit: str, path: str) -> Any:
@@ -228,12 +228,14 @@ class CachedUnits:
         for (unit, _), predictor in self._predictors.items():
             depths[unit] = max(depths[unit], predictor.order + 1)
         rows = plan_rows(codes, self.containers, depths)
-        dropped = self.correction is not None and not same_levels(plan.schedule, grid)
+        dropped = self.correction is not None and not _as_fitted(plan, grid)
         if codes != plan.codes or dropped:
             without = ", without the correction of what it skips" if dropped else ""
             most = "at most " if plan.gates else ""
+            run = f"run of {calls} {running_solver()} calls"
+            other = run if same_levels(plan.schedule, grid) else f"{run} on another grid"
             self._tell(
-                f"{searched}; this run of {calls} calls on another grid follows its noise levels{without}, with {most}"
+                f"{searched}; this {other} follows its noise levels{without}, with {most}"
                 f"{macs_ratio(plan, rows):.0%} of the multiply-accumulates of one that computes everything"
             )
         if grid.sigmas is None and any(predictor.x == "sigma" for predictor in plan.predict.values()):
@@ -282,6 +284,11 @@ class RootHook(ModelHook):
             FRAME.reset(token)
         self.owner.close(frame, row)
         return output
+
+
+def _as_fitted(plan: CachePlan, grid: NoiseGrid) -> bool:
+    """Whether what was fitted to the plan's runs holds in this one: over equal levels other solvers lead elsewhere."""
+    return same_levels(plan.schedule, grid) and running_solver() == plan.schedule.scheduler
 
 
 def _registry(module: nn.Module) -> HookRegistry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,7 @@ from ..core.manifest import Manifest
 from ..core.reporter import Reporter, silent
 from ..core.source import Source, component_entries, resolve_source
 from ..core.verify import check_bundle
+from .cached import CachePlanWarning
 from .clockwork import attach_clock
 from .correction import read_correction
 from .diffusers_quantizer import register
@@ -86,6 +88,13 @@ def _install_plans_(pipe: DiffusionPipeline, manifest: Manifest, folder: Path) -
             check_record(record.cache, name, (record.weight_hash, record.reference_hash))
             plan = record.cache.plan
             install_plan_(pipe, name, plan, read_correction(folder / name, plan))
+            if record.has_stale_correction:
+                warnings.warn(
+                    f"the correction of the cache plan of {name} was fitted before its weights were rounded; dacc "
+                    "search-cache on this bundle fits it anew",
+                    CachePlanWarning,
+                    stacklevel=2,
+                )
 
 
 def pick_device(device: str) -> torch.device:

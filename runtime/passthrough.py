@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,17 +73,24 @@ def bypass_(model: nn.Module, names: Collection[str]) -> None:
 def skipping(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Run a model as if some of its modules were removed; they keep their attributes, which others may read."""
     modules = [model.get_submodule(name) for name in names]
-    before = [vars(module).get("forward") for module in modules]
-    for module in modules:
-        vars(module)["forward"] = Passthrough.like(module).forward
+    with running_instead({module: Passthrough.like(module).forward for module in modules}):
+        yield
+
+
+@contextmanager
+def running_instead(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Run other functions in the places of the forwards of some modules, which have their own again afterwards."""
+    before = {module: vars(module).get("forward") for module in forwards}
     try:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
         yield
     finally:
-        for module, forward in zip(modules, before, strict=True):
-            if forward is None:
-                del vars(module)["forward"]
+        for module, own in before.items():
+            if own is None:
+                vars(module).pop("forward", None)
             else:
-                vars(module)["forward"] = forward
+                vars(module)["forward"] = own
 
 
 def _streams(module: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:

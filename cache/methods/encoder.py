@@ -44,22 +44,26 @@ def schedule(calls: int, computed: int, config: EncoderConfig) -> tuple[int, ...
 
     Args:
         calls: C.
-        computed: K, at most C; `interval` and `paper` may give fewer.
+        computed: K, `least` to C; `interval` and `paper` may give fewer.
 
     Raises:
-        ConfigError: the form `paper` for other than 50 calls, or for a target that does not allow its key calls.
+        ConfigError: the form `paper` for other than 50 calls.
     """
     if config.form == "interval":
         return tuple(range(0, calls, -(-calls // computed)))
     if config.form == "scaled":
         return _scaled(calls, computed)
-    if calls != PAPER_CALLS or computed < len(PAPER):
+    if calls != PAPER_CALLS:
         raise ConfigError(
-            f"the key calls of the paper are {len(PAPER)} of {PAPER_CALLS}; this run has {calls} and the target allows "
-            f"{computed} to compute.",
+            f"the key calls of the paper are {len(PAPER)} of {PAPER_CALLS}; this run has {calls}.",
             mend="Leave --set form=paper out: scaled places any number among any.",
         )
     return PAPER
+
+
+def least(calls: int, config: EncoderConfig) -> int:
+    """How many calls compute in any plan."""
+    return len(PAPER) if config.form == "paper" and calls == PAPER_CALLS else 1
 
 
 def decode_ahead(config: EncoderConfig) -> int:

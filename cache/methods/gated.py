@@ -15,7 +15,7 @@ from pydantic import Field
 
 from ...core.cache_plan import Gate, Predictor
 from ...core.config import Config
-from ...core.errors import ConfigError, UnsupportedError
+from ...core.errors import UnsupportedError
 
 TRIALS = 10  # thresholds that are tried
 ENDLESS = 1e9  # a threshold that every change is below
@@ -44,19 +44,14 @@ def schedule(calls: int, computed: int, config: GatedConfig) -> tuple[int, ...]:
 
     Args:
         calls: C.
-        computed: K, at most C.
-
-    Raises:
-        ConfigError: they are more than K.
+        computed: K, at least `least`.
     """
-    places = {*range(min(config.warmup, calls)), *range(max(calls - config.last_full, 0), calls)}
-    if len(places) > computed:
-        raise ConfigError(
-            f"warmup={config.warmup} and last_full={config.last_full} let {len(places)} of {calls} calls compute, and "
-            f"the target allows {computed}.",
-            mend="Ask for less speed, or for fewer of them with --set.",
-        )
-    return tuple(sorted(places))
+    return tuple(sorted({*range(min(config.warmup, calls)), *range(max(calls - config.last_full, 0), calls)}))
+
+
+def least(calls: int, config: GatedConfig) -> int:
+    """How many calls compute in any plan."""
+    return len(schedule(calls, calls, config))
 
 
 def predictor(config: GatedConfig) -> Predictor | None:

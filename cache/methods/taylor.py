@@ -22,7 +22,6 @@ from pydantic import Field, model_validator
 
 from ...core.cache_plan import Abscissa, Predictor
 from ...core.config import Config
-from ...core.errors import ConfigError
 from ..moving import Choice
 from ..placing import Cost, place_calls
 
@@ -61,17 +60,9 @@ def needs(config: TaylorConfig) -> tuple[str, ...]:
     return ("forecasts",) if config.spacing == "searched" else ()
 
 
-def check(calls: int, computed: int, config: TaylorConfig) -> None:
-    """Refuse what no schedule can be.
-
-    Raises:
-        ConfigError: the target allows fewer computed calls than warm up.
-    """
-    if config.warmup > computed:
-        raise ConfigError(
-            f"warmup={config.warmup} calls compute, and the target allows {computed} of {calls}.",
-            mend="Ask for less speed, or for a shorter warm-up with --set warmup=N.",
-        )
+def least(calls: int, config: TaylorConfig) -> int:
+    """How many calls compute in any plan."""
+    return min(config.warmup, calls)
 
 
 def schedule(calls: int, computed: int, config: TaylorConfig, cost: Cost | None = None) -> tuple[int, ...]:
@@ -79,13 +70,12 @@ def schedule(calls: int, computed: int, config: TaylorConfig, cost: Cost | None 
 
     Args:
         calls: C.
-        computed: K, at most C; `interval` may give fewer.
+        computed: K, `least` to C; `interval` may give fewer.
         cost: of forecasting a call from the computed ones before, for `searched`.
 
     Raises:
-        ConfigError: see `check`.
+        ConfigError: see `place_calls`.
     """
-    check(calls, computed, config)
     if cost is not None:
         longest = REACH * -(-calls // computed)
         return place_calls(calls, computed, config.order or ORDER, cost, warmup=config.warmup, longest=longest)

@@ -89,10 +89,10 @@ def training_(
     needed = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     types = {name: parameter.dtype for name, parameter in student.named_parameters()}
     orders = {name: list(module._parameters) for name, module in student.named_modules()}
-    student.float()  # 16 bits are too coarse to add small updates to
-    student.requires_grad_(False)
-    _PREPARE[config.trainable](student, config, generator)
     try:
+        student.float()  # 16 bits are too coarse to add small updates to
+        student.requires_grad_(False)
+        _PREPARE[config.trainable](student, config, generator)
         yield _trained(student, config)
     finally:
         _fold_(student, orders)

@@ -158,7 +158,6 @@ def _train(run: _Run, training: Training, judge: Judge, journal: Journal, report
         run.update(training)
         if not all(value < float("inf") for value in training.sums.values()):
             training.stopped = "diverged"
-            reporter.notice(f"training diverged at update {training.done}; the best weights before it are kept.")
             break
         if training.done % every == 0 or training.done == steps:
             _check_gain(run, training, judge)
@@ -171,6 +170,8 @@ def _train(run: _Run, training: Training, judge: Judge, journal: Journal, report
             pause = max(SAVE_SECONDS, SAVE_SHARE * (saved - before))
     training.stopped = training.stopped or "finished"
     training.save(journal, run.objective.tensors())
+    if training.stopped == "diverged":  # told here: an interrupted run may only come back to it
+        reporter.notice(f"training diverged at update {training.done}; the best weights before it are kept.")
     if training.least >= training.error_before:
         reporter.notice(f"recovery for {training.done} steps did not lower the error; the weights stay as cut.")
 

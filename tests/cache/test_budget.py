@@ -22,6 +22,13 @@ def test_a_target_out_of_reach_names_the_best_one():
         computed_calls(50, 0.3, 0.5, wish="macs")
 
 
+def test_calls_that_compute_whatever_is_asked_for_bound_the_target():
+    assert computed_calls(50, 0.58, 0.5, wish="macs", least=8) == 8
+    told = r"costs 0.500 of a full one, and at least 9 calls compute. .* --macs-ratio 0.590"
+    with pytest.raises(UnsupportedError, match=told):
+        computed_calls(50, 0.58, 0.5, wish="macs", least=9)
+
+
 @pytest.mark.parametrize(("wish", "calls"), [("speedup", 10), ("speedup", 1), ("macs", 1)])
 def test_where_nothing_is_saved_no_smaller_target_is_advised(wish, calls):
     with pytest.raises(UnsupportedError, match="With .* calls it saves nothing.*--unit, or another --method") as told:

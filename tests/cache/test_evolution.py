@@ -11,6 +11,7 @@ import dacc
 from dacc import SearchCacheConfig, search_cache, verify_bundle
 from dacc.cache import evolution
 from dacc.cache.methods.evolve import non_dominated
+from dacc.cache.profile import CallCost, told
 from dacc.cache.units import choose_units
 from dacc.core.errors import ConfigError, UnsupportedError
 from dacc.core.manifest import read_manifest
@@ -89,6 +90,27 @@ def test_a_killed_search_goes_on_with_its_next_generation_and_ends_the_same(dit_
         assert (resumed / name).read_bytes() == (evolved / name).read_bytes(), name
 
 
+def test_call_times_of_an_interrupted_search_are_those_that_it_had(dit_folder, monkeypatch):
+    measured: list[float] = []
+
+    def time_calls(denoiser: Any, units: Any, *_: Any) -> CallCost:
+        measured.append(0.2 + 0.1 * len(measured))
+        return CallCost(unit=told(units), full_seconds=1.0, partial_seconds=measured[-1])
+
+    def kill(self: Any, state: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evolution, "time_calls", time_calls)
+    with monkeypatch.context() as killing:
+        killing.setattr(evolution.Keeper, "save", kill)
+        with pytest.raises(KeyboardInterrupt):
+            search(dit_folder, "resumed", macs_ratio=None, speedup=1.5)
+    resumed = search(dit_folder, "resumed", macs_ratio=None, speedup=1.5)
+    assert measured == [0.2]
+    (cost,) = json.loads((resumed / "dacc_run.json").read_text())["cost_profile"]["transformer"]
+    assert cost["partial_seconds"] == 0.2
+
+
 def test_a_cut_and_the_attentions_of_a_unet_are_searched_together(unet_folder):
     bundle = search(unet_folder, "out", settings={"generations": 1, "population": 6})
     front = front_of(bundle, "unet")
@@ -124,8 +146,6 @@ def test_several_units_by_name(unet_folder):
 
 
 def test_call_times_of_a_profile_decide_for_a_speed_up(dit_folder, evolved, tmp_path):
-    from dacc.cache.profile import told
-
     pipe: Any = dacc.load(dit_folder, device="cpu")
     cost = {"unit": told(choose_units(pipe.transformer, "auto")), "full_seconds": 1.0, "partial_seconds": 0.2}
     profile = tmp_path / "costs.json"

@@ -17,6 +17,7 @@ from dacc.core.manifest import read_manifest
 from dacc.core.reporter import silent
 from dacc.prune.api import calibration_config, prepare
 from dacc.prune.config import METHODS
+from dacc.prune.preview import preview_pruning
 from dacc.prune.recovery import trainer
 from dacc.prune.recovery.config import RecoveryConfig
 
@@ -112,6 +113,9 @@ def test_a_class_without_gradient_checkpointing_is_refused_before_anything_runs(
     monkeypatch.setattr("dacc.prune.run.calibration_for", lambda *_: pytest.fail("too late"))
     with pytest.raises(UnsupportedError, match="no gradient checkpointing for a DiTTransformer2DModel"):
         prune_pipeline(deep_dit, PruneConfig(**fields), output=tmp_path / "out", device="cpu")
+    monkeypatch.setattr("dacc.prune.preview.calibration_for", lambda *_: pytest.fail("too late"))
+    with pytest.raises(UnsupportedError, match="no gradient checkpointing for a DiTTransformer2DModel"):
+        preview_pruning(deep_dit, PruneConfig(**fields), device="cpu", reporter=silent())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,7 @@
 """Learned activation scales: the rounding they learn through, and that they are never worse than at the start."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -89,6 +91,17 @@ def test_rank_is_below_the_scales_at_the_start(scheme, make_block):
         assert found[name].weight is start[name].weight
         assert torch.equal(found[name].acts.zero_point, start[name].acts.zero_point)
         assert (found[name].acts.scale > 0).all()
+
+
+def test_the_errors_that_are_told_are_those_with_the_scales_that_were_learned(make_block):
+    block, start = scene(make_block, STATIC)
+    before = error(block, start)
+    start = {name: replace(found, output_error=before if name == "0" else None) for name, found in start.items()}
+    with quantized_weights(block, start):
+        found = learn_scales(block, start, 80, 3e-2)
+    assert found["0"].output_error == pytest.approx(error(block, found), rel=1e-5)
+    assert found["0"].output_error < 0.9 * before
+    assert all(one.output_error is None for name, one in found.items() if name != "0")
 
 
 @pytest.mark.parametrize("rate", [1e-9, 100.0])

@@ -19,6 +19,7 @@ from dacc.quant.reconstruct import (
     ReconstructionConfig,
     SoftRounding,
     Start,
+    _Learner,
     beta_at,
     choose_iterations,
     reconstruct,
@@ -102,6 +103,19 @@ def test_beta_is_20_after_the_warm_up_and_falls_evenly_to_2():
     assert beta_at(0.6, 0.2) == pytest.approx(11)
     assert beta_at(1.0, 0.2) == pytest.approx(2)
     assert beta_at(0.0, 0.0) == 20
+
+
+def test_codes_have_decided_in_the_end_and_would_not_without_the_penalty(make_block, residual_block):
+    undecided = {}
+    for regularization in (3.0, 0.0):
+        block, starts = unet_block(make_block, residual_block)
+        learner = _Learner(block, starts, ReconstructionConfig(regularization=regularization, learning_rate=3e-2))
+        for number in range(600):
+            learner.update(number / 600)
+        shares = torch.cat([rounding.share().flatten() for rounding in learner.soft.values()])
+        undecided[regularization] = ((shares > 0.01) & (shares < 0.99)).float().mean().item()
+    assert undecided[3.0] < 0.03
+    assert undecided[0.0] > 0.3
 
 
 def test_the_penalty_is_off_in_the_warm_up(make_block, residual_block, monkeypatch):

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
 from dacc.core.cache_plan import CorrectionId
 from dacc.core.errors import BundleError
 from dacc.core.tensor_file import content_hash
+from dacc.runtime.cached import CachePlanWarning
 from dacc.runtime.correction import Correction
 from dacc.runtime.installed import install_plan_
 from dacc.runtime.plan import planned_macs
@@ -37,6 +39,15 @@ def watch_first_up_block(pipe: Any) -> list[Any]:
     return entered
 
 
+@torch.no_grad()
+def run_by_hand(pipe: Any, timesteps: torch.Tensor) -> torch.Tensor:
+    value = torch.ones(1, 1, 16, 16)
+    for timestep in timesteps:
+        given = pipe.scheduler.scale_model_input(value, timestep)
+        value = pipe.scheduler.step(pipe.unet(given, timestep)[0], timestep, value).prev_sample
+    return value
+
+
 def test_reused_values_are_mapped_by_call_and_channel(unet_pipeline):
     pipe = unet_pipeline()
     plan = plan_for(pipe, {module("mid_block"): "CRRC"})
@@ -48,6 +59,22 @@ def test_reused_values_are_mapped_by_call_and_channel(unet_pipeline):
     for call in (1, 2):
         wanted = scale[call].reshape(1, -1, 1, 1) * entered[0] + shift[call].reshape(1, -1, 1, 1)
         torch.testing.assert_close(entered[call], wanted)
+
+
+def test_what_was_fitted_for_one_solver_is_left_out_with_another_on_the_same_levels(unet_pipeline):
+    pipe = unet_pipeline()
+    plan = plan_for(pipe, {module("mid_block"): "CRRC"})
+    plan, tables = with_tables(plan, tables_for("mid_block/mid_block/0", torch.rand(4, 32), torch.rand(4, 32)))
+    pipe.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    entered = watch_first_up_block(pipe)
+    install_plan_(pipe, "unet", plan, Correction(tables, plan))
+    pipe.scheduler.set_timesteps(4)
+    told = "4 DDIMScheduler calls; this run of 4 DDPMScheduler calls follows its noise levels, without the correction"
+    with pytest.warns(CachePlanWarning, match=told):
+        run_by_hand(pipe, pipe.scheduler.timesteps)
+    assert torch.equal(entered[1], entered[0])
+    assert torch.equal(entered[2], entered[0])
+    assert not torch.equal(entered[3], entered[0])
 
 
 def mixing_tables(name: str, channels: int, rank: int = 2) -> dict[str, torch.Tensor]:
@@ -123,12 +150,7 @@ def test_a_value_of_another_call_than_the_plan_means_is_not_corrected(unet_pipel
         units = install_plan_(pipe, "unet", plan, correction)
         scheduler = pipe.scheduler
         scheduler.set_timesteps(4)
-        value = torch.ones(1, 1, 16, 16)
-        with torch.no_grad():
-            for timestep in scheduler.timesteps[1:]:  # the run begins at call 1, which has nothing to reuse
-                given = scheduler.scale_model_input(value, timestep)
-                value = scheduler.step(pipe.unet(given, timestep)[0], timestep, value).prev_sample
-        latents.append(value)
+        latents.append(run_by_hand(pipe, scheduler.timesteps[1:]))  # from call 1 on, which has nothing to reuse
         units.remove_()
     assert torch.equal(*latents)
 

@@ -16,7 +16,7 @@ from torch import nn
 import dacc
 from dacc.core.errors import BundleError
 from dacc.core.treatable import identity_config, identity_modules_of, quantized_by
-from dacc.runtime.passthrough import Passthrough, entering, main_stream, skipping
+from dacc.runtime.passthrough import Passthrough, entering, main_stream, running_instead, skipping
 from dacc.runtime.skeleton import build_skeleton
 
 
@@ -54,6 +54,14 @@ def test_skipping_ends_with_its_block_also_after_an_error():
             network(torch.ones(1, 3) @ torch.ones(2, 1))
         assert torch.equal(network(torch.ones(1, 2)), torch.ones(1, 2))
     assert torch.equal(network(torch.ones(1, 2)), wanted)
+
+
+def test_a_forward_that_stood_in_for_another_comes_back():
+    linear, values = nn.Linear(2, 2), torch.tensor([[-1.0, 2.0]])
+    linear.forward = own = torch.neg
+    with running_instead({linear: torch.relu}):
+        assert torch.equal(linear(values), torch.relu(values))
+    assert vars(linear)["forward"] is own
 
 
 def without(source: Path, target: Path, name: str, weights: str) -> Path:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from dacc.cache.methods.encoder import PAPER, EncoderConfig, schedule
+from dacc.cache.methods.encoder import PAPER, EncoderConfig, least, schedule
 from dacc.core.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ def test_twice_the_calls_have_the_key_calls_at_the_same_share_of_the_run():
     assert schedule(100, 9, EncoderConfig()) == tuple(2 * place for place in PAPER)
 
 
-@pytest.mark.parametrize(("calls", "computed"), [(49, 20), (50, 8)])
-def test_the_key_calls_of_the_paper_are_refused_where_they_do_not_fit(calls, computed):
+def test_the_key_calls_of_the_paper_are_for_its_number_of_calls():
     with pytest.raises(ConfigError, match="9 of 50.*form=paper"):
-        schedule(calls, computed, EncoderConfig(form="paper"))
+        schedule(49, 20, EncoderConfig(form="paper"))
+    assert [least(50, EncoderConfig(form=form)) for form in ("paper", "scaled")] == [9, 1]

@@ -4,15 +4,15 @@ import math
 
 import pytest
 
-from dacc.cache.methods.gated import TRIALS, GatedConfig, fit_threshold, gate, predictor, schedule
-from dacc.core.errors import ConfigError, UnsupportedError
+from dacc.cache.methods.gated import TRIALS, GatedConfig, fit_threshold, gate, least, predictor, schedule
+from dacc.core.errors import UnsupportedError
 
 
 def test_warm_up_and_end_compute_whatever_the_gate_says():
     assert schedule(10, 5, GatedConfig(warmup=3, last_full=2)) == (0, 1, 2, 8, 9)
     assert schedule(3, 3, GatedConfig(warmup=5, last_full=1)) == (0, 1, 2)
-    with pytest.raises(ConfigError, match="let 4 of 10 calls compute, and the target allows 3"):
-        schedule(10, 3, GatedConfig())
+    assert least(10, GatedConfig(warmup=3, last_full=2)) == 5
+    assert least(3, GatedConfig(warmup=5)) == 3
 
 
 def test_fields_reach_the_gate_and_the_predictor():

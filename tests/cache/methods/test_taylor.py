@@ -5,8 +5,7 @@ from itertools import pairwise
 import pytest
 from pydantic import ValidationError
 
-from dacc.cache.methods.taylor import TaylorConfig, candidates, check, needs, predictor, schedule
-from dacc.core.errors import ConfigError
+from dacc.cache.methods.taylor import TaylorConfig, candidates, least, needs, predictor, schedule
 
 
 def as_published(calls: int, interval: int, first_enhance: int) -> tuple[int, ...]:
@@ -82,9 +81,9 @@ def test_without_a_warm_up_even_spacing_is_that_of_deepcache():
     assert schedule(50, 9, TaylorConfig(spacing="even")) == deepcache.schedule(50, 9, even)
 
 
-def test_a_warm_up_beyond_the_target_is_refused():
-    with pytest.raises(ConfigError, match="warmup=4 calls compute, and the target allows 3 of 50"):
-        check(50, 3, TaylorConfig(warmup=4))
+def test_the_warm_up_computes_in_any_plan():
+    assert least(50, TaylorConfig(warmup=4)) == len(schedule(50, 4, TaylorConfig(warmup=4, spacing="even"))) == 4
+    assert least(3, TaylorConfig(warmup=4)) == 3
 
 
 def test_the_fields_say_how_the_other_calls_are_forecast():

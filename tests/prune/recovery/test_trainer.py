@@ -183,6 +183,9 @@ def test_a_training_that_diverges_keeps_the_best_weights(toy, train):
     assert record.error_after <= record.error_before
     assert judged(student, teacher) == pytest.approx(record.error_after, rel=1e-4)
     assert any("diverged" in text for text in reporter.notices)
+    again = silent()
+    train(*toy(), learning_rate=1e30, clip=0, reporter=again)  # as a run does that was interrupted after the training
+    assert again.notices == reporter.notices
 
 
 def test_the_average_is_judged_and_kept(toy, train):
