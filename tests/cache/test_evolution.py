@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,23 @@ def test_a_killed_search_goes_on_with_its_next_generation_and_ends_the_same(dit_
     assert (saved, begun) == ([0, 1], [1])
     for name in ("dacc_manifest.json", "dacc_front_transformer.json", "dacc_front_transformer.png"):
         assert (resumed / name).read_bytes() == (evolved / name).read_bytes(), name
+
+
+def test_no_generation_loses_what_an_earlier_one_found(dit_folder, monkeypatch):
+    states: list[evolution.State] = []
+    keep = evolution.Keeper.save
+
+    def watch(self: Any, state: evolution.State) -> None:
+        states.append(state)
+        keep(self, state)
+
+    monkeypatch.setattr(evolution.Keeper, "save", watch)
+    search(dit_folder, "out", settings={"generations": 4, "population": 6})
+    assert [state.generation for state in states] == [0, 1, 2, 3, 4]
+    for earlier, later in itertools.pairwise(states):
+        for error, ratio in earlier.known.values():
+            assert any(one <= error and other <= ratio for one, other in later.known.values())
+    assert set(states[-1].known) - set(states[0].known)
 
 
 def test_call_times_of_an_interrupted_search_are_those_that_it_had(dit_folder, monkeypatch):

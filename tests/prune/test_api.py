@@ -24,6 +24,7 @@ from dacc import (
     search_cache,
     verify_bundle,
 )
+from dacc.core.cache_plan import CORRECTION_NAME
 from dacc.core.errors import ConfigError, ModelError, UnsupportedError
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import Reporter
@@ -155,14 +156,18 @@ def test_the_float_source_of_a_quantized_bundle_is_pruned_when_asked_for(deep_di
     assert "in its place" in reporter.notices[0]
 
 
-def test_a_cache_plan_is_dropped_and_said_so(deep_dit, tmp_path):
-    plan = SearchCacheConfig(macs_ratio=0.8, steps=5, samples=1, measure="never", method="deepcache")
+def test_a_cache_plan_is_dropped_with_its_tables_and_said_so(deep_dit, tmp_path):
+    fields = {"trials": 0, "rank": 0}
+    plan = SearchCacheConfig(macs_ratio=0.8, steps=5, samples=1, measure="never", method="dp", settings=fields)
     cached = search_cache(deep_dit, plan, output=tmp_path / "cached", device="cpu")
+    assert (cached / "transformer" / CORRECTION_NAME).is_file()
     reporter = Reporter(quiet=True)
     config = PruneConfig(ratio=0.3, method="bksdm", measure="never")
     bundle = prune_pipeline(cached, config, output=tmp_path / "out", device="cpu", reporter=reporter)
     record = read_manifest(bundle)
     assert record.components["transformer"].cache is None
+    assert not (bundle / "transformer" / CORRECTION_NAME).exists()
+    assert verify_bundle(bundle) == []
     assert any("cache plan of transformer is dropped" in notice for notice in record.passes[-1].notices)
     assert any("expect visibly worse" in notice for notice in record.passes[-1].notices)
 
