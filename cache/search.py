@@ -18,7 +18,7 @@ from ..core.cache_plan import REUSE, CachePlan, CacheRecord, CorrectionId, Unit,
 from ..core.config import build_config
 from ..core.errors import ConfigError
 from ..core.reporter import Reporter
-from ..core.seeds import seed_stream
+from ..core.seeds import SeedKind, seed_stream
 from ..core.tensor_file import content_hash
 from ..runtime.correction import Correction
 from ..runtime.decode_ahead import has_step_scales
@@ -163,7 +163,7 @@ def search_component(
     return Found(record, (cost,) if cost else (), tables)
 
 
-def other_samples(stream: str, request: RunRequest, config: SearchCacheConfig) -> RunRequest:
+def other_samples(stream: SeedKind, request: RunRequest, config: SearchCacheConfig) -> RunRequest:
     """Runs that choose: of other samples than those by which what they choose from was fitted, or chosen in its turn,
     which make it look better than it is."""
     return request.model_copy(update={"seeds": seed_stream(stream, config.seed, len(request.seeds))})
