@@ -177,10 +177,15 @@ def _train(run: _Run, training: Training, judge: Judge, journal: Journal, report
 
 
 def _check_gain(run: _Run, training: Training, judge: Judge) -> None:
-    """Keep the average if it is the best so far; stop when there has been none for long."""
+    """Keep the average if it is the best so far; stop when training has got no further for long.
+
+    Large rates first lead away from weights that were cut with little harm: what counts is the way back.
+    """
     with training.averaged():
         error = judge.error(run.student)
-    training.stale = 0 if error < (1 - LEAST_GAIN) * training.least else training.stale + 1
+    further = training.reached is None or error < (1 - LEAST_GAIN) * training.reached
+    training.stale = 0 if further else training.stale + 1
+    training.reached = error if training.reached is None else min(error, training.reached)
     if error < training.least:
         training.least = error
         training.best = {name: value.clone() for name, value in training.average.items()}

@@ -38,6 +38,7 @@ class Training:
         self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, fused=True)
         self.done, self.stale, self.stopped = 0, 0, ""
         self.least = self.error_before = error
+        self.reached: float | None = None  # the least error of a check: not of the weights as they were at the start
         self.average = {name: one.detach().clone() for name, one in parameters.items()}
         self.best = {name: one.clone() for name, one in self.average.items()}
         self.cpu_seconds, self._counted = 0.0, time.process_time()
@@ -127,7 +128,7 @@ class Training:
         }
 
 
-_PLAIN = ("done", "stale", "stopped", "least", "error_before", "sums", "counts", "cpu_seconds")
+_PLAIN = ("done", "stale", "stopped", "least", "reached", "error_before", "sums", "counts", "cpu_seconds")
 
 
 def share_of_rate(done: int, steps: int, schedule: Schedule) -> float:

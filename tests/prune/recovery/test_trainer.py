@@ -166,13 +166,23 @@ def test_room_for_the_teachers_answers_changes_nothing(toy, train):
 def test_training_stops_where_nothing_is_gained_any_more(toy, train):
     student, teacher = toy()
     before, reporter = weights(student), silent()
-    record = train(student, teacher, learning_rate=1e-30, checks=10, patience=3, reporter=reporter)
-    assert (record.stopped, record.steps_done) == ("plateau", 30)  # ten updates are the least between two checks
+    record = train(student, teacher, learning_rate=1e-30, checks=10, patience=2, reporter=reporter)
+    # the first check is what the others are compared with; ten updates are the least between two
+    assert (record.stopped, record.steps_done) == ("plateau", 30)
     assert record.error_after == record.error_before
     assert equal(weights(student), before)
     assert any("did not lower the error" in text for text in reporter.notices)
     student, teacher = toy()
     assert train(student, teacher, learning_rate=1e-30, patience=0, name="two").stopped == "finished"
+
+
+def test_a_training_that_is_on_its_way_back_goes_on(toy, train, monkeypatch):
+    """Large rates first make worse what was cut with little harm."""
+    errors = iter([0.1, 0.9, 0.7, 0.5, 0.3, 0.2, 0.05, 0.0499, 0.0498, 0.0497, 0.0])
+    monkeypatch.setattr(module.Judge, "error", lambda *_: next(errors))
+    record = train(*toy(), steps=200, checks=10, patience=3)
+    assert (record.stopped, record.steps_done) == ("plateau", 180)
+    assert (record.error_before, record.error_after) == (0.1, 0.0497)
 
 
 def test_a_training_that_diverges_keeps_the_best_weights(toy, train):
