@@ -27,7 +27,7 @@ VIDEO_TRAINING = {"patience": 0, "samples": 160}
 # with two clips to an update in place of eight, and a larger rate: more updates in the time
 LONGER = {
     "recover": 8000,
-    "settings": {"patience": 0, "samples": 320, "batch_size": 2, "learning_rate": 1e-3, "cache_gb": 5},
+    "settings": VIDEO_TRAINING | {"samples": 320, "batch_size": 2, "learning_rate": 1e-3, "cache_gb": 5},
 }
 VIDEO_CUTS: Cuts = {
     "25 %": {"ratio": 0.25},
