@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy
-from torch import nn
 
 from ..core.cache_plan import COMPUTE, REUSE, CachePlan, CacheRecord
 from ..core.config import build_config
@@ -33,10 +32,10 @@ from .given import schedule_file, trimmed, whole_calls
 from .methods import dp
 from .objective import PlanObjective
 from .planned import blank_plan
-from .profile import CallCost, count_unit_macs, first_calls, time_calls
-from .search import Found, count_plan, known_cost
-from .shifting import tell_of_shifting
-from .units import check_saving, choose_units
+from .profile import CallCost
+from .scene import scene_of
+from .search import Found, count_plan
+from .units import choose_units
 
 Pair = tuple[float, float]  # error and MAC ratio
 
@@ -181,17 +180,14 @@ def evolve_component(
     """
     settings = build_config(method.CONFIG, **config.settings)
     _check_installed()
-    denoiser: nn.Module = pipe.components[component]
-    units = choose_units(denoiser, config.unit)
-    tell_of_shifting(pipe, config, reporter)
-    calls, window = first_calls(pipe, component, request)
-    macs = count_unit_macs(denoiser, units, calls)
-    check_saving(units, macs)
+    units = choose_units(pipe.components[component], config.unit)
+    scene = scene_of(pipe, component, units, config, request, reporter)
+    denoiser, window = scene.denoiser, scene.window
     cost = None
     if config.speedup is not None:
-        measure = partial(time_calls, denoiser, units, calls, reporter)
-        cost = known_cost(known_costs, units) if known_costs else keeper.costs(measure)
-    blank = blank_plan(denoiser, units, macs, window.schedule, weights, config)
+        measure = partial(scene.measured_cost, known_costs, reporter)
+        cost = measure() if known_costs else keeper.costs(measure)
+    blank = blank_plan(denoiser, units, scene.macs, window.schedule, weights, config)
     state = keeper.load()
     seeds = _seeds(pipe, component, blank, request, settings, reporter) if state is None else None
     objective = PlanObjective(pipe, component, blank, window, request)

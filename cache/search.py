@@ -12,11 +12,10 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.cache_plan import REUSE, CachePlan, CacheRecord, CorrectionId, Unit, UnitMacs
+from ..core.cache_plan import REUSE, CachePlan, CacheRecord, CorrectionId
 from ..core.config import build_config
-from ..core.errors import ConfigError
 from ..core.reporter import Reporter
 from ..core.seeds import SeedKind, seed_stream
 from ..core.tensor_file import content_hash
@@ -25,7 +24,6 @@ from ..runtime.decode_ahead import has_step_scales
 from ..runtime.installed import install_plan_, no_cache, remove_plans_
 from ..runtime.plan import planned_macs
 from ..runtime.request import RunRequest
-from .budget import computed_calls
 from .config import SearchCacheConfig, needs_of
 from .correct import Pairs, corrected_plan, profile_pairs
 from .correct_layers import fit_layers, layers_to_correct
@@ -33,13 +31,12 @@ from .cost import feature_costs, output_cost
 from .fitting import RIDGES, Grams, fitted_plan
 from .forecast_cost import forecast_cost
 from .gating import gated_plan
-from .mixing import mixed_calls, mixing_macs, mixing_moments, with_mixing
+from .mixing import mixed_calls, mixing_moments, with_mixing
 from .moving import Choice, Trial, anywhere, best_choice
 from .objective import PlanObjective
 from .planned import blank_plan, planned
-from .profile import CallCost, count_unit_macs, counted_macs, first_calls, time_calls, told
-from .shifting import tell_of_shifting
-from .units import check_saving, choose_unit, unit_text
+from .profile import CallCost, counted_macs
+from .scene import aim_of, ranks_of
 from .window import Window
 
 REACH = 4  # groups are looked for up to this many times their mean length, where evaluations have to be paid for
@@ -105,20 +102,10 @@ def search_component(
         ConfigError: the method's fields, a profile of another unit, or a unit that saves nothing.
         UnsupportedError: the denoiser cannot be cached so, or the target is out of reach.
     """
-    denoiser: nn.Module = pipe.components[component]
     settings = build_config(method.CONFIG, **config.settings)
-    unit = choose_unit(denoiser, unit_text(config.unit, config.method, method), whole=getattr(method, "WHOLE", False))
-    tell_of_shifting(pipe, config, reporter)
-    calls, window = first_calls(pipe, component, request)
-    macs = count_unit_macs(denoiser, (unit,), calls)
-    check_saving((unit,), macs)
-    cost = None
-    if config.speedup is not None:
-        cost = known_cost(known_costs, (unit,)) if known_costs else time_calls(denoiser, (unit,), calls, reporter)
-    rank = settings.rank if hasattr(settings, "rank") and settings.correct else 0
-    mixing = mixing_macs(denoiser, unit, calls, rank) if rank and config.samples > 1 else 0
-    least = method.least(window.calls, settings) if hasattr(method, "least") else 1
-    computed = _budget(config, window.calls, macs, unit, cost, mixing, least)
+    aim = aim_of(pipe, component, config, method, settings, request, reporter, known_costs)
+    unit, denoiser, window, macs = aim.unit, aim.scene.denoiser, aim.scene.window, aim.scene.macs
+    computed, mixing, rank = aim.computed, aim.mixing, ranks_of(settings)
     blank = blank_plan(denoiser, (unit,), macs, window.schedule, weights, config)
     profile = _profile(pipe, component, blank, window, method, settings, request, computed, reporter, reference)
     chosen: dict[str, int | float | str] = {"calls": window.calls}
@@ -160,7 +147,7 @@ def search_component(
         partial = 1 - macs.units[unit.id] / macs.full
         chosen["computed"] = round(window.calls * (ratio - partial) / (1 - partial), 1)
     record = CacheRecord.of(config.method, plan, ratio, chosen)
-    return Found(record, (cost,) if cost else (), tables)
+    return Found(record, (aim.cost,) if aim.cost else (), tables)
 
 
 def other_samples(stream: SeedKind, request: RunRequest, config: SearchCacheConfig) -> RunRequest:
@@ -243,39 +230,6 @@ def count_plan(
     if (full, cached) != (plan.macs.full * window.calls, predicted):
         reporter.notice(f"{component}: a run counts {cached} of {full} MACs; the plan predicts {predicted}")
     return (cached + mixing * sum(codes.count(REUSE) for codes in plan.codes.values())) / full
-
-
-def _budget(
-    config: SearchCacheConfig,
-    calls: int,
-    macs: UnitMacs,
-    unit: Unit,
-    cost: CallCost | None,
-    mixing: int,
-    least: int,
-) -> int:
-    """K. What a correction takes in seconds is not timed: it is taken to follow its multiply-accumulates."""
-    if cost is not None:
-        assert config.speedup is not None
-        partial = cost.partial_seconds / cost.full_seconds + mixing / macs.full
-        return computed_calls(calls, 1 / config.speedup, partial, wish="speedup", least=least)
-    assert config.macs_ratio is not None
-    partial = 1 - (macs.units[unit.id] - mixing) / macs.full
-    return computed_calls(calls, config.macs_ratio, partial, wish="macs", least=least)
-
-
-def known_cost(costs: Sequence[CallCost], units: tuple[Unit, ...]) -> CallCost:
-    """Of profiles of earlier that of these units.
-
-    Raises:
-        ConfigError: all are of others.
-    """
-    for cost in costs:
-        if cost.unit == told(units):
-            return cost
-    raise ConfigError(
-        f"the cost profile is of another unit ({costs[0].unit}).", mend="Measure anew: leave --cost-profile out."
-    )
 
 
 def _profile(

@@ -118,7 +118,7 @@ def test_call_times_of_an_interrupted_search_are_those_that_it_had(dit_folder, m
     def kill(self: Any, state: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evolution, "time_calls", time_calls)
+    monkeypatch.setattr("dacc.cache.scene.time_calls", time_calls)
     with monkeypatch.context() as killing:
         killing.setattr(evolution.Keeper, "save", kill)
         with pytest.raises(KeyboardInterrupt):

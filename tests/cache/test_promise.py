@@ -31,7 +31,7 @@ def search(source: Path, **fields: Any) -> list[str]:
 def call_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """What calls take does not depend on the machine."""
     monkeypatch.setattr(
-        "dacc.cache.search.time_calls",
+        "dacc.cache.scene.time_calls",
         lambda denoiser, units, *_: CallCost(unit=told(units), full_seconds=1.0, partial_seconds=0.3),
     )
 
