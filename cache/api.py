@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.bundle import BundleWriter, component_weight_bytes, component_weight_hash, existing_bundle
 from ..core.cache_plan import CORRECTION_NAME, beside_plan
+from ..core.calibration import calibration_record
 from ..core.card import model_card
 from ..core.identity import source_identity
 from ..core.machine import arithmetic_of, describe_machine
@@ -36,7 +37,7 @@ from ..core.requirements import parse_requirements
 from ..core.safe_read import component_tensors, weight_hash
 from ..core.source import Source, component_entries, resolve_source, zoo_entry_of
 from .config import DEFAULT_STEPS, GIVEN, SearchCacheConfig, wants_reference
-from .files import given_schedule, read_costs, told_config
+from .files import given_schedule, like_calibration, read_costs, told_config
 
 if TYPE_CHECKING:
     from .search import Found
@@ -54,6 +55,8 @@ class Job:
     hashes: dict[str, str]  # component -> weight hash
     costs: dict[str, Any]  # component -> call times of an earlier search
     reference: Source | None  # the float pipeline of a quantized source, where it is on this machine
+    calibration: Path | None  # the set whose runs the search makes its own like
+    calibration_id: str | None
     run_key: str  # names this very result
 
 
@@ -61,8 +64,10 @@ def search_cache(
     source: str | Path | Source | None,
     config: SearchCacheConfig | None = None,
     *,
+    calib: str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = True,
     device: str = "auto",
     cost_profile: str | Path | None = None,
     reference: str | Path | Source | None = None,
@@ -75,8 +80,11 @@ def search_cache(
     Args:
         source: a pipeline folder, bundle, Hub id or `zoo:NAME`; None is the embedded default.
         config: what to search for; the default is the best plan for twice the speed.
+        calib: a calibration set: what the config leaves open (prompts, classes, guidance, steps, size) is as in its
+            runs; None: the one that `source` names, if it names one.
         output: the folder to make; default `./<source>-cached-<target>-<method>`.
         overwrite: replace an existing folder (only when the new one is complete).
+        resume: go on from the last generation of an interrupted run of the same config, for `evolve`.
         device: where the pipeline runs and is timed.
         cost_profile: `dacc_run.json` of an earlier result; its call times are taken in place of measuring.
         reference: the float pipeline that a quantized source was made from; None: found by what its manifest says.
@@ -92,7 +100,7 @@ def search_cache(
     config, reporter, started = config or SearchCacheConfig(), reporter or silent(), time.time()
     earlier = len(reporter.notices)  # a reporter may have served another pass before
     requirements = parse_requirements(require, "search-cache", measure=config.measure)
-    job = prepare(source, config, reporter, cost_profile, reference)
+    job = prepare(source, config, reporter, cost_profile, reference, calib)
     target = chosen_output(output, default_output(job))
     if not overwrite and existing_bundle(target, job.run_key):
         return requirements.accept(target, reporter)
@@ -102,6 +110,7 @@ def search_cache(
     from .run import search_all
 
     _tell_replaced(job, reporter)
+    check_calibration(job, reporter)
     pipe: Any = load_source(job.source, device=device, cached=False, reporter=reporter)
     with BundleWriter(
         job.source.path,
@@ -111,6 +120,7 @@ def search_cache(
         reporter=reporter,
         arithmetic=arithmetic_of(pipe.device),
         overwrite=overwrite,
+        resume=resume,
     ) as writer:
         result = search_all(pipe, job, writer, reporter)
         requirements.check(result.effect, writer, keep=keep_failed)
@@ -141,15 +151,21 @@ def prepare(
     reporter: Reporter,
     cost_profile: str | Path | None = None,
     reference: str | Path | Source | None = None,
+    calib: str | Path | None = None,
 ) -> Job:
     """Resolve names and check everything that can be checked without reading weights.
 
     Raises:
-        DaccError: unknown method or component, no pipeline, a profile that cannot be read, or another reference.
+        DaccError: unknown method or component, no pipeline, a profile or calibration set that cannot be read, or
+            another reference.
     """
     config = config.resolved()
     found = source if isinstance(source, Source) else resolve_source(_text(source), reporter=reporter)
     entry = zoo_entry_of(found)
+    calibration = found.calibration if calib is None else Path(calib)
+    record = calibration_record(calibration) if calibration else None
+    if record:
+        config = like_calibration(config, record, reporter)
     given, content = given_schedule(config) if config.method == GIVEN else (None, None)
     steps = config.steps or given or (entry.num_inference_steps if entry else DEFAULT_STEPS)
     config = config.model_copy(update={"steps": steps})
@@ -164,8 +180,25 @@ def prepare(
         "schedule": content,
         "reference": float_source is not None,
     }
+    if record:
+        identity["calibration"] = record.id
     run_key = hashlib.sha256(json.dumps({"search-cache": identity}, sort_keys=True).encode()).hexdigest()
-    return Job(found, config, components, hashes, costs, float_source, run_key)
+    return Job(
+        found, config, components, hashes, costs, float_source, calibration, record.id if record else None, run_key
+    )
+
+
+def check_calibration(job: Job, reporter: Reporter) -> None:
+    """Read through the calibration set that was named, if one was.
+
+    Raises:
+        ModelError: it was made with another model.
+        BundleError: it is damaged.
+    """
+    if job.calibration:
+        from ..calibrate.inputs import given_calibration
+
+        given_calibration(job.source, job.hashes, job.calibration, reporter)
 
 
 def _reference(
@@ -240,6 +273,7 @@ def _manifest(
         config=told_config(job.config),
         seed=job.config.seed,
         threads=torch.get_num_threads(),
+        calibration=job.calibration_id,
         notices=list(notices),
         effect={"pipeline": effect},
     )

@@ -34,7 +34,7 @@ class SearchCacheConfig(Config):
     guidance_scale: float | None = None  # None: the zoo's own, else the pipeline's
     class_labels: tuple[int, ...] | None = None  # None: the zoo's own, else all of the pipeline
     prompts: tuple[str, ...] | None = None  # None: the zoo's own, else a few neutral ones
-    negative_prompt: str | None = None
+    negative_prompt: str | tuple[str, ...] | None = None  # several are dealt in turn
     height: int | None = Field(None, ge=1)  # pixels; None: the zoo's own, else the pipeline's
     width: int | None = Field(None, ge=1)
     num_frames: int | None = Field(None, ge=1)  # of clips
@@ -136,3 +136,14 @@ def parse_unit(text: str, stacks: tuple[str, ...]) -> Unit:
     except ValueError:
         pass
     raise ValueError(f"{text!r} is none of {UNIT_FORMS}")
+
+
+def unit_name(unit: Unit) -> str:
+    """What `parse_unit` reads as this unit."""
+    if isinstance(unit, UnetCut):
+        return f"cut:{unit.block}.{unit.layer}"
+    if isinstance(unit, BlockRange):
+        return f"blocks:{unit.first}-{unit.end}"
+    if isinstance(unit, ModuleUnit):
+        return f"module:{unit.path}"
+    return "encoder" if isinstance(unit, UnetEncoder) else "body"

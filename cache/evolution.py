@@ -33,7 +33,7 @@ from .methods import dp
 from .objective import PlanObjective
 from .planned import blank_plan
 from .profile import CallCost
-from .scene import scene_of
+from .scene import Scene, scene_of
 from .search import Found, count_plan
 from .units import choose_units
 
@@ -179,7 +179,7 @@ def evolve_component(
         UnsupportedError: the denoiser cannot be cached so, the target is out of reach, or what meets it overflows.
     """
     settings = build_config(method.CONFIG, **config.settings)
-    _check_installed()
+    check_installed()
     units = choose_units(pipe.components[component], config.unit)
     scene = scene_of(pipe, component, units, config, request, reporter)
     denoiser, window = scene.denoiser, scene.window
@@ -187,11 +187,11 @@ def evolve_component(
     if config.speedup is not None:
         measure = partial(scene.measured_cost, known_costs, reporter)
         cost = measure() if known_costs else keeper.costs(measure)
+    limit = limit_of(config, scene, cost)
     blank = blank_plan(denoiser, units, scene.macs, window.schedule, weights, config)
     state = keeper.load()
     seeds = _seeds(pipe, component, blank, request, settings, reporter) if state is None else None
     objective = PlanObjective(pipe, component, blank, window, request)
-    limit = _limit(config, objective, cost)
     search = _Search(objective, method, settings, config.seed)
     if state is None:
         state = search.begin(seeds)
@@ -251,34 +251,40 @@ def _counts(calls: int, wanted: int) -> list[int]:
     return sorted({round((calls - 1) ** (number / (wanted - 1))) for number in range(wanted)})
 
 
-def _limit(config: SearchCacheConfig, objective: PlanObjective, cost: CallCost | None) -> float:
+def limit_of(config: SearchCacheConfig, scene: Scene, cost: CallCost | None) -> float:
     """The MAC ratio that the chosen plan may have. Seconds are taken to follow the MACs that are saved.
+
+    Args:
+        cost: what calls take, where the target is in seconds.
 
     Raises:
         UnsupportedError: skipping everything after the first call is still too dear.
     """
-    blank = objective.blank
-    codes = dict.fromkeys(blank.codes, COMPUTE + REUSE * (blank.calls - 1))
-    cheapest = objective.macs_ratio(blank.model_copy(update={"codes": codes}))
+    calls, cheapest = scene.window.calls, scene.cheapest()
     if cost is None:
         assert config.macs_ratio is not None
         limit, told, best = config.macs_ratio, asked("macs", config.macs_ratio), cheapest
     else:
         assert config.speedup is not None
         saved = 1 - min(1.0, cost.partial_seconds / cost.full_seconds)  # of a call's seconds, all units skipped
-        share = (1 - cheapest) * blank.calls / max(1, blank.calls - 1)  # of its MACs
+        share = (1 - cheapest) * calls / max(1, calls - 1)  # of its MACs
         limit = 1 - (1 - 1 / config.speedup) * share / saved if saved > 0 else -1.0
-        told, best = asked("speedup", 1 / config.speedup), 1 - saved * (blank.calls - 1) / blank.calls
+        told, best = asked("speedup", 1 / config.speedup), 1 - saved * (calls - 1) / calls
     if cheapest > limit:
         raise UnsupportedError(
             f"these units cannot give {told}: a run that computes them at its first call only costs {cheapest:.3f} of "
             "the full one.",
-            *advice(blank.calls, best, wish="macs" if cost is None else "speedup"),
+            *advice(calls, best, wish="macs" if cost is None else "speedup"),
         )
     return limit
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Refuse the search where the packages are missing that it takes.
+
+    Raises:
+        ConfigError: see above.
+    """
     for package in ("pymoo", "matplotlib"):
         if find_spec(package) is None:
             raise ConfigError(

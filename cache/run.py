@@ -39,21 +39,7 @@ def search_all(pipe: Any, job: Job, journal: OutputWriter, reporter: Reporter) -
     Raises:
         DaccError: see `search_component`; or the speed-up that was asked for is not reached.
     """
-    config = job.config
-    assert config.steps is not None
-    entry = zoo_entry_of(job.source)
-    request = RunRequest(
-        seeds=seed_stream("search", config.seed, config.samples),
-        num_inference_steps=config.steps,
-        guidance_scale=config.guidance_scale,
-        batch_size=config.batch_size,
-        class_labels=config.class_labels,
-        prompts=config.prompts or (entry.calibration_prompts or None if entry else None),
-        negative_prompt=config.negative_prompt,
-        height=config.height,
-        width=config.width,
-        num_frames=config.num_frames,
-    ).with_zoo_defaults(entry)
+    config, request = job.config, request_of(job)
     tell_of_prompts(pipe, request, reporter)
     methods = config.methods()
     method, wanted = methods[-1], any(wants_reference(own, config) for own in methods)
@@ -90,6 +76,27 @@ def search_all(pipe: Any, job: Job, journal: OutputWriter, reporter: Reporter) -
         return Result(found, measure_plan(pipe, request, seconds, config.seed, reporter), speedup)
     finally:
         remove_plans_(pipe)
+
+
+def request_of(job: Job) -> RunRequest:
+    """The runs by which a search looks at a pipeline."""
+    config = job.config
+    assert config.steps is not None
+    entry = zoo_entry_of(job.source)
+    negative = config.negative_prompt
+    return RunRequest(
+        seeds=seed_stream("search", config.seed, config.samples),
+        num_inference_steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        batch_size=config.batch_size,
+        class_labels=config.class_labels,
+        prompts=config.prompts or (entry.calibration_prompts or None if entry else None),
+        negative_prompt=negative if isinstance(negative, str) else None,
+        negative_prompts=negative if isinstance(negative, tuple) else None,
+        height=config.height,
+        width=config.width,
+        num_frames=config.num_frames,
+    ).with_zoo_defaults(entry)
 
 
 def _check_speed(pipe: Any, job: Job, asked: float, measured: float, reporter: Reporter) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from ..core.cache_plan import Unit, UnitMacs
 from ..core.errors import ConfigError
 from ..core.reporter import Reporter
+from ..runtime.cache_units import containers_of, layout_of
 from ..runtime.request import RunRequest
 from ..runtime.trajectory import DenoiserCall
 from .budget import computed_calls
@@ -45,6 +46,12 @@ class Scene:
         if known:
             return _of_units(known, self.units)
         return time_calls(self.denoiser, self.units, self.evaluations, reporter)
+
+    def cheapest(self) -> float:
+        """Multiply-accumulates over those of a full run, of one that computes the units at its first call alone."""
+        inside = containers_of([layout_of(self.denoiser, unit) for unit in self.units])
+        saved = sum(self.macs.units[unit.id] for unit in self.units if not inside[unit.id])
+        return 1 - saved * (self.window.calls - 1) / (self.macs.full * self.window.calls)
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,24 @@ def calibration_of(
         ModelError: it was made with another model.
         BundleError: it is damaged.
     """
-    if given is None:
-        found = _on_the_fly(source, weights, made, device, reporter)
-    else:
-        before = read_manifest(source.path)
-        ancestors = {name: [value] for name, value in before.source.weights.items()} if before else None
-        found = open_calibration(given, weights=weights, ancestors=ancestors, reporter=reporter)
+    if given is not None:
+        return given_calibration(source, weights, given, reporter)
+    return _with_calls_of(weights, _on_the_fly(source, weights, made, device, reporter))
+
+
+def given_calibration(source: Source, weights: dict[str, str], folder: Path, reporter: Reporter) -> CalibrationSet:
+    """Open a set that somebody names for the components in `weights` (name -> weight hash).
+
+    Raises:
+        ModelError: there is none, or it was made with another model.
+        BundleError: it is damaged.
+    """
+    before = read_manifest(source.path)
+    ancestors = {name: [value] for name, value in before.source.weights.items()} if before else None
+    return _with_calls_of(weights, open_calibration(folder, weights=weights, ancestors=ancestors, reporter=reporter))
+
+
+def _with_calls_of(weights: dict[str, str], found: CalibrationSet) -> CalibrationSet:
     if missing := [name for name in weights if name not in found.record.branches]:
         raise ModelError(
             f"{found.folder} holds no calls of {missing[0]}; it was made with {found.record.source.name}.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -191,6 +192,8 @@ def start(*, quiet: bool = False, verbose: bool = False, strict: bool = False, t
         # threads that wait for one whose core another program holds spin for a whole time slice, at every small
         # operation; waiting a while and then sleeping costs nothing on a quiet machine
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for library in ("torchao", "torch.utils._pytree"):  # of one that is built for another torch, at every import
+        logging.getLogger(library).setLevel(logging.ERROR)
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # torch reads it when it is imported, which is later
     reporter = Reporter(quiet=quiet, verbose=verbose, strict=strict)

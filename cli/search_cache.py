@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json as json_module
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..core.config import build_config, parse_settings
+from ..core.requirements import parse_requirements
 from . import options
 from .options import print_path
+
+if TYPE_CHECKING:
+    from ..cache.config import SearchCacheConfig
+    from ..core.reporter import Reporter
 
 METHODS = ("auto", *options.files_of("cache/methods"))
 
@@ -48,6 +54,15 @@ def search_cache(
             autocompletion=options.words(*METHODS),
         ),
     ] = "auto",
+    calib: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Calibration set, see dacc calibrate: prompts, classes, guidance, steps and size that are not given "
+            "here are as in its runs.",
+            show_default="the set given as SOURCE, if one is",
+        ),
+    ] = None,
     unit: Annotated[
         str,
         typer.Option(
@@ -109,6 +124,16 @@ def search_cache(
     ] = False,
     output: options.OutputOption = None,
     overwrite: options.OverwriteOption = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the last generation of an interrupted search of evolve.")
+    ] = True,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show what would be reused, what that saves, and how many calls the target lets compute.",
+        ),
+    ] = False,
     seed: options.SeedOption = 0,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
@@ -146,13 +171,19 @@ def search_cache(
         measure=measure,
         seed=seed,
     )
+    if dry_run:
+        parse_requirements(tuple(require or ()), "search-cache", measure=config.measure)
+        _show_preview(source, config, calib, device, cost_profile, reference, reporter, as_json=json)
+        return
     from ..cache.api import search_cache as search
 
     path = search(
         source,
         config,
+        calib=calib,
         output=output,
         overwrite=overwrite,
+        resume=resume,
         device=device,
         cost_profile=cost_profile,
         reference=reference,
@@ -161,6 +192,45 @@ def search_cache(
         reporter=reporter,
     )
     print_path(path, as_json=json, record=_record(path))
+
+
+def _show_preview(
+    source: str | None,
+    config: SearchCacheConfig,
+    calib: Path | None,
+    device: str,
+    cost_profile: Path | None,
+    reference: str | None,
+    reporter: Reporter,
+    *,
+    as_json: bool,
+) -> None:
+    from ..cache.preview import preview_search
+
+    preview = preview_search(
+        source, config, calib=calib, device=device, cost_profile=cost_profile, reference=reference, reporter=reporter
+    )
+    if as_json:
+        options.print_document(preview.model_dump(mode="json"))
+        return
+    for name, component in preview.components.items():
+        for method, found in component.methods.items():
+            sys.stdout.write(
+                f"{name} ({component.class_name}), {method}: {found.calls} calls of {found.macs / 1e9:.3f} G MACs\n"
+            )
+            for unit, share in found.units.items():
+                sys.stdout.write(f"  {share:6.1%} saved by a call that skips {unit}\n")
+            if found.cost is not None:
+                full, partial = 1000 * found.cost.full_seconds, 1000 * found.cost.partial_seconds
+                sys.stdout.write(f"  {full:.1f} ms a call, {partial:.1f} ms one that skips\n")
+            if found.computed is None:
+                sys.stdout.write(f"  up to {found.macs_ratio:.3f} of the MACs meet the target\n")
+            else:
+                sys.stdout.write(
+                    f"  {found.computed:g} of {found.calls} calls may compute: {found.macs_ratio:.3f} of the MACs\n"
+                )
+        for method, why in component.out_of_reach.items():
+            sys.stdout.write(f"{name} ({component.class_name}), {method}: left out, as {why}\n")
 
 
 def _record(path: Path) -> dict[str, object]:

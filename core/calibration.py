@@ -83,10 +83,20 @@ def calibration_id(folder: Path) -> str:
     Raises:
         ModelError: there is none.
     """
+    return calibration_record(folder).id
+
+
+def calibration_record(folder: Path) -> CalibrationRecord:
+    """The record of the calibration set that is in a folder.
+
+    Raises:
+        ModelError: there is none.
+        BundleError: see `read_calibration`.
+    """
     record = read_calibration(folder)
     if record is None:
         raise ModelError(f"{folder} is not a calibration set.", mend="Make one with dacc calibrate.")
-    return record.id
+    return record
 
 
 def existing_set(folder: Path, request: str) -> bool:

@@ -108,6 +108,29 @@ def test_no_generation_loses_what_an_earlier_one_found(dit_folder, monkeypatch):
     assert set(states[-1].known) - set(states[0].known)
 
 
+def test_a_search_that_is_not_to_resume_begins_anew(dit_folder, monkeypatch):
+    begun: list[int] = []
+    begin = evolution._Search.begin
+
+    def counted(self: Any, seeds: Any) -> Any:
+        begun.append(1)
+        return begin(self, seeds)
+
+    def kill(self: Any, state: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evolution._Search, "begin", counted)
+    with monkeypatch.context() as killing:
+        killing.setattr(evolution._Search, "advance", kill)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                search(dit_folder, "out")
+    assert len(begun) == 1  # the second one went on
+    config = SearchCacheConfig(**{**QUICK, "settings": SMALL})
+    search_cache(dit_folder, config, output="out", resume=False, device="cpu")
+    assert len(begun) == 2
+
+
 def test_call_times_of_an_interrupted_search_are_those_that_it_had(dit_folder, monkeypatch):
     measured: list[float] = []
 

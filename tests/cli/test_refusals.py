@@ -540,7 +540,7 @@ def test_a_floor_about_what_will_not_be_measured_is_refused_at_once(dacc, pipeli
     assert "Leave --measure never out" in refuse(dacc, unchanged, 2, name, pipeline, *options)
 
 
-@pytest.mark.parametrize("name", ["quantize", "prune"])
+@pytest.mark.parametrize("name", ["quantize", "prune", "search-cache"])
 def test_a_dry_run_reads_the_floors_too(dacc, pipeline, unchanged, name):
     assert "psnr>=25" in refuse(dacc, unchanged, 2, name, pipeline, "--dry-run", "--require", "psnr")
 

@@ -41,6 +41,26 @@ def test_a_ratio_out_of_reach_is_exit_7_and_names_the_best(dacc, pipeline, uncha
     unchanged()
 
 
+def test_a_dry_run_tells_what_the_target_allows_and_writes_nothing(dacc, pipeline, unchanged):
+    unchanged()
+    ran = dacc("search-cache", pipeline, *QUICK, "--dry-run")
+    assert ran.code == 0, ran.err
+    assert "unet (UNet2DModel), deepcache: 6 calls of" in ran.out
+    assert "saved by a call that skips cut:0.0" in ran.out
+    assert "of 6 calls may compute" in ran.out
+    found = json.loads(dacc("search-cache", pipeline, *QUICK, "--dry-run", "--json").out)
+    assert found["components"]["unet"]["methods"]["deepcache"]["macs_ratio"] <= 0.7
+    assert dacc("search-cache", pipeline, "--macs-ratio", 0.01, "--dry-run").code == 7
+    unchanged()
+
+
+def test_it_takes_a_calibration_set_out_of_a_pipe_and_its_steps(process, pipeline):
+    made = process("calibrate", pipeline, "--steps", 6, "--samples", 2, "--timesteps", 2, "-o", "set").out
+    ran = process("search-cache", *QUICK[:4], "--measure", "never", "--json", input=made)
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["components"]["unet"]["calls"] == 6
+
+
 def test_a_plan_is_lost_in_an_export_and_that_needs_lossy(dacc, pipeline):
     assert dacc("search-cache", pipeline, *QUICK, "-o", "cached").code == 0
     refused = dacc("export", "cached")
