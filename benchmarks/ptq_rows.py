@@ -97,6 +97,22 @@ ROWS: dict[str, Row] = {
     "efficientdm": Row(
         CHANNEL | {"method": "efficientdm", "settings": {"updates": 1000}}, {}, True, ROUNDED, calibration=FEW
     ),
+    "efficientdm (6000 updates, weighed)": Row(
+        CHANNEL | {"method": "efficientdm", "settings": {"updates": 6000, "weigh": "sensitivity"}},
+        {},
+        True,
+        ("W4A4",),
+        calibration=FEW,
+        swept=True,
+    ),
+    "efficientdm (weighed)": Row(
+        CHANNEL | {"method": "efficientdm", "settings": {"updates": 1000, "weigh": "sensitivity"}},
+        {},
+        True,
+        ROUNDED,
+        calibration=FEW,
+        swept=True,
+    ),
     "efficientdm (6000 updates)": Row(
         CHANNEL | {"method": "efficientdm", "settings": {"updates": 6000}},
         {},

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..calibrate.sensitivity import interpolated
 from ..core.cache_plan import COMPUTE, REUSE, CachePlan
 from ..core.reporter import Reporter
 from ..runtime.cache_hooks import Values
@@ -129,21 +130,7 @@ def sensitivity(
         if moved > 0 and errors[probe] > 0:
             found[probe] = moved / errors[probe]
     remove_plans_(pipe)
-    return _interpolated(found, calls)
-
-
-def _interpolated(found: dict[int, float], calls: int) -> list[float]:
-    """Values at all calls from those at some, linear in their logarithm; ones where nothing is known."""
-    known = sorted(found)
-    if not known:
-        return [1.0] * calls
-    values = []
-    for call in range(calls):
-        before = max((place for place in known if place <= call), default=known[0])
-        after = min((place for place in known if place >= call), default=known[-1])
-        share = (call - before) / (after - before) if after > before else 0.0
-        values.append(math.exp((1 - share) * math.log(found[before]) + share * math.log(found[after])))
-    return values
+    return interpolated(found, calls)
 
 
 def _outputs(units: CachedUnits, evaluations: list[DenoiserCall]) -> list[Tensor]:

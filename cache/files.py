@@ -3,8 +3,6 @@ itself."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +22,12 @@ def like_calibration(config: SearchCacheConfig, record: CalibrationRecord, repor
     """The request with what it leaves open as the runs of a calibration set had it; the noise is other noise."""
     if record.recipe.get("images"):
         reporter.notice("the runs of the calibration set began with pictures: those of the search begin with noise")
-    runs = {name: record.recipe.get(name) for name in ("steps", "guidance_scale", "height", "width", "num_frames")}
-    runs["prompts"] = _in_turn([sample.prompt for sample in record.samples])
-    runs["negative_prompt"] = _in_turn([sample.negative_prompt for sample in record.samples])
-    runs["class_labels"] = _in_turn([sample.class_label for sample in record.samples])
+    runs = record.runs()
+    runs["negative_prompt"] = runs.pop("negative_prompts")
     if config.method == GIVEN:
         del runs["steps"]  # its schedule has a number of its own
     taken = {name: value for name, value in runs.items() if value is not None and getattr(config, name) is None}
     return build_config(SearchCacheConfig, **{**config.model_dump(), **taken})
-
-
-def _in_turn(values: Sequence[Any]) -> tuple[Any, ...] | None:
-    """The fewest of them that give all when they are dealt in turn; None where there are none."""
-    if not values or values[0] is None:
-        return None
-    fewest = next(count for count in range(1, len(values) + 1) if all(map(eq, values, values[count:])))
-    return tuple(values[:fewest])
 
 
 def given_schedule(config: SearchCacheConfig) -> tuple[int, str]:

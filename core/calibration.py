@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +62,28 @@ class CalibrationRecord(Config):
         """Canonical text: sorted keys, UTF-8, a newline at the end."""
         return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
+    def runs(self) -> dict[str, Any]:
+        """What its runs were asked for: `steps`, `guidance_scale`, `height`, `width`, `num_frames`, and of `prompts`,
+        `negative_prompts` and `class_labels` the fewest that give those of the samples when they are dealt in turn;
+        None for what was left to the pipeline."""
+        found = {name: self.recipe.get(name) for name in ("steps", "guidance_scale", "height", "width", "num_frames")}
+        found["prompts"] = _in_turn([sample.prompt for sample in self.samples])
+        found["negative_prompts"] = _in_turn([sample.negative_prompt for sample in self.samples])
+        found["class_labels"] = _in_turn([sample.class_label for sample in self.samples])
+        return found
+
     def identity(self) -> str:
         """Hash of recipe and shards, and of all else that the values depend on, but not of the pipeline's name."""
         facts = self.model_dump(mode="json", exclude={"id", "request", "notices"})
         facts["source"] = facts["source"]["weights"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _in_turn(values: Sequence[Any]) -> tuple[Any, ...] | None:
+    if not values or values[0] is None:
+        return None
+    fewest = next(count for count in range(1, len(values) + 1) if all(map(eq, values, values[count:])))
+    return tuple(values[:fewest])
 
 
 def read_calibration(folder: Path) -> CalibrationRecord | None:

@@ -59,6 +59,7 @@ class Sighting:
     entering: UnitInput
     target: tuple[Tensor, ...] | None = None  # what the float network gives here; None where no method asks for it
     intact: UnitInput | None = None  # what enters the unit in the float network
+    weight: float = 1.0  # of its error among those of all calls
 
     @property
     def call(self) -> int:
@@ -122,14 +123,15 @@ class Block:
         return f"{inside}.{kind}" if inside else kind
 
     def error(self, rows: Mapping[str, Tensor] | None = None, biases: Mapping[str, Tensor] | None = None) -> float:
-        """||y - y^|| / ||y|| over some sightings, always the same ones, that have a target; see `run`."""
+        """||y - y^|| / ||y|| over some sightings, always the same ones, that have a target, with their weights; see
+        `run`."""
         wrong = power = 0.0
         with torch.no_grad():
             for sighting in some_sightings(self.sightings, JUDGED):
                 if sighting.target is not None:
                     for mine, wanted in zip(self.run(sighting, rows, biases), sighting.target, strict=True):
-                        wrong += float((mine - wanted).square().sum(dtype=torch.float64))
-                        power += float(wanted.square().sum(dtype=torch.float64))
+                        wrong += sighting.weight * float((mine - wanted).square().sum(dtype=torch.float64))
+                        power += sighting.weight * float(wanted.square().sum(dtype=torch.float64))
         return (wrong / max(power, 1e-30)) ** 0.5
 
     @contextmanager

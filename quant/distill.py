@@ -2,7 +2,9 @@
 same noisy samples, what the float network gives. The samples come from the float pipeline alone, so that no mistake of
 the student changes what it is shown, and no data are needed.
 
-    loss = ||e - e^||^2 / ||e||^2        e: outputs of the float network in one denoiser call, e^: of the student
+    loss = w[call] ||e - e^||^2 / ||e||^2    e: outputs of the float network in one denoiser call, e^: of the student
+
+w is 1, or, ours, in proportion to how far an error at the call moves the final sample (`calibrate/sensitivity.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -40,6 +42,8 @@ class DistillConfig(Config):
     updates: int = Field(0, ge=0)  # each looks at one call; more: better, longer; 0: as many as fit into `minutes`
     minutes: float = Field(10.0, gt=0)  # of training, when the updates are chosen
     clip: float = Field(0.0, ge=0)  # largest norm of the gradients of all parameters together; 0: any
+    # of calls in the loss; sensitivity: by how far an error in what the denoiser gives there moves the final sample
+    weigh: Literal["equally", "sensitivity"] = "equally"
 
 
 class LearnedWeight(Protocol):
@@ -105,7 +109,7 @@ class Training:
         assert sighting.target is not None
         self.optimizer.zero_grad(set_to_none=True)  # so that scales of other calls stay where they are
         with torch.enable_grad():
-            loss = relative_error(self.student.outputs(block, sighting), sighting.target)
+            loss = sighting.weight * relative_error(self.student.outputs(block, sighting), sighting.target)
             loss.backward()  # type: ignore[no-untyped-call]
         if clip:
             nn.utils.clip_grad_norm_(self.student.parameters, clip)

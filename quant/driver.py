@@ -7,6 +7,7 @@ largest layer and an interrupted run goes on where it stopped. The network itsel
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibrate.sensitivity import call_sensitivity
 from ..calibrate.store import CalibrationSet
 from ..core.bundle import BundleWriter
 from ..core.config import Config, build_config
@@ -67,7 +69,16 @@ def quantize_component(
     if calibration:
         _check_treated(stored, plans)
         family, _ = find_family(type(skeleton).__name__)
-        treatment = Treatment(name, method, method_config, writer, folder, job.config.seed, job.config.cache_gb)
+        treatment = Treatment(
+            name,
+            method,
+            method_config,
+            writer,
+            folder,
+            job.config.seed,
+            job.config.cache_gb,
+            partial(call_sensitivity, job.source.path, name, calibration.record, device="cpu", reporter=reporter),
+        )
         if target.type != "cpu":
             reporter.say(f"{job.config.method} treats the layers on the CPU, not on {target}")
         calls = calibration.of(name, dtype=torch.float32)  # as the network has it; sets may be made with --dtype

@@ -35,6 +35,7 @@ class Treatment:
     folder: Path  # of the float component
     seed: int = 0
     cache_gb: float = 4.0
+    sensitivity: Callable[[], list[float]] | None = None  # measures it for every call of the grid of the calibration
 
     def key(self, plan: LayerPlan) -> str:
         """Name of a layer in the journal."""

@@ -64,8 +64,14 @@ def _train_model(
     reporter: Reporter,
 ) -> dict[str, Treated]:
     """What the method makes of the network as a whole; the units that it starts from are in the journal."""
+    weights = _call_weights(treatment)
     sightings = [
-        Sighting(call.state, UnitInput(call.args, call.kwargs), outputs_of(call.replay(reference)))
+        Sighting(
+            call.state,
+            UnitInput(call.args, call.kwargs),
+            outputs_of(call.replay(reference)),
+            weight=weights[call.state.call] if weights and call.state else 1.0,
+        )
         for call in reporter.progress(calls, "float outputs")
     ]
     block = Block("", model, tuple(plans), sightings, rounding, named_seed(treatment.seed, "model"), reference)
@@ -73,3 +79,15 @@ def _train_model(
     checkpoint = Checkpoint(treatment.writer, f"training:{treatment.component}")
     found: dict[str, Treated] = treatment.method.finish(block, starts, treatment.config, chosen, checkpoint, reporter)
     return found
+
+
+def _call_weights(treatment: Treatment) -> list[float] | None:
+    """For every call of the grid its weight in the loss, 1 on the mean; None for equal ones."""
+    if getattr(treatment.config, "weigh", "equally") == "equally":
+        return None
+    assert treatment.sensitivity is not None
+    key = f"sensitivity:{treatment.component}"
+    if key not in treatment.writer.finished_units():
+        treatment.writer.save_unit(key, {}, {"calls": treatment.sensitivity()})
+    found: list[float] = treatment.writer.unit_record(key)["calls"]
+    return [value * len(found) / sum(found) for value in found]

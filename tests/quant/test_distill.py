@@ -151,6 +151,26 @@ def test_what_the_student_makes_of_a_sample_changes_nothing_that_it_is_shown(sce
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_a_call_that_weighs_more_ends_nearer(scene):
+    block, starts = scene()
+
+    def errors(heavy):
+        weighed = [replace(one, weight=3.7 if one.call == heavy else 0.1) for one in block.sightings]
+        found = train(replace(block, sightings=weighed), starts)
+        alone = [replace(block, sightings=[one for one in block.sightings if one.call == call]) for call in (0, 3)]
+        return [error_of(part, found) for part in alone]
+
+    first, last = errors(0), errors(3)
+    assert first[0] < last[0]
+    assert first[1] > last[1]
+
+
+def test_equal_weights_train_as_none_do(scene):
+    block, starts = scene()
+    weighed = replace(block, sightings=[replace(one, weight=1.0) for one in block.sightings])
+    assert equal(train(weighed, starts, 20), train(*scene(), 20))
+
+
 def test_a_call_trains_its_own_scales_and_no_momentum_moves_the_others(scene):
     block, starts = scene()
     student = student_of(block, starts, EfficientDMConfig(updates=8))

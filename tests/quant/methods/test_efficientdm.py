@@ -14,7 +14,7 @@ from dacc.core.families import find_family
 from dacc.core.manifest import read_manifest
 from dacc.core.reporter import silent
 from dacc.core.scheme import Scheme
-from dacc.quant import distill
+from dacc.quant import distill, whole_network
 from dacc.quant.config import QuantizeConfig
 from dacc.quant.distill import Training
 from dacc.quant.methods.efficientdm import CONFIG, INSIDE, EfficientDMConfig, QALoRA, base_of, decide, student_of
@@ -299,6 +299,20 @@ def again(dit_folder, calibration_of, tmp_path, files_of):
 
 def weights_of(files):
     return {name: content for name, content in files.items() if name.endswith(".safetensors")}
+
+
+def test_calls_weigh_in_the_loss_as_an_error_there_moves_the_result(dit_folder, quantize_watched, monkeypatch):
+    seen = []
+    weighing = whole_network.Sighting
+
+    def watched(state, *arguments, weight=1.0, **fields):
+        seen.append((state.call, weight))
+        return weighing(state, *arguments, weight=weight, **fields)
+
+    monkeypatch.setattr("dacc.quant.driver.call_sensitivity", lambda *_, **__: [4.0, 1.0, 1.0])
+    monkeypatch.setattr(whole_network, "Sighting", watched)
+    quick(quantize_watched, dit_folder, settings={"updates": 2, "weigh": "sensitivity"})
+    assert dict(seen) == {0: 2.0, 1: 0.5, 2: 0.5}
 
 
 def test_the_same_seed_gives_the_same_bytes(dit_folder, quantize_watched, files_of, again):
