@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..core.cache_plan import Unit, UnitMacs
+from ..core.cache_plan import CacheRecord, Unit, UnitMacs
 from ..core.config import Config, Document, build_config
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.reporter import Reporter
@@ -25,7 +25,7 @@ from .files import parse_costs
 from .given import import_component
 from .profile import CallCost
 from .run import request_of
-from .scene import aim_of, scene_of
+from .scene import Aim, aim_of, scene_of
 from .units import choose_units
 
 
@@ -99,9 +99,9 @@ def _preview_component(
         config, method = job.config.model_copy(update={"method": name}), METHODS.load(name)
         whole = getattr(method, "WHOLE", False)
         known = parse_costs(job.costs, component) or costs.get(whole, ())
-        preview = _PREVIEWS[getattr(method, "UNITS", "one")]
+        weights = job.hashes[component]
         try:
-            found[name] = preview(pipe, component, config, method, job.hashes[component], request, reporter, known)
+            found[name] = _preview_method(pipe, component, config, method, weights, request, reporter, known)
         except (ConfigError, UnsupportedError) as error:
             if name == names[-1] and not found:
                 raise
@@ -112,7 +112,7 @@ def _preview_component(
     return ComponentPreview(class_name=type(pipe.components[component]).__name__, methods=found, out_of_reach=refused)
 
 
-def _one_unit(
+def _preview_method(
     pipe: Any,
     component: str,
     config: SearchCacheConfig,
@@ -122,8 +122,28 @@ def _one_unit(
     reporter: Reporter,
     known: Sequence[CallCost],
 ) -> MethodPreview:
+    kind = getattr(method, "UNITS", "one")
+    if kind == "given":
+        record = import_component(pipe, component, config, request, weights, reporter).record
+        remove_plans_(pipe)
+        return _of_record(record)
     settings = build_config(method.CONFIG, **config.settings)
-    aim = aim_of(pipe, component, config, method, settings, request, reporter, known)
+    if kind == "one":
+        return _of_aim(aim_of(pipe, component, config, method, settings, request, reporter, known))
+    check_installed()
+    units = choose_units(pipe.components[component], config.unit)
+    scene = scene_of(pipe, component, units, config, request, reporter)
+    cost = scene.measured_cost(known, reporter) if config.speedup is not None else None
+    return MethodPreview(
+        calls=scene.window.calls,
+        macs=scene.macs.full,
+        units=_shares(units, scene.macs),
+        macs_ratio=limit_of(config, scene, cost),
+        cost=cost,
+    )
+
+
+def _of_aim(aim: Aim) -> MethodPreview:
     calls, macs = aim.scene.window.calls, aim.scene.macs
     skipping = 1 - (macs.units[aim.unit.id] - aim.mixing) / macs.full
     return MethodPreview(
@@ -136,40 +156,8 @@ def _one_unit(
     )
 
 
-def _many_units(
-    pipe: Any,
-    component: str,
-    config: SearchCacheConfig,
-    method: ModuleType,
-    weights: str,
-    request: RunRequest,
-    reporter: Reporter,
-    known: Sequence[CallCost],
-) -> MethodPreview:
-    build_config(method.CONFIG, **config.settings)
-    check_installed()
-    units = choose_units(pipe.components[component], config.unit)
-    scene = scene_of(pipe, component, units, config, request, reporter)
-    cost = scene.measured_cost(known, reporter) if config.speedup is not None else None
-    limit = limit_of(config, scene, cost)
-    return MethodPreview(
-        calls=scene.window.calls, macs=scene.macs.full, units=_shares(units, scene.macs), macs_ratio=limit, cost=cost
-    )
-
-
-def _given_units(
-    pipe: Any,
-    component: str,
-    config: SearchCacheConfig,
-    method: ModuleType,
-    weights: str,
-    request: RunRequest,
-    reporter: Reporter,
-    known: Sequence[CallCost],
-) -> MethodPreview:
-    record = import_component(pipe, component, config, request, weights, reporter).record
+def _of_record(record: CacheRecord) -> MethodPreview:
     plan = record.plan
-    remove_plans_(pipe)
     return MethodPreview(
         calls=plan.calls,
         macs=plan.macs.full,
@@ -177,9 +165,6 @@ def _given_units(
         computed=float(record.chosen["computed"]),
         macs_ratio=record.macs_ratio,
     )
-
-
-_PREVIEWS = {"one": _one_unit, "many": _many_units, "given": _given_units}
 
 
 def _shares(units: Sequence[Unit], macs: UnitMacs) -> dict[str, float]:

@@ -60,14 +60,12 @@ class Aim:
 
     Args:
         mixing: multiply-accumulates that correcting one call that reuses may take.
-        partial: what a call costs that skips the unit, 1 for a full one, in the measure of the target.
         computed: K, for methods that choose so many calls.
     """
 
     scene: Scene
     cost: CallCost | None  # in seconds, where the target is in them
     mixing: int
-    partial: float
     computed: int
 
     @property
@@ -126,11 +124,11 @@ def aim_of(
         # what a correction takes in seconds is not timed: it is taken to follow its multiply-accumulates
         partial = cost.partial_seconds / cost.full_seconds + mixing / macs.full
         computed = computed_calls(calls, 1 / config.speedup, partial, wish="speedup", least=least)
-        return Aim(scene, cost, mixing, partial, computed)
+        return Aim(scene, cost, mixing, computed)
     assert config.macs_ratio is not None
     partial = 1 - (macs.units[unit.id] - mixing) / macs.full
     computed = computed_calls(calls, config.macs_ratio, partial, wish="macs", least=least)
-    return Aim(scene, None, mixing, partial, computed)
+    return Aim(scene, None, mixing, computed)
 
 
 def ranks_of(settings: Any) -> int:

@@ -165,12 +165,6 @@ def test_a_call_that_weighs_more_ends_nearer(scene):
     assert first[1] > last[1]
 
 
-def test_equal_weights_train_as_none_do(scene):
-    block, starts = scene()
-    weighed = replace(block, sightings=[replace(one, weight=1.0) for one in block.sightings])
-    assert equal(train(weighed, starts, 20), train(*scene(), 20))
-
-
 def test_a_call_trains_its_own_scales_and_no_momentum_moves_the_others(scene):
     block, starts = scene()
     student = student_of(block, starts, EfficientDMConfig(updates=8))
