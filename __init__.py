@@ -1,7 +1,7 @@
 """dacc: offline compression of Hugging Face diffusers pipelines.
 
-This face is light: names are resolved at first use, and the quantization method registers itself with diffusers when
-diffusers is imported, before or after dacc.
+This face is light: names are resolved at first use. When diffusers is imported, before or after dacc, the quantization
+method registers itself, and diffusers' own loader is made to say that it does not run the cache plan of a bundle.
 """
 
 from __future__ import annotations
@@ -73,3 +73,10 @@ def _register(_module: Any) -> None:
     from .runtime.diffusers_quantizer import register
 
     register()
+
+
+@wrapt.when_imported("diffusers.pipelines.pipeline_utils")
+def _tell_of_plans(module: Any) -> None:
+    from .runtime.plain_load import tell_of_plans
+
+    wrapt.wrap_function_wrapper(module, "DiffusionPipeline.from_pretrained", tell_of_plans)

@@ -111,7 +111,7 @@ def search_cache(
 
     _tell_replaced(job, reporter)
     check_calibration(job, reporter)
-    pipe: Any = load_source(job.source, device=device, cached=False, reporter=reporter)
+    pipe: Any = load_source(job.source, device=device, dtype=job.config.dtype, cached=False, reporter=reporter)
     with BundleWriter(
         job.source.path,
         target,

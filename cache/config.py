@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -40,6 +40,7 @@ class SearchCacheConfig(Config):
     num_frames: int | None = Field(None, ge=1)  # of clips
     samples: int = Field(8, ge=1)  # runs that are profiled, for methods that look at the model
     batch_size: int = Field(8, ge=1)  # of these runs; larger: faster, more memory
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of these runs, and of the timed ones
     rule: StepRule = "nearest"  # on another grid: follow the noise levels, or refuse
     component: tuple[str, ...] = ()  # empty: all denoisers
     settings: dict[str, Any] = Field(default_factory=dict)  # the method's own fields

@@ -50,4 +50,10 @@ class FloatReference:
     @cached_property
     def _loaded(self) -> Any:
         assert self._job.reference is not None
-        return load_source(self._job.reference, device=self._device, cached=False, reporter=self._reporter)
+        return load_source(
+            self._job.reference,
+            device=self._device,
+            dtype=self._job.config.dtype,
+            cached=False,
+            reporter=self._reporter,
+        )

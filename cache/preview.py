@@ -75,7 +75,7 @@ def preview_search(
     """
     job = prepare(source, config, reporter, cost_profile, reference, calib)
     check_calibration(job, reporter)
-    pipe: Any = load_source(job.source, device=device, cached=False, reporter=reporter)
+    pipe: Any = load_source(job.source, device=device, dtype=job.config.dtype, cached=False, reporter=reporter)
     request = request_of(job)
     tell_of_prompts(pipe, request, reporter)
     assert job.config.steps is not None

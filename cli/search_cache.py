@@ -85,6 +85,7 @@ def search_cache(
     num_frames: options.FramesOption = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Runs to profile; more: a surer plan.")] = 8,
     batch_size: options.BatchSizeOption = 8,
+    dtype: options.DtypeOption = "auto",
     rule: Annotated[
         str,
         typer.Option(
@@ -165,6 +166,7 @@ def search_cache(
         num_frames=num_frames,
         samples=samples,
         batch_size=batch_size,
+        dtype=dtype,
         rule=rule,
         component=component or (),
         settings=parse_settings(setting or []),

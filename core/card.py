@@ -50,12 +50,14 @@ def _source_metadata(source_folder: Path) -> dict[str, Any]:
 
 
 def _body(manifest: Manifest) -> str:
+    planned = any(record.cache for record in manifest.components.values())
     lines = [
         f"# {manifest.source.name}, compressed by dacc",
         "",
         "```python",
         "import dacc",
-        'pipe = dacc.load("this/folder")  # or: import dacc, then diffusers.DiffusionPipeline.from_pretrained(...)',
+        'pipe = dacc.load("this/folder")  # or: import dacc, then diffusers.DiffusionPipeline.from_pretrained(...)'
+        + (", which does not run the cache plan" if planned else ""),
         "```",
         "",
         "| component | class | parameters | float32 bytes | bytes here | share | scheme |",

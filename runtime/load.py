@@ -21,6 +21,7 @@ from .correction import read_correction
 from .diffusers_quantizer import register
 from .installed import install_plan_
 from .layers import set_prefer_
+from .plain_load import loaded_by_us
 from .plan import check_record
 from .quantized_layer import Prefer
 from .skeleton import build_skeleton
@@ -134,7 +135,8 @@ def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
     """diffusers' loader with its failures told in our words."""
     logging.disable_progress_bar()
     try:
-        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+        with loaded_by_us():
+            return DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said:

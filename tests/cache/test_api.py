@@ -18,6 +18,7 @@ from dacc.core.errors import BundleError, ConfigError, ModelError, QualityError,
 from dacc.core.manifest import Manifest, read_manifest
 from dacc.core.reporter import Reporter, silent
 from dacc.core.seeds import seed_stream
+from dacc.runtime.cached import CachePlanWarning
 from dacc.runtime.compare import relative_l2
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import sample
@@ -78,7 +79,9 @@ def test_a_search_gives_an_intact_bundle_whose_plan_the_loader_installs(request,
         full_latents = sample(pipe, REQUEST).latents
     wanted = sample(dacc.load(source, device="cpu"), REQUEST).latents
     assert torch.equal(full_latents, wanted)
-    plain = diffusers.DiffusionPipeline.from_pretrained(bundle)
+    with pytest.warns(CachePlanWarning, match=f"{name} of .* dacc.load") as told:
+        plain = diffusers.DiffusionPipeline.from_pretrained(bundle)
+    assert [warning.filename for warning in told] == [__file__]  # once, and where the user wrote it
     assert torch.equal(sample(plain, REQUEST).latents, wanted)
     assert not torch.equal(cached_latents, full_latents)
 

@@ -234,25 +234,29 @@ def test_a_quantized_source_is_compared_with_the_float_one_where_that_is_found(u
 
 @pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize(
-    ("method", "own"),
+    ("method", "own", "dtype"),
     [
-        ("taylor", {"order": 1}),
-        ("dp", {"layers": False, "rank": 0}),
-        ("dp", {"layers": False, "rank": 0, "cost": "feature"}),
+        ("taylor", {"order": 1}, "auto"),
+        ("taylor", {"order": 1}, "bfloat16"),
+        ("dp", {"layers": False, "rank": 0}, "auto"),
+        ("dp", {"layers": False, "rank": 0}, "bfloat16"),
+        ("dp", {"layers": False, "rank": 0, "cost": "feature"}, "auto"),
     ],
 )
 def test_runs_on_a_quantized_source_are_compared_with_the_float_one_with_what_is_fitted(
-    unet_folder, bundle_of, tmp_path, method, own, joint
+    unet_folder, bundle_of, tmp_path, method, own, dtype, joint
 ):
     source = shutil.copytree(bundle_of(unet_folder, bits=3), tmp_path / "near")
     shutil.copytree(unet_folder, tmp_path / unet_folder.name)
     settings = {"joint": joint, "trials": 2, **own}
-    config = SearchCacheConfig(**{**QUICK, "method": method}, settings=settings)
+    config = SearchCacheConfig(**{**QUICK, "method": method}, dtype=dtype, settings=settings)
     bundle = search_cache(source, config, output=tmp_path / "found", device="cpu")
     told = read_manifest(bundle).components["unet"].cache.chosen["relative_l2"]
     request = RunRequest(seeds=seed_stream("trials", 0, QUICK["samples"]), num_inference_steps=8)
-    reference = dacc.load(unet_folder if joint else source, device="cpu")
-    wanted, found = (sample(pipe, request).latents for pipe in (reference, dacc.load(bundle, device="cpu")))
+    reference = dacc.load(unet_folder if joint else source, dtype=dtype, device="cpu")
+    wanted, found = (
+        sample(pipe, request).latents for pipe in (reference, dacc.load(bundle, dtype=dtype, device="cpu"))
+    )
     assert told == pytest.approx(typical(relative_l2(wanted, found)), rel=1e-3)
 
 
