@@ -97,6 +97,14 @@ ROWS: dict[str, Row] = {
     "efficientdm": Row(
         CHANNEL | {"method": "efficientdm", "settings": {"updates": 1000}}, {}, True, ROUNDED, calibration=FEW
     ),
+    "efficientdm (12000 updates, weighed)": Row(
+        CHANNEL | {"method": "efficientdm", "settings": {"updates": 12000, "weigh": "sensitivity"}},
+        {},
+        True,
+        ("W4A4",),
+        calibration=FEW | {"samples": 256},
+        swept=True,
+    ),
     "efficientdm (6000 updates, weighed)": Row(
         CHANNEL | {"method": "efficientdm", "settings": {"updates": 6000, "weigh": "sensitivity"}},
         {},

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibrate.store import CalibrationSet
 from ..core.errors import UnsupportedError
 from ..core.families import Family
 from ..core.memory import give_back_memory
@@ -75,8 +74,6 @@ def quantize_units(
         treatment.cache_gb,
         model,
         calls,
-        _moments(calls),
-        calls.largest if isinstance(calls, CalibrationSet) else calls[0],
         [unit.name for unit in units],
         walks=2 if method.UNIT == "block" else 1,
         seed=treatment.seed,
@@ -93,18 +90,11 @@ def quantize_units(
     if hasattr(method, "finish"):
         whole = [plan for plan in plans if plan.scheme]
         intact = reference or load_float(treatment.folder, model)
-        finish_model(treatment, model, intact, whole, walking, rounding, chosen, reporter)
+        finish_model(treatment, model, intact, whole, calls, rounding, chosen, reporter)
     multiplying = [plan for plan in plans if not isinstance(model.get_submodule(plan.name), nn.Embedding)]
     _tell_of_baselines(treatment, multiplying, reporter)
     _tell_of_guesses(treatment, multiplying, reporter)
     return chosen
-
-
-def _moments(calls: Sequence[DenoiserCall]) -> Sequence[int]:
-    """At which call of its run each was made; a set on the disk tells it without loading them."""
-    if isinstance(calls, CalibrationSet):
-        return calls.moments
-    return [call.state.call if call.state else 0 for call in calls]
 
 
 def _blocks(

@@ -1,4 +1,4 @@
-"""How much a call holds while it stands still in front of a unit, and how many calls may therefore walk at once."""
+"""How much a call holds, in front of a unit or in training, and how many may therefore be held at once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..calibrate.store import CalibrationSet
 from ..core.errors import ResourceError
 from ..core.reporter import Reporter
 from ..core.seeds import named_seed
 from ..runtime.clock import fixed_run
 from ..runtime.trajectory import DenoiserCall
+from .block import outputs_of
 from .walk import UnitInput, Walk
 
 GIGABYTE = 1e9
@@ -25,38 +27,69 @@ def calls_within(
     budget_gb: float,
     model: nn.Module,
     calls: Sequence[DenoiserCall],
-    moments: Sequence[int],
-    largest: DenoiserCall,
     units: Sequence[str],
     *,
     walks: int,
     seed: int,
     reporter: Reporter,
 ) -> tuple[Sequence[DenoiserCall], int]:
-    """All calls, or as many as stay within the budget, drawn at random so that all moments of the run have their share;
-    a notice says so. Others are not loaded. And the bytes that they hold together.
+    """The calls that may walk through the network at once, see `drawn_within`; and the bytes that they hold together.
 
     Args:
-        moments: at which call of its run each was made.
-        largest: one with the most samples.
         walks: networks that every call walks through.
 
     Raises:
         ResourceError: not even one call fits.
     """
-    each = held_bytes(model, largest, units, walks=walks)
+    each = held_bytes(model, _largest(calls), units, walks=walks)
+    found = drawn_within(budget_gb, each, calls, "on its way through the network", seed=seed, reporter=reporter)
+    return found, each * len(found)
+
+
+def calls_to_train_on(
+    budget_gb: float, reference: nn.Module, calls: Sequence[DenoiserCall], *, seed: int, reporter: Reporter
+) -> list[DenoiserCall]:
+    """The calls whose inputs and float outputs are held together, see `drawn_within`.
+
+    Raises:
+        ResourceError: not even one call fits.
+    """
+    call = _largest(calls)
+    each = _bytes_of((call.args, call.kwargs, outputs_of(call.replay(reference))))
+    return drawn_within(budget_gb, each, calls, "while the network is trained", seed=seed, reporter=reporter)
+
+
+def drawn_within(
+    budget_gb: float, each: int, calls: Sequence[DenoiserCall], when: str, *, seed: int, reporter: Reporter
+) -> list[DenoiserCall]:
+    """All calls, or as many as stay within the budget, drawn at random so that all moments of the run have their share;
+    a notice says so. Others are not loaded.
+
+    Args:
+        each: bytes that a call holds.
+        when: it holds them, for messages.
+
+    Raises:
+        ResourceError: not even one call fits.
+    """
     fitting = int(budget_gb * GIGABYTE / max(1, each))
     if fitting >= len(calls):
-        return list(calls), each * len(calls)
+        return list(calls)
     if fitting < 1:
         raise ResourceError(
-            f"one call of the calibration set holds {each / GIGABYTE:.1f} GB on its way through the network.",
+            f"one call of the calibration set holds {each / GIGABYTE:.1f} GB {when}.",
             f"The budget is {budget_gb:g} GB.",
             "Raise --cache-gb, or make a set with a smaller --batch-size.",
         )
-    reporter.notice(f"{fitting} of the {len(calls)} calls of the calibration set fit into {budget_gb:g} GB.")
+    reporter.notice(f"{fitting} of the {len(calls)} calls of the calibration set fit into {budget_gb:g} GB {when}.")
+    moments = calls.moments if isinstance(calls, CalibrationSet) else [c.state.call if c.state else 0 for c in calls]
     generator = torch.Generator().manual_seed(named_seed(seed, "calls"))
-    return [calls[place] for place in spread_over(moments, fitting, generator)], each * fitting
+    return [calls[place] for place in spread_over(moments, fitting, generator)]
+
+
+def _largest(calls: Sequence[DenoiserCall]) -> DenoiserCall:
+    """One with the most samples; of a set on the disk the only one that is loaded."""
+    return calls.largest if isinstance(calls, CalibrationSet) else calls[0]
 
 
 def spread_over(moments: Sequence[int], count: int, generator: torch.Generator) -> list[int]:

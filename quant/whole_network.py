@@ -12,6 +12,7 @@ from ..core.seeds import named_seed
 from ..runtime.trajectory import DenoiserCall
 from .block import Block, Sighting, Treated, outputs_of
 from .checkpoint import Checkpoint
+from .held import calls_to_train_on
 from .plan import LayerPlan
 from .simulate import RoundedInputs
 from .treatment import Treatment, entry
@@ -32,6 +33,7 @@ def finish_model(
 
     Args:
         reference: the float network.
+        calls: what enters it; of these as many are trained on as fit into the budget.
     """
     done = f"trained:{treatment.component}"
     if done in treatment.writer.finished_units():
@@ -65,6 +67,8 @@ def _train_model(
 ) -> dict[str, Treated]:
     """What the method makes of the network as a whole; the units that it starts from are in the journal."""
     weights = _call_weights(treatment)
+    seed = named_seed(treatment.seed, "model")
+    held = calls_to_train_on(treatment.cache_gb, reference, calls, seed=seed, reporter=reporter)
     sightings = [
         Sighting(
             call.state,
@@ -72,9 +76,9 @@ def _train_model(
             outputs_of(call.replay(reference)),
             weight=weights[call.state.call] if weights and call.state else 1.0,
         )
-        for call in reporter.progress(calls, "float outputs")
+        for call in reporter.progress(held, "float outputs")
     ]
-    block = Block("", model, tuple(plans), sightings, rounding, named_seed(treatment.seed, "model"), reference)
+    block = Block("", model, tuple(plans), sightings, rounding, seed, reference)
     starts = {plan.name: treatment.stored(plan) for plan in plans}
     checkpoint = Checkpoint(treatment.writer, f"training:{treatment.component}")
     found: dict[str, Treated] = treatment.method.finish(block, starts, treatment.config, chosen, checkpoint, reporter)

@@ -1,12 +1,11 @@
-from collections.abc import Sequence
-
 import pytest
 import torch
 from torch import nn
 
+from dacc.calibrate.store import CalibrationSet
 from dacc.core.errors import ResourceError
 from dacc.core.reporter import Reporter
-from dacc.quant.held import calls_within, held_bytes, spread_over
+from dacc.quant.held import calls_to_train_on, calls_within, held_bytes, spread_over
 from dacc.runtime.trajectory import DenoiserCall
 
 UNITS = ["0", "2", "4"]
@@ -22,9 +21,7 @@ def calls(count, rows=500):
 
 def chosen(budget_gb, count=20, seed=0, walks=1):
     reporter = Reporter(quiet=True)
-    found, _ = calls_within(
-        budget_gb, network(), calls(count), [0] * count, calls(1)[0], UNITS, walks=walks, seed=seed, reporter=reporter
-    )
+    found, _ = calls_within(budget_gb, network(), calls(count), UNITS, walks=walks, seed=seed, reporter=reporter)
     return [int(call.args[0][0, 0]) for call in found], reporter.notices
 
 
@@ -44,8 +41,10 @@ def test_two_walks_hold_twice_as_much_and_what_the_float_unit_gives():
     assert held_bytes(network(), call, UNITS[:1], walks=2) == inputs + wide
 
 
-class OnDisk(Sequence):
+class OnDisk(CalibrationSet):
     """Calls that are loaded when they are asked for."""
+
+    moments = (0,) * 20
 
     def __init__(self, held):
         self.held, self.loaded = held, []
@@ -57,6 +56,10 @@ class OnDisk(Sequence):
         self.loaded.append(place)
         return self.held[place]
 
+    @property
+    def largest(self):
+        return self.held[0]
+
 
 def test_calls_that_do_not_fit_are_not_loaded():
     stored, each = OnDisk(calls(20)), held_bytes(network(), calls(1)[0], UNITS)
@@ -64,14 +67,23 @@ def test_calls_that_do_not_fit_are_not_loaded():
         3.5 * each / 1e9,
         network(),
         stored,
-        [0] * 20,
-        calls(1)[0],
         UNITS,
         walks=1,
         seed=0,
         reporter=Reporter(quiet=True),
     )
     assert stored.loaded == [int(call.args[0][0, 0]) for call in found]
+
+
+def test_a_call_that_is_trained_on_holds_its_inputs_and_the_float_outputs_alone():
+    each, reporter = 4 * 500 * (8 + 3), Reporter(quiet=True)
+    for fitting in (5, 20):
+        budget = (fitting + 0.5) * each / 1e9
+        found = calls_to_train_on(budget, network(), calls(20), seed=0, reporter=reporter)
+        assert len(found) == fitting
+    (notice,) = reporter.notices
+    assert notice.startswith("5 of the 20 calls of the calibration set fit into")
+    assert notice.endswith("while the network is trained.")
 
 
 def test_all_calls_are_taken_where_they_fit():

@@ -315,6 +315,25 @@ def test_calls_weigh_in_the_loss_as_an_error_there_moves_the_result(dit_folder, 
     assert dict(seen) == {0: 2.0, 1: 0.5, 2: 0.5}
 
 
+def test_calls_that_did_not_fit_on_their_way_through_the_network_are_trained_on_all_the_same(
+    dit_folder, quantize_watched, monkeypatch
+):
+    seen, sightings = [], whole_network.Sighting
+
+    def watched(*arguments, **fields):
+        seen.append(arguments[0].call)
+        return sightings(*arguments, **fields)
+
+    def few(budget_gb, model, calls, units, **_):
+        return list(calls[:3]), 0
+
+    monkeypatch.setattr("dacc.quant.calibrated.calls_within", few)
+    monkeypatch.setattr(whole_network, "Sighting", watched)
+    quick(quantize_watched, dit_folder, settings={"updates": 2})
+    assert sorted(seen) == sorted([0, 1, 2] * (len(seen) // 3))
+    assert len(seen) > 3
+
+
 def test_the_same_seed_gives_the_same_bytes(dit_folder, quantize_watched, files_of, again):
     assert again() == weights_of(files_of(quick(quantize_watched, dit_folder).bundle))
 
