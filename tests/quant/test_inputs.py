@@ -26,7 +26,6 @@ from dacc.core.manifest import read_manifest
 from dacc.core.reporter import Reporter, silent
 from dacc.core.source import resolve_source
 from dacc.quant.api import prepare
-from dacc.quant.methods import gptq
 from dacc.runtime.trajectory import DenoiserCall
 
 SMALL = CalibrateConfig(samples=2, steps=2, timesteps=2, batch_size=2)
@@ -190,9 +189,9 @@ def test_on_an_accelerator_it_says_that_the_layers_are_treated_on_the_cpu(
     assert [line for line in said if "gptq treats the layers on the CPU, not on cuda" in line]
 
 
-def test_only_the_calls_that_fit_are_read_and_trained_on(dit_folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_only_the_calls_that_fit_are_read(dit_folder: Path, tmp_path: Path, monkeypatch) -> None:
     calib = calibrate_pipeline(dit_folder, SMALL.model_copy(update={"batch_size": 1}), output=tmp_path / "set")
-    read, finished, call = [], [], _Shard.call
+    read, call, reporter = [], _Shard.call, Reporter(quiet=True)
 
     def watched(shard: _Shard, place: int) -> DenoiserCall:
         read.append((shard.number, place))
@@ -200,12 +199,10 @@ def test_only_the_calls_that_fit_are_read_and_trained_on(dit_folder: Path, tmp_p
 
     monkeypatch.setattr(_Shard, "call", watched)
     monkeypatch.setattr("dacc.quant.held.held_bytes", lambda *_, **__: 1_000_000)
-    monkeypatch.setattr(gptq, "finish", None, raising=False)
-    monkeypatch.setattr("dacc.quant.calibrated.finish_model", lambda *given: finished.extend(given[4]))
     config = GPTQ.model_copy(update={"cache_gb": 0.0025})
-    quantize_pipeline(dit_folder, config, calib=calib, output=tmp_path / "out", device="cpu")
-    assert len(finished) == 2
-    assert len(set(read)) <= 3 < len(open_calibration(calib))  # these two, and the first one to measure
+    quantize_pipeline(dit_folder, config, calib=calib, output=tmp_path / "out", device="cpu", reporter=reporter)
+    assert [notice for notice in reporter.notices if notice.startswith("2 of the ")]
+    assert 2 <= len(set(read)) <= 3 < len(open_calibration(calib))  # these two, and the first one to measure
 
 
 def test_the_set_of_another_model_is_refused_before_anything_is_written(
