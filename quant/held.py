@@ -42,7 +42,7 @@ def calls_within(
         ResourceError: not even one call fits.
     """
     each = held_bytes(model, _largest(calls), units, walks=walks)
-    found = drawn_within(budget_gb, each, calls, "on its way through the network", seed=seed, reporter=reporter)
+    found = drawn_within(budget_gb, each, calls, "on the way through the network", seed=seed, reporter=reporter)
     return found, each * len(found)
 
 
