@@ -44,10 +44,9 @@ def cell_options(bench: Bench, target: str, row: str) -> dict[str, Any]:
     if row in PEERS:
         return {"peer": PEERS[row].package, "macs_ratio": round(1 / TARGETS[target], 6), "steps": steps}
     wanted = ROWS[row]
-    taken = steps // 2 if wanted.halved else steps
-    ratio = round(steps / taken / TARGETS[target], 6)
+    ratio = round(1 / TARGETS[target], 6)
     named = {} if wanted.unit == "auto" else {"unit": wanted.unit}
-    return {"method": wanted.method, "settings": wanted.settings, "macs_ratio": ratio, "steps": taken, **named}
+    return {"method": wanted.method, "settings": wanted.settings, "macs_ratio": ratio, "steps": steps, **named}
 
 
 def treat(bench: Bench, source: str, row: str, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Seen]:
@@ -74,19 +73,19 @@ def _searched(bench: Bench, source: str, options: dict[str, Any], folder: Path) 
     assert manifest is not None
     (record,) = (record.cache for record in manifest.components.values() if record.cache)
     pipe = bench.load(str(bundle))
-    one, taken = _one(bench), {"num_inference_steps": options["steps"]}
+    one = _one(bench)
 
     def full() -> float:
         with no_cache(pipe):
             return loop_seconds(pipe, one)
 
     facts = {
-        "macs_ratio": record.macs_ratio * options["steps"] / one.num_inference_steps,
+        "macs_ratio": record.macs_ratio,
         "codes": record.plan.codes if len(record.plan.codes) == 1 else {},
-        "speedup": speedup(full, lambda: loop_seconds(pipe, one.model_copy(update=taken))),
+        "speedup": speedup(full, lambda: loop_seconds(pipe, one)),
         **json.loads(notes.read_text()),
     }
-    return facts, bench.see(lambda: pipe, folder / IMAGES, bench.request.model_copy(update=taken))
+    return facts, bench.see(lambda: pipe, folder / IMAGES, bench.request)
 
 
 def _fewer(bench: Bench, source: str, options: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Seen]:

@@ -28,7 +28,6 @@ class Row:
     sources: tuple[str, ...] = (FLOAT,)
     pipelines: tuple[str, ...] = PIPELINES
     targets: tuple[str, ...] = tuple(TARGETS)
-    halved: bool = False  # half the steps, and a plan for what is left to save
     slow: bool = False  # measured when it is named
     unit: str = "auto"  # of `--unit`
 
@@ -39,7 +38,7 @@ ROWS: dict[str, Row] = {
     "power law": Row("deepcache", {"form": "code"}),
     "encoder": Row("encoder", pipelines=UNETS),
     "taylor": Row("taylor", sources=EVERYWHERE),
-    "taylor, half the steps": Row("taylor", targets=("3x", "5x"), halved=True),
+    "taylor, of the body": Row("taylor", targets=("3x", "5x"), unit="body"),
     "taylor, behind a cut": Row("taylor", pipelines=UNETS, targets=("3x", "5x"), unit="cut:0.0"),
     "taylor, even": Row("taylor", {"spacing": "even", "warmup": 2, "order": 1}),
     "taylor, even, order 2": Row("taylor", {"spacing": "even", "warmup": 2}),

@@ -19,6 +19,7 @@ from .config import METHODS, TRIED, SearchCacheConfig
 from .objective import typical
 from .profile import CallCost
 from .search import Found, other_samples, search_component
+from .units import unit_text
 
 
 def search_auto(
@@ -40,16 +41,16 @@ def search_auto(
     wanted = sample(reference or pipe, others).latents
     found: dict[str, Found] = {}
     errors: dict[str, float] = {}
-    costs: dict[bool, tuple[CallCost, ...]] = {}  # of the units that methods treat: calls of each are timed once
+    costs: dict[str, tuple[CallCost, ...]] = {}  # of the units that methods treat: calls of each are timed once
     for name in TRIED:
         method = METHODS.load(name)
-        whole = getattr(method, "WHOLE", False)
+        unit = unit_text(config.unit, name, method)
         own = config.model_copy(update={"method": name})
         try:
             plan = search_component(
-                pipe, component, own, method, request, weights, reporter, known_costs or costs.get(whole, ()), reference
+                pipe, component, own, method, request, weights, reporter, known_costs or costs.get(unit, ()), reference
             )
-            costs[whole] = plan.costs
+            costs[unit] = plan.costs
             errors[name] = _error(pipe, component, plan, others, wanted)
         except (ConfigError, UnsupportedError) as error:
             if name == TRIED[-1] and not found:

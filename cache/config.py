@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..core.cache_plan import BlockRange, ModuleUnit, UnetBody, UnetCut, UnetEncoder, Unit
+from ..core.cache_plan import BlockRange, DenoiserOutput, ModuleUnit, UnetBody, UnetCut, UnetEncoder, Unit
 from ..core.config import Config, build_config
 from ..core.errors import ConfigError
 from ..core.registry import Registry
@@ -20,7 +20,10 @@ TRIED = ("deepcache", "taylor", "dp")  # by auto
 GIVEN = "ecad"  # the method that takes a schedule from a file
 DEFAULT_SPEEDUP = 2.0
 DEFAULT_STEPS = 50
-UNIT_FORMS = "auto, cut:BLOCK.LAYER, encoder, body, blocks:FIRST-END or module:NAME"
+UNIT_FORMS = "auto, cut:BLOCK.LAYER, encoder, body, output, blocks:FIRST-END or module:NAME"
+# those whose name says all
+_NAMED: dict[str, type[UnetEncoder | UnetBody | DenoiserOutput]]
+_NAMED = {"encoder": UnetEncoder, "body": UnetBody, "output": DenoiserOutput}
 
 
 class SearchCacheConfig(Config):
@@ -120,15 +123,13 @@ def parse_unit(text: str, stacks: tuple[str, ...]) -> Unit:
     Raises:
         ValueError: another form.
     """
+    if text in _NAMED:
+        return _NAMED[text](id=text)
     kind, _, where = text.partition(":")
     try:
         if kind == "cut":
             block, _, layer = where.partition(".")
             return UnetCut(id="deep", block=int(block), layer=int(layer or 0))
-        if kind == "encoder" and not where:
-            return UnetEncoder(id="encoder")
-        if kind == "body" and not where:
-            return UnetBody(id="body")
         if kind == "blocks":
             first, _, end = where.partition("-")
             return BlockRange(id="body", stacks=stacks, first=int(first), end=int(end))
@@ -147,4 +148,4 @@ def unit_name(unit: Unit) -> str:
         return f"blocks:{unit.first}-{unit.end}"
     if isinstance(unit, ModuleUnit):
         return f"module:{unit.path}"
-    return "encoder" if isinstance(unit, UnetEncoder) else "body"
+    return next(name for name, kind in _NAMED.items() if isinstance(unit, kind))

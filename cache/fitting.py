@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -45,6 +46,7 @@ class Grams:
     places: Sequence[float] = ()
     own: dict[str, Tensor] = field(default_factory=dict)  # name of the tables -> (N, C + 1, C + 1) float64
     with_target: dict[str, Tensor] = field(default_factory=dict)  # (N, C + 1, C)
+    squares: dict[str, Tensor] = field(default_factory=dict)  # (N, C) of the targets
 
     def add(self, units: CachedUnits, kept: Sequence[list[Values]], targets: Sequence[list[Values]]) -> None:
         """Take in a batch.
@@ -68,6 +70,7 @@ class Grams:
         if name not in self.own:
             self.own[name] = torch.zeros(channels, calls + 1, calls + 1, dtype=torch.float64)
             self.with_target[name] = torch.zeros(channels, calls + 1, calls, dtype=torch.float64)
+            self.squares[name] = torch.zeros(channels, calls, dtype=torch.float64)
         step = max(1, AT_ONCE // (calls * size))
         for first in range(0, channels, step):
             part = slice(first, first + step)
@@ -75,6 +78,7 @@ class Grams:
             one = torch.cat([one, torch.ones_like(one[:, :1])], 1)
             self.own[name][part] += one @ one.mT
             self.with_target[name][part] += one @ other.mT
+            self.squares[name][part] += other.square().sum(-1)
 
     def tables(self, plan: CachePlan, ridge: float) -> dict[str, Tensor]:
         """The fitted weights of a plan of the unit, by name with `.weights`: (C, H, N), and `.shift`: (C, N).
@@ -104,6 +108,37 @@ class Grams:
         sizes = products.diagonal(dim1=1, dim2=2)
         pull = ridge * sizes + TINY * sizes.amax(1, keepdim=True) + TINY
         return start + torch.linalg.solve(products + torch.diag_embed(pull), left)
+
+
+class FittedCost:
+    """What a forecast costs that is fitted, one weight for all channels: as `forecast_cost.ForecastCost` is called.
+
+    Args:
+        grams: over calls.
+        worth: (C,) of an error at each call.
+    """
+
+    def __init__(self, grams: Grams, worth: Sequence[float]) -> None:
+        calls = len(worth)
+        self._own = sum(own.sum(0) for own in grams.own.values())[:calls, :calls].numpy()
+        self._with_target = sum(found.sum(0) for found in grams.with_target.values())[:calls].numpy()
+        self._squares = sum(found.sum(0) for found in grams.squares.values()).numpy()
+        self._worth = numpy.asarray(worth)
+        self._known: dict[tuple[int, ...], list[float]] = {}
+
+    def __call__(self, history: tuple[int, ...], call: int) -> float:
+        if history not in self._known:
+            self._known[history] = self._costs(list(history))
+        return self._known[history][call]
+
+    def _costs(self, history: list[int]) -> list[float]:
+        """(C,) of forecasts of each call from the same computed ones."""
+        products, targets = self._own[numpy.ix_(history, history)], self._with_target[history]
+        pull = numpy.diag(RIDGES[-1] * products.diagonal() + TINY)
+        found = numpy.linalg.solve(products + pull, targets)
+        left = self._squares - 2 * (found * targets).sum(0) + (found * (products @ found)).sum(0)
+        costs: list[float] = (self._worth * numpy.sqrt(left.clip(min=0))).tolist()
+        return costs
 
 
 def fitted_plan(plan: CachePlan, grams: Grams, ridge: float) -> tuple[CachePlan, dict[str, Tensor]]:

@@ -29,7 +29,7 @@ from ..runtime.request import RunRequest
 from .capture import capture_batches, record
 from .correct import both_hooked
 from .cost import errors_of_reuse, flat_values, sensitivity
-from .fitting import Grams
+from .fitting import FittedCost, Grams
 from .window import Window
 
 AT_ONCE = 1 << 18  # values of each call in double precision
@@ -54,6 +54,11 @@ class ForecastCost:
     worth: list[float]
     form: str
     grams: Grams | None = None
+
+    @property
+    def fitted(self) -> FittedCost | None:
+        """The same of forecasts that are fitted, where that is known."""
+        return FittedCost(self.grams, self.worth) if self.grams else None
 
     def __call__(self, history: tuple[int, ...], call: int) -> float:
         return self.worth[call] * math.sqrt(self.squared_error(history, call))

@@ -2,8 +2,7 @@
 
 What a placement does is predicted call by call, with the inputs of runs that compute everything (`cache/placing.py`,
 `cache/cost.py`); a run adds up what its forecasts do to each other. So runs decide at the end: those of all candidates,
-then of neighbours of the best, that have a computed call earlier or later; then fitted forecasts are tried, and
-neighbours again.
+then of neighbours of the best, that have a computed call earlier or later.
 
 Letters: C calls of a run, K calls that compute.
 """
@@ -34,29 +33,36 @@ def anywhere(places: Places) -> bool:
 
 @dataclass
 class Trial:
-    """The runs that were made: the best choice so far, its error, how many are allowed and were made."""
+    """The runs that are made: their errors, and how many are allowed."""
 
     error: Callable[[Choice], float]
     allowed: int
     permits: Callable[[Places], bool] = anywhere  # whether calls may be moved there
-    best: Choice | None = None
-    least: float = float("inf")
-    made: int = 0
-    _seen: set[tuple[str, Places, float | None]] = field(default_factory=set)
+    errors: dict[Choice, float] = field(default_factory=dict)
 
-    def improves(self, choice: Choice) -> bool:
-        """Run it, unless it was or no run is left; whether it is the best now."""
-        name = repr(choice.settings), choice.places, choice.ridge
-        if name in self._seen or self.made == self.allowed:
-            return False
-        self._seen.add(name)
-        self.made += 1
-        error = self.error(choice)
-        error = float("inf") if math.isnan(error) else error  # a run that overflows is no run to follow
-        if self.best is not None and error >= self.least:
-            return False
-        self.best, self.least = choice, error
-        return True
+    @property
+    def made(self) -> int:
+        """How many there were."""
+        return len(self.errors)
+
+    @property
+    def best(self) -> Choice:
+        """The one with the least error, of equals the first."""
+        return min(self.errors, key=lambda choice: self.errors[choice])
+
+    @property
+    def least(self) -> float:
+        """Its error."""
+        return self.errors[self.best]
+
+    def of(self, choice: Choice) -> float:
+        """The error of a run, which is made unless it was; infinite where no run is left."""
+        if choice not in self.errors:
+            if self.made == self.allowed:
+                return math.inf
+            error = self.error(choice)
+            self.errors[choice] = math.inf if math.isnan(error) else error  # a run that overflows is none to follow
+        return self.errors[choice]
 
 
 def best_choice(
@@ -66,59 +72,44 @@ def best_choice(
     calls: int,
     fixed: int,
     trials: int,
-    ridges: Sequence[float] = (),
     permits: Callable[[Places], bool] = anywhere,
 ) -> Trial:
-    """Run all candidates, then move calls of the best, up to `trials` runs in all (of all candidates in any case).
+    """Run all candidates, then move calls of the best for as long as that helps, of the second best and so on, up to
+    `trials` runs in all (of all candidates in any case).
 
     Args:
         candidates: at least one.
         error: of a run, less is better.
         calls: C.
-        ridges: of fits that are tried once two thirds of the runs are made.
         fixed: so many calls at the start stay.
         permits: whether calls may be moved so; the candidates are run whatever it says.
 
     Returns:
-        The runs; `best` is set.
+        The runs.
     """
-    allowed = max(trials, len(candidates))
-    later = (allowed - len(candidates)) // 3 if ridges else 0  # runs for fits, and moves with the best of them
-    trial = Trial(error, allowed - later, permits)
-    for choice in candidates:
-        trial.improves(choice)
-    _move(trial, calls, fixed)
-    trial.allowed = allowed
-    assert trial.best is not None
-    for choice in [replace(trial.best, ridge=ridge) for ridge in ridges]:
-        trial.improves(choice)
-    _move(trial, calls, fixed)
+    trial = Trial(error, max(trials, len(candidates)), permits)
+    for start in sorted(candidates, key=trial.of):
+        best: Choice | None = start
+        while best is not None and trial.made < trial.allowed:
+            best = _sweep(trial, best, calls, fixed)
     return trial
 
 
-def _move(trial: Trial, calls: int, fixed: int) -> None:
-    """Sweep over the calls for as long as that helps and runs are left."""
-    while trial.made < trial.allowed and _sweep(trial, calls, fixed):
-        pass
-
-
-def _sweep(trial: Trial, calls: int, fixed: int) -> bool:
-    """Try to move every call, from the last on, each time it helps twice as far; whether anything did."""
-    helped = False
-    assert trial.best is not None
-    for number in reversed(range(fixed, len(trial.best.places))):
+def _sweep(trial: Trial, start: Choice, calls: int, fixed: int) -> Choice | None:
+    """Try to move every call, from the last on, each time it helps twice as far; what that led to, None where nothing
+    helped."""
+    best = start
+    for number in reversed(range(fixed, len(best.places))):
         for by in (-1, 1):
             moved = False
-            while (
-                (places := shifted(trial.best.places, number, by, calls))
-                and trial.permits(places)
-                and trial.improves(replace(trial.best, places=places))
-            ):
-                moved, by = True, 2 * by
-            helped |= moved
+            while (places := shifted(best.places, number, by, calls)) and trial.permits(places):
+                further = replace(best, places=places)
+                if not trial.of(further) < trial.of(best):
+                    break
+                best, moved, by = further, True, 2 * by
             if moved:
                 break
-    return helped
+    return None if best == start else best
 
 
 def shifted(places: Places, number: int, by: int, calls: int) -> Places | None:

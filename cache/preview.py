@@ -26,7 +26,7 @@ from .given import import_component
 from .profile import CallCost
 from .run import request_of
 from .scene import Aim, aim_of, scene_of
-from .units import choose_units
+from .units import choose_units, unit_text
 
 
 class MethodPreview(Config):
@@ -93,12 +93,12 @@ def _preview_component(
 ) -> ComponentPreview:
     found: dict[str, MethodPreview] = {}
     refused: dict[str, str] = {}
-    costs: dict[bool, tuple[CallCost, ...]] = {}  # of the units that methods treat: calls of each are timed once
+    costs: dict[str, tuple[CallCost, ...]] = {}  # of the units that methods treat: calls of each are timed once
     names = TRIED if job.config.method == AUTO else (job.config.method,)
     for name in names:
         config, method = job.config.model_copy(update={"method": name}), METHODS.load(name)
-        whole = getattr(method, "WHOLE", False)
-        known = parse_costs(job.costs, component) or costs.get(whole, ())
+        unit = unit_text(config.unit, name, method)
+        known = parse_costs(job.costs, component) or costs.get(unit, ())
         weights = job.hashes[component]
         try:
             found[name] = _preview_method(pipe, component, config, method, weights, request, reporter, known)
@@ -108,7 +108,7 @@ def _preview_component(
             refused[name] = error.what
             continue
         if (cost := found[name].cost) is not None:
-            costs[whole] = (cost,)
+            costs[unit] = (cost,)
     return ComponentPreview(class_name=type(pipe.components[component]).__name__, methods=found, out_of_reach=refused)
 
 

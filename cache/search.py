@@ -28,7 +28,7 @@ from .config import SearchCacheConfig, needs_of
 from .correct import Pairs, corrected_plan, profile_pairs
 from .correct_layers import fit_layers, layers_to_correct
 from .cost import feature_costs, output_cost
-from .fitting import RIDGES, Grams, fitted_plan
+from .fitting import Grams, fitted_plan
 from .forecast_cost import forecast_cost
 from .gating import gated_plan
 from .mixing import mixed_calls, mixing_moments, with_mixing
@@ -115,7 +115,6 @@ def search_component(
         objective = PlanObjective(pipe, component, blank, window, other_samples("trials", request, config), reference)
         trial = _run_trials(objective, method, settings, candidates, profile, reporter)
         remove_plans_(pipe)  # the last one that was tried
-        assert trial.best is not None
         settings, places, ridge = trial.best.settings, trial.best.places, trial.best.ridge
         chosen |= {"trials": trial.made, "relative_l2": float(f"{trial.least:.4g}")}
     else:
@@ -180,7 +179,6 @@ def _run_trials(
             calls=blank.calls,
             fixed=getattr(settings, "warmup", 1),
             trials=settings.trials,
-            ridges=RIDGES if profile.grams else (),
             permits=partial(method.permits, calls=blank.calls, config=settings) if bounded else anywhere,
         )
 

@@ -19,20 +19,19 @@ PARTS = ("attn1", "attn2", "attn", "ff", "ffn", "ff_context", "proj_mlp", "proj_
 _ALONE = re.compile(r"\.attentions\.\d+$")  # an attention of a UNet without a transformer block around it
 
 
-def choose_unit(denoiser: nn.Module, text: str, *, whole: bool = False) -> Unit:
+def choose_unit(denoiser: nn.Module, text: str) -> Unit:
     """The unit that a search is to treat.
 
     "auto" cuts a UNet at its shallowest skip connection, so that its first convolution and last layer stay fresh, and
-    takes all blocks of a transformer but the first and the last.
-
-    Args:
-        whole: "auto" takes these too: all of a UNet up to its last norm, all blocks of a transformer.
+    takes all blocks of a transformer but the first and the last. The "body" of a transformer is all of its blocks.
 
     Raises:
         ConfigError: the denoiser has no such part.
         UnsupportedError: no part of this denoiser is known that could be cached.
     """
-    stacks = stacks_of(denoiser)
+    stacks, unet = stacks_of(denoiser), _is_unet(denoiser)
+    if text == "body" and stacks and not unet:
+        return parse_unit(f"blocks:0-{len(block_names(denoiser, stacks))}", stacks)
     if text.startswith("blocks:") and not stacks:
         raise UnsupportedError(
             f"it is not known which lists of blocks a {type(denoiser).__name__} runs in which order.",
@@ -42,8 +41,8 @@ def choose_unit(denoiser: nn.Module, text: str, *, whole: bool = False) -> Unit:
         unit = parse_unit(text, stacks)
         _check(denoiser, unit, text)
         return unit
-    if hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks"):
-        unit = parse_unit("body" if whole else "cut:0.0", stacks)
+    if unet:
+        unit = parse_unit("cut:0.0", stacks)
         layout_of(denoiser, unit)  # refuses a UNet of unusual blocks
         return unit
     if not stacks or len(block_names(denoiser, stacks)) < 2:
@@ -52,7 +51,7 @@ def choose_unit(denoiser: nn.Module, text: str, *, whole: bool = False) -> Unit:
             mend="Name a part with --unit module:NAME; dacc inspect shows them.",
         )
     count = len(block_names(denoiser, stacks))
-    return parse_unit(f"blocks:0-{count}" if whole else f"blocks:1-{count - 1 if count > 2 else count}", stacks)
+    return parse_unit(f"blocks:1-{count - 1 if count > 2 else count}", stacks)
 
 
 def choose_units(denoiser: nn.Module, text: str) -> tuple[Unit, ...]:
@@ -92,7 +91,7 @@ def check_saving(units: Sequence[Unit], macs: UnitMacs) -> None:
 
 def _parts(denoiser: nn.Module) -> tuple[Unit, ...]:
     stacks = stacks_of(denoiser)
-    unet = hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks")
+    unet = _is_unet(denoiser)
     cut = (choose_unit(denoiser, "auto"),) if unet else ()
     blocks = block_names(denoiser, stacks) if stacks else []
     modules = dict(denoiser.named_modules())
@@ -109,7 +108,8 @@ def _parts(denoiser: nn.Module) -> tuple[Unit, ...]:
 
 
 def unit_text(asked: str, name: str, method: ModuleType) -> str:
-    """What a search treats: what was asked for, which a method that is about one part of a network decides by itself.
+    """What a search treats: what was asked for, where that is auto what the method is best at, if there is such a part;
+    a method that is about one part of a network decides by itself.
 
     Raises:
         ConfigError: another part was asked for than the method treats.
@@ -122,7 +122,11 @@ def unit_text(asked: str, name: str, method: ModuleType) -> str:
             f"--method {name} treats --unit {own}, not {asked}.",
             mend="Leave --unit out, or choose another method.",
         )
-    return own
+    return getattr(method, "BEST_UNIT", own) if own == "auto" else own
+
+
+def _is_unet(denoiser: nn.Module) -> bool:
+    return hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks")
 
 
 def _check(denoiser: nn.Module, unit: Unit, text: str) -> None:

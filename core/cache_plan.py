@@ -54,6 +54,13 @@ class UnetBody(Config):
     id: str = Field(min_length=1)
 
 
+class DenoiserOutput(Config):
+    """All of a denoiser; what it returns is kept, so that a call which skips it computes nothing."""
+
+    kind: Literal["output"] = "output"
+    id: str = Field(min_length=1)
+
+
 class ModuleUnit(Config):
     """One submodule; its output is kept."""
 
@@ -79,7 +86,9 @@ class BlockRange(Config):
         return self
 
 
-Unit = Annotated[UnetCut | UnetEncoder | UnetBody | ModuleUnit | BlockRange, Field(discriminator="kind")]
+Unit = Annotated[
+    UnetCut | UnetEncoder | UnetBody | DenoiserOutput | ModuleUnit | BlockRange, Field(discriminator="kind")
+]
 
 
 class Predictor(Config):

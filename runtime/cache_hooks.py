@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from ..core.cache_plan import COMPUTE, FORECAST, REUSE, SKIPPING, BlockRange
 from ..core.errors import UnsupportedError
 from .block_streams import entering, leaving
+from .cache_units import WHOLE
 from .clock import RunState
 from .forecast import History
 
@@ -88,17 +89,26 @@ class SkipHook(ModelHook):
         skipping = [unit for unit in self.units if frame.actions[unit] in SKIPPING]
         giving = next((unit for unit in skipping if self.units[unit]), None)
         if giving is not None:
-            output = _lent(frame, frame.give(giving, self.path))
+            output = self._lent(frame, frame.give(giving, self.path))
         elif skipping:
-            output = _lent(frame, frame.values[skipping[0], self.path])
+            output = self._lent(frame, frame.values[skipping[0], self.path])
         else:
             output = original_of(self)(*args, **kwargs)
         for unit, keeps in self.units.items():  # where an inner one is skipped too: an outer one may compute
             if unit in frame.storing and keeps:
-                frame.keep(unit, self.path, _lent(frame, tree_map(_detached, output)))
+                frame.keep(unit, self.path, self._lent(frame, tree_map(_detached, output)))
             elif unit in frame.storing:
                 frame.values[unit, self.path] = tree_map(_hollow, output)
         return output
+
+    def _lent(self, frame: Frame, output: Any) -> Any:
+        """An output with a main tensor of its own where the denoiser, or the pipeline around it, may add to it in
+        place: what is kept stays as it was."""
+        if self.path == WHOLE:
+            return tree_map(_cloned, output)
+        if not frame.changed:
+            return output
+        return (output[0].clone(), *output[1:]) if isinstance(output, tuple) else output.clone()
 
 
 class LayerHook(ModelHook):
@@ -228,11 +238,8 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _lent(frame: Frame, output: Any) -> Any:
-    """An output with a main tensor of its own where the denoiser adds to it in place: what is kept stays as it was."""
-    if not frame.changed:
-        return output
-    return (output[0].clone(), *output[1:]) if isinstance(output, tuple) else output.clone()
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _hollow(value: Any) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..core.cache_plan import BlockRange, ModuleUnit, UnetCut, UnetEncoder, Unit
+from ..core.cache_plan import BlockRange, DenoiserOutput, ModuleUnit, UnetCut, UnetEncoder, Unit
 from ..core.errors import ModelError, UnsupportedError
 from ..core.families import find_family
 from .block_streams import is_described
@@ -25,6 +25,7 @@ UP_BLOCKS |= {"UpBlockMotion", "CrossAttnUpBlockMotion", "UpBlock3D", "CrossAttn
 UP_BLOCKS |= {"UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"}
 SINGLE_LAST = ("transformer_blocks", "single_transformer_blocks")
 JOINING = {"Flux2Transformer2DModel"}  # between the two, image and text become one stream: no range reaches across
+WHOLE = ""  # as PyTorch names the module itself among its modules
 # what runs behind every residual layer, where a block has it, in this order
 BEHIND = ("temp_convs", "attentions", "motion_modules", "temp_attentions")
 
@@ -47,6 +48,8 @@ def layout_of(denoiser: nn.Module, unit: Unit) -> Layout:
     """
     if isinstance(unit, ModuleUnit):
         return Layout(unit, (checked_path(denoiser, unit.path, unit.id),), frozenset({unit.path}))
+    if isinstance(unit, DenoiserOutput):
+        return Layout(unit, (WHOLE,), frozenset({WHOLE}))
     if isinstance(unit, BlockRange):
         blocks = block_names(denoiser, unit.stacks)
         if unit.end > len(blocks):
@@ -236,4 +239,4 @@ def _overlap(first: Iterable[str], second: Iterable[str]) -> bool:
 
 
 def _within(name: str, outer: str) -> bool:
-    return name == outer or name.startswith(f"{outer}.")
+    return outer in (name, WHOLE) or name.startswith(f"{outer}.")

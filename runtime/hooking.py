@@ -11,7 +11,7 @@ from torch import nn
 from ..core.cache_plan import BlockRange, CachePlan
 from .block_streams import block_metadata
 from .cache_hooks import BlockHook, LayerHook, SkipHook
-from .cache_units import Layout, checked_path
+from .cache_units import WHOLE, Layout, checked_path
 from .gate import GateHook, probe_of
 from .plan import Containers
 
@@ -42,7 +42,8 @@ def hook_units_(
         for path in () if isinstance(layout.unit, BlockRange) else layout.skipped:
             skipping.setdefault(path, {})[layout.unit.id] = path in layout.kept
     for path, units in skipping.items():  # before the ranges: a unit of modules may lie in one, no range in such a unit
-        _register(modules[path], SkipHook(owner, path, units), HOOK)
+        name = f"{HOOK}.output" if path == WHOLE else HOOK  # the hook that opens frames stands before it there
+        _register(modules[path], SkipHook(owner, path, units), name)
     for layout in inner_first:
         if not isinstance(layout.unit, BlockRange):
             continue

@@ -9,8 +9,8 @@ even        0 ... w - 1, then w - 1 + floor(i (C - w + 1) / (K - w + 1)), i = 1 
 interval    0 ... w - 1, then w - 1 + N, w - 1 + 2 N, ... with the smallest whole N that gives no more than K calls
 
 Published for the output of every attention and feed-forward of a transformer; here for one unit. Unless another is
-named that is all blocks of a transformer or UNet: a forecast needs no fresh block beside it, and what one costs in
-every call is better spent on calls that compute. How values are continued: `runtime/forecast.py`.
+named that is what the whole denoiser returns: it changes more evenly from call to call than what is inside, it has few
+channels, and a call that forecasts it computes nothing. How values are continued: `runtime/forecast.py`.
 Letters: C calls of a run, K calls that compute, w warmup.
 """
 
@@ -22,6 +22,8 @@ from pydantic import Field, model_validator
 
 from ...core.cache_plan import Abscissa, Predictor
 from ...core.config import Config
+from ..fitting import RIDGES
+from ..forecast_cost import ForecastCost
 from ..moving import Choice
 from ..placing import Cost, place_calls
 
@@ -50,7 +52,7 @@ class TaylorConfig(Config):
 
 
 CONFIG = TaylorConfig
-WHOLE = True
+BEST_UNIT = "output"
 ORDER = 2  # where none is asked for and none is searched
 REACH = 3  # distances are searched up to so many times their mean
 
@@ -88,16 +90,20 @@ def schedule(calls: int, computed: int, config: TaylorConfig, cost: Cost | None 
     return (*range(config.warmup), *places)
 
 
-def candidates(calls: int, computed: int, config: TaylorConfig, cost: Cost) -> list[Choice]:
-    """What whole runs choose from: for each order the placement that is cheapest, and equal distances.
+def candidates(calls: int, computed: int, config: TaylorConfig, cost: ForecastCost) -> list[Choice]:
+    """What whole runs choose from: for each order the placement that is cheapest, and equal distances; where forecasts
+    may be fitted, these with fits, and in place of the first what is cheapest with one.
 
     Arguments as for `schedule`.
     """
-    found = []
+    found, fitted = list[Choice](), cost.fitted
     for order in SEARCHED_ORDERS if config.order is None else (config.order,):
         own = config.model_copy(update={"order": order})
-        even = own.model_copy(update={"spacing": "even"})
-        found += [Choice(own, schedule(calls, computed, own, cost)), Choice(own, schedule(calls, computed, even))]
+        even = schedule(calls, computed, own.model_copy(update={"spacing": "even"}))
+        found += [Choice(own, schedule(calls, computed, own, cost)), Choice(own, even)]
+        if fitted is not None:
+            places = schedule(calls, computed, own, fitted)
+            found += [Choice(own, where, ridge) for ridge in RIDGES for where in (places, even)]
     return found
 
 

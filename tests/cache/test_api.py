@@ -58,7 +58,7 @@ def test_a_search_gives_an_intact_bundle_whose_plan_the_loader_installs(request,
     bundle = cached(source, method=method, macs_ratio=0.8, settings=settings)
     assert verify_bundle(bundle) == []
     plan = plan_of(bundle, name)
-    assert plan.units[0].kind == ("unet_body" if (method, unit) == ("taylor", "unet_cut") else unit)
+    assert plan.units[0].kind == ("output" if method == "taylor" else unit)
     record = read_manifest(bundle).components[name]
     assert record.cache.macs_ratio <= 0.8
     full, saved = plan.macs.full, sum(plan.macs.units.values())
@@ -127,7 +127,7 @@ def test_call_times_of_all_that_auto_tried_are_kept_and_decide_again(unet_folder
     config = SearchCacheConfig(**{**QUICK, "macs_ratio": None}, speedup=1.2, method="auto")
     bundle = search_cache(unet_folder, config, output="out", device="cpu")
     costs = json.loads((bundle / "dacc_run.json").read_text())["cost_profile"]["unet"]
-    assert len({cost["unit"] for cost in costs}) == len(costs) == 2  # a cut, and a body for forecasts
+    assert len({cost["unit"] for cost in costs}) == len(costs) == 2  # a cut, and the output for forecasts
     told = silent()
     again = search_cache(
         unet_folder, config, output="again", cost_profile=bundle / "dacc_run.json", device="cpu", reporter=told
@@ -172,10 +172,10 @@ def test_call_times_of_a_profile_decide_in_place_of_the_clock(unet_folder, tmp_p
     assert not Path("other").exists()
 
 
-@pytest.mark.parametrize("unit", ["cut:0.1", "encoder", "body", "module:mid_block"])
+@pytest.mark.parametrize("unit", ["cut:0.1", "encoder", "body", "output", "module:mid_block"])
 def test_other_units_of_a_unet(unet_folder, cached, unit):
     plan = plan_of(cached(unet_folder, method="deepcache", unit=unit, macs_ratio=0.95))
-    assert plan.units[0].kind in ("unet_cut", "unet_encoder", "unet_body", "module")
+    assert plan.units[0].kind in ("unet_cut", "unet_encoder", "unet_body", "output", "module")
     assert "R" in next(iter(plan.codes.values()))
 
 
@@ -238,7 +238,7 @@ def test_auto_leaves_out_a_plan_whose_runs_overflow(unet_folder, monkeypatch):
 
 def test_fields_of_a_forecast_reach_the_plan(unet_folder, cached):
     plan = plan_of(cached(unet_folder, method="taylor", settings={"order": 2, "x": "sigma", "form": "published"}))
-    found = plan.predict["body"]
+    found = plan.predict["output"]
     assert (found.order, found.x, found.form) == (2, "sigma", "published")
 
 
@@ -261,7 +261,7 @@ def test_whole_runs_choose_order_and_calls_of_forecasts_and_the_manifest_tells(u
             assert "trials" not in read_manifest(other).components["unet"].cache.chosen
             assert chosen["relative_l2"] <= error_of(unet_folder, other) * 1.001
     alone = cached(unet_folder, method="taylor", settings={"order": 1, "spacing": "searched"})
-    assert plan_of(alone).predict["body"].order == 1
+    assert plan_of(alone).predict["output"].order == 1
 
 
 def test_whole_runs_move_the_calls_of_a_dynamic_programme(unet_folder, cached):

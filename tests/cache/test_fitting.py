@@ -10,7 +10,7 @@ from diffusers import PNDMScheduler
 
 import dacc
 from dacc import SearchCacheConfig, search_cache, verify_bundle
-from dacc.cache.fitting import Grams
+from dacc.cache.fitting import FittedCost, Grams
 from dacc.core.cache_plan import CorrectionId, Predictor
 from dacc.core.errors import BundleError
 from dacc.core.manifest import read_manifest
@@ -23,10 +23,11 @@ from dacc.runtime.forecast import weights
 from dacc.runtime.installed import install_plan_
 from dacc.runtime.trajectory import sample
 
-from ..runtime.cache_plans import CUT, blocks, denoiser_of, plan_for
+from ..runtime.cache_plans import CUT, OUTPUT, blocks, denoiser_of, plan_for
 from ..runtime.test_cached import drive, request_of
 
 BODY, CODES = blocks(1, 2), "CFCCFFCF"
+WIDTHS = {"body": 64, "deep": 16, "output": 1}
 CALLS, CHANNELS, ROWS = 8, 3, 40
 
 
@@ -104,7 +105,7 @@ def polynomial_tables(pipe: Any, plan: Any, shift: float = 0.0, places: Any = No
     places = [float(call) for call in range(plan.calls)] if places is None else places
     unit = plan.units[0].id
     (path,) = layout_of(denoiser_of(pipe)[1], plan.units[0]).kept
-    rows = torch.zeros(plan.calls, 3, 16 if unit == "deep" else 64)
+    rows = torch.zeros(plan.calls, 3, WIDTHS[unit])
     for call, code in enumerate(plan.codes[unit]):
         history = [place for place in range(call) if plan.codes[unit][place] == "C"][-3:]
         if code == "F":
@@ -113,7 +114,7 @@ def polynomial_tables(pipe: Any, plan: Any, shift: float = 0.0, places: Any = No
     return {f"{unit}/{path}/0.weights": rows, f"{unit}/{path}/0.shift": torch.full((plan.calls, rows.shape[2]), shift)}
 
 
-@pytest.mark.parametrize(("kind", "unit"), [("dit_pipeline", BODY), ("unet_pipeline", CUT)])
+@pytest.mark.parametrize(("kind", "unit"), [("dit_pipeline", BODY), ("unet_pipeline", CUT), ("unet_pipeline", OUTPUT)])
 def test_a_run_forecasts_by_the_fitted_weights(request, kind, unit):
     pipe = request.getfixturevalue(kind)()
     plan, asked = plan_of(pipe, unit=unit), request_of(pipe, num_inference_steps=8)
@@ -123,6 +124,16 @@ def test_a_run_forecasts_by_the_fitted_weights(request, kind, unit):
     torch.testing.assert_close(sample(pipe, asked).latents, polynomial)
     corrected(pipe, plan, polynomial_tables(pipe, plan, shift=0.1))
     assert not torch.allclose(sample(pipe, asked).latents, polynomial)
+
+
+def test_what_a_fitted_forecast_costs_is_what_least_squares_leave_over(values):
+    targets = values + 0.1 * torch.randn_like(values)
+    cost = FittedCost(grams_of(values, targets), worth=[float(call) for call in range(CALLS)])
+    for history, call in (((0,), 1), ((0, 2, 3), 6), ((1, 4), 7)):
+        columns = numpy.stack([values[one].double().numpy().ravel() for one in history], 1)
+        wanted = targets[call].double().numpy().ravel()
+        (_, left, _, _) = numpy.linalg.lstsq(columns, wanted, rcond=None)
+        assert cost(history, call) == pytest.approx(call * float(left[0]) ** 0.5, rel=1e-3)
 
 
 def test_a_run_that_visits_a_level_twice_forecasts_by_the_fitted_weights(dit_pipeline):

@@ -68,19 +68,29 @@ def test_a_call_moves_between_its_neighbours_only():
     assert shifted((2, 3), 0, -2, 9) == (0, 3)
 
 
-def test_fits_are_tried_on_the_best_and_moved_with_where_they_help():
+def test_a_candidate_with_a_fit_is_moved_with_it():
     def error(choice):
         far = sum((one - other) ** 2 for one, other in zip(choice.places, WANTED, strict=True))
         return far + {None: 1.0, 0.1: 0.5, 1e-4: 2.0}[choice.ridge]
 
-    start = [Choice(None, (0, 1, 2, 3))]
-    found = best_choice(start, error, calls=15, fixed=1, trials=60, ridges=(0.1, 1e-4))
+    starts = [Choice(None, (0, 1, 2, 3), ridge) for ridge in (None, 0.1, 1e-4)]
+    found = best_choice(starts, error, calls=15, fixed=1, trials=60)
     assert found.best == Choice(None, WANTED, 0.1)
     assert found.made <= 60
-    few = best_choice(start, error, calls=15, fixed=1, trials=13, ridges=(0.1, 1e-4))
-    assert few.best.ridge == 0.1
-    assert few.made == 13
-    assert best_choice(start, error, calls=15, fixed=1, trials=60).best == Choice(None, WANTED)
+
+
+def test_runs_that_are_left_move_the_next_best_candidate():
+    """The best one leads to a place that nothing near it beats, the next one to a better place."""
+    valley = {(0, 3): 2.0, (0, 8): 3.0, (0, 9): 1.0}
+
+    def error(choice):
+        return valley.get(choice.places, 9.0)
+
+    starts = [Choice(None, (0, 8)), Choice(None, (0, 3))]
+    found = best_choice(starts, error, calls=12, fixed=1, trials=30)
+    assert (found.best, found.least) == (Choice(None, (0, 9)), 1.0)
+    assert best_choice(starts, error, calls=12, fixed=1, trials=4).best == Choice(None, (0, 3))
+    assert set(found.errors) <= {Choice(None, (0, place)) for place in range(1, 12)}
 
 
 def test_a_run_that_is_no_number_is_never_the_best():

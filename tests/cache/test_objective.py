@@ -17,7 +17,7 @@ REQUEST = RunRequest(seeds=(1, 2, 3), num_inference_steps=3, guidance_scale=1.0)
 
 def objective_of(pipe: Any, batch_size: int) -> PlanObjective:
     """Of the blocks of a transformer, and of samples in batches."""
-    unit = choose_unit(pipe.transformer, "auto", whole=True)
+    unit = choose_unit(pipe.transformer, "body")
     calls, window = first_calls(pipe, "transformer", REQUEST)
     macs = count_unit_macs(pipe.transformer, (unit,), calls)
     blank = blank_plan(pipe.transformer, (unit,), macs, window.schedule, "", SearchCacheConfig())

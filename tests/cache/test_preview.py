@@ -104,6 +104,6 @@ def test_it_refuses_what_the_search_refuses(unet_folder):
         preview(unet_folder, method="deepcache", settings={"centre": 3})
 
 
-@pytest.mark.parametrize("text", ["cut:1.2", "encoder", "body", "blocks:1-7", "module:a.b"])
+@pytest.mark.parametrize("text", ["cut:1.2", "encoder", "body", "output", "blocks:1-7", "module:a.b"])
 def test_a_unit_is_named_as_it_is_asked_for(text):
     assert unit_name(parse_unit(text, stacks=("blocks",))) == text

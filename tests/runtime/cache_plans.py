@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from dacc.core.cache_plan import BlockRange, CachePlan, ModuleUnit, UnetBody, UnetCut, UnetEncoder, Unit, UnitMacs
+from dacc.core.cache_plan import (
+    BlockRange,
+    CachePlan,
+    DenoiserOutput,
+    ModuleUnit,
+    UnetBody,
+    UnetCut,
+    UnetEncoder,
+    Unit,
+    UnitMacs,
+)
 from dacc.core.schedule_id import schedule_id
 from dacc.runtime.plan import denoiser_sha256
 
 CUT = UnetCut(id="deep", block=0, layer=0)
 ENCODER = UnetEncoder(id="encoder")
 BODY = UnetBody(id="body")
+OUTPUT = DenoiserOutput(id="output")
 
 
 def module(path: str) -> ModuleUnit:

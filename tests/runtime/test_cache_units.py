@@ -8,7 +8,7 @@ from dacc.core.cache_plan import UnetCut
 from dacc.core.errors import ModelError, UnsupportedError
 from dacc.runtime.cache_units import containers_of, layout_of, skips_per_group
 
-from .cache_plans import BODY, CUT, ENCODER, blocks, module
+from .cache_plans import BODY, CUT, ENCODER, OUTPUT, blocks, module
 
 
 def cut(block: int, layer: int) -> UnetCut:
@@ -66,8 +66,8 @@ def test_a_body_is_all_that_a_unet_runs_but_the_time_and_what_is_last(unet_pipel
 def test_a_deeper_cut_lies_in_a_shallower_one(unet_pipeline):
     unet = unet_pipeline().unet
     cuts = [cut(0, 0), cut(0, 1), cut(1, 0), cut(1, 1)]
-    containers = containers_of(layout_of(unet, unit) for unit in (*cuts, BODY))
-    assert [len(containers[unit.id]) for unit in (BODY, *cuts)] == [0, 1, 2, 3, 4]
+    containers = containers_of(layout_of(unet, unit) for unit in (*cuts, BODY, OUTPUT))
+    assert [len(containers[unit.id]) for unit in (OUTPUT, BODY, *cuts)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_units_that_reach_across_each_other_or_are_the_same_are_refused(unet_pipeline, dit_pipeline):
@@ -78,6 +78,13 @@ def test_units_that_reach_across_each_other_or_are_the_same_are_refused(unet_pip
         containers_of([layout_of(unet, cut(0, 0)), layout_of(unet, CUT.model_copy(update={"id": "twin"}))])
     inner = layout_of(transformer, module("transformer_blocks.1.ff"))
     assert containers_of([inner, layout_of(transformer, blocks(1, 2))])["transformer_blocks.1.ff"] == {"body"}
+
+
+def test_the_output_is_all_of_any_denoiser(unet_pipeline, dit_pipeline):
+    for denoiser in (unet_pipeline().unet, dit_pipeline().transformer):
+        layout = layout_of(denoiser, OUTPUT)
+        assert [denoiser.get_submodule(name) for name in layout.skipped] == [denoiser]
+        assert layout.kept == set(layout.skipped)
 
 
 def test_what_a_model_does_not_have_is_refused_by_name(unet_pipeline, dit_pipeline):

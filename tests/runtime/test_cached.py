@@ -23,7 +23,7 @@ from dacc.runtime.installed import install_plan_, installed_units, no_cache, rem
 from dacc.runtime.request import RunRequest
 from dacc.runtime.trajectory import call_pipeline, capture_calls, sample
 
-from .cache_plans import BODY, CUT, ENCODER, blocks, denoiser_of, grid_of, module, plan_for
+from .cache_plans import BODY, CUT, ENCODER, OUTPUT, blocks, denoiser_of, grid_of, module, plan_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy 2 inside diffusers
 FLUX = ("transformer_blocks", "single_transformer_blocks")
@@ -51,6 +51,11 @@ UNITS = {
     "two streams": ("flux_pipeline", blocks(0, 2, *FLUX)),
     "outputs of two streams": ("flux_pipeline", blocks(0, 1, *FLUX, store="output")),
     "joint attention": ("flux_pipeline", module("transformer_blocks.0.attn")),
+    "output": ("unet_pipeline", OUTPUT),
+    "conditional output": ("sd_pipeline", OUTPUT),
+    "output of clips": ("video_pipeline", OUTPUT),
+    "output of a transformer": ("dit_pipeline", OUTPUT),
+    "output of two streams": ("flux_pipeline", OUTPUT),
 }
 EVERY_UNIT = pytest.mark.parametrize(("kind", "unit"), UNITS.values(), ids=UNITS)
 
@@ -146,6 +151,7 @@ ADAPTED = {
     "cut at the last layer": UnetCut(id="deep", block=1, layer=1),
     "encoder": ENCODER,
     "body": BODY,
+    "output": OUTPUT,
     "middle": module("mid_block"),
     "last layer of a block": module("down_blocks.0.downsamplers.0"),
 }
@@ -171,7 +177,9 @@ def test_what_an_adapter_adds_in_place_never_reaches_what_is_kept(unit, down):
             assert torch.equal(unet(**inputs, down_intrablock_additional_residuals=list(added))[0], plain)
 
 
-@pytest.mark.parametrize("unit", [module("mid_block"), ENCODER, UnetCut(id="deep", block=1, layer=0), CUT, BODY])
+@pytest.mark.parametrize(
+    "unit", [module("mid_block"), ENCODER, UnetCut(id="deep", block=1, layer=0), CUT, BODY, OUTPUT]
+)
 @torch.no_grad()
 def test_what_free_u_scales_in_place_never_reaches_what_is_kept(unit):
     torch.manual_seed(0)
@@ -188,6 +196,37 @@ def test_what_free_u_scales_in_place_never_reaches_what_is_kept(unit):
     for _ in range(2):
         with units.reusing(values, [unit.id]):
             assert torch.equal(unet(**inputs)[0], plain)
+
+
+def test_a_flow_that_reuses_its_output_takes_longer_steps(flux_pipeline):
+    """Slow and obvious: Euler's steps by hand, from one computed call to the next."""
+    pipe = flux_pipeline()
+    grid, request = run_grid(pipe), request_of(pipe)
+    calls = capture_calls(pipe, request)
+    installed(pipe, {OUTPUT: "CRRC"}, rule="exact", grid=grid)
+    found = sample(pipe, request).latents
+    remove_plans_(pipe)
+    sigmas, transformer = [*grid.sigmas, 0.0][:5], pipe.transformer
+    start, last = calls[0], calls[3]
+    velocity = start.replay(transformer)[0]
+    before_last = start.kwargs["hidden_states"] + (sigmas[3] - sigmas[0]) * velocity
+    last.kwargs["hidden_states"] = before_last
+    expected = before_last + (sigmas[4] - sigmas[3]) * last.replay(transformer)[0]
+    torch.testing.assert_close(found.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pipeline_that_changes_an_output_in_place_leaves_what_is_kept_alone(unet_pipeline):
+    pipe = unet_pipeline()
+    call = capture_calls(pipe, request_of(pipe))[0]
+    units, values = CachedUnits(pipe.unet, [OUTPUT]), {}
+    with units.recording(values):
+        plain = call.replay(pipe.unet)[0].clone()
+        call.replay(pipe.unet)[0].zero_()
+    for _ in range(2):
+        with units.reusing(values, ["output"]):
+            again = call.replay(pipe.unet)[0]
+        assert torch.equal(again, plain)
+        again.zero_()
 
 
 def test_a_cut_feeds_the_fresh_layers_what_the_deep_ones_gave_before(unet_pipeline):

@@ -14,7 +14,7 @@ from dacc.runtime.compiled import Outside
 from dacc.runtime.installed import install_plan_, no_cache, remove_plans_
 from dacc.runtime.trajectory import sample
 
-from .cache_plans import CUT, blocks, grid_of, plan_for
+from .cache_plans import CUT, OUTPUT, blocks, grid_of, plan_for
 from .test_cached import Recorder, installed, request_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy 2 inside diffusers
@@ -171,11 +171,12 @@ def test_two_denoisers_have_plans_of_their_own_on_one_grid():
         assert torch.equal(clip_of(pipe, 8), before)
 
 
+@pytest.mark.parametrize(("unit", "evaluated"), [(blocks(1, 2, "blocks"), 8), (OUTPUT, 2)], ids=["blocks", "output"])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_guidance_branches_of_a_denoiser_that_is_compiled_as_a_whole_keep_their_own_values(wrapped):
+def test_guidance_branches_of_a_denoiser_compiled_as_a_whole_keep_their_own_values(wrapped, unit, evaluated):
     pipe = wan_pipeline(boundary_ratio=None)
     pipe.set_progress_bar_config(disable=True)
-    install_plan_(pipe, "transformer", plan_for(pipe, {blocks(1, 2, "blocks"): "CRRRCRRR"}, grid=grid_of(pipe, 8)))
+    install_plan_(pipe, "transformer", plan_for(pipe, {unit: "CRRRCRRR"}, grid=grid_of(pipe, 8)))
     wanted = clip_of(pipe, 8)
     seen: list[tuple[int, str | None]] = []
     pipe.transformer.blocks[0].register_forward_hook(
@@ -187,7 +188,7 @@ def test_guidance_branches_of_a_denoiser_that_is_compiled_as_a_whole_keep_their_
     else:
         pipe.transformer.compile(backend="eager")
     torch.testing.assert_close(clip_of(pipe, 8), wanted)
-    assert seen == [(0, "cond"), (1, "uncond")] * 8
+    assert seen == [(0, "cond"), (1, "uncond")] * evaluated
     torch.compiler.reset()
 
 

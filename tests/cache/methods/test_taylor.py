@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 from pydantic import ValidationError
 
+from dacc.cache.fitting import RIDGES
 from dacc.cache.methods.taylor import TaylorConfig, candidates, least, needs, predictor, schedule
 
 
@@ -41,10 +42,19 @@ def test_searched_calls_are_those_whose_forecasts_cost_least():
     assert needs(TaylorConfig(spacing="even")) == ()
 
 
-def test_runs_choose_between_orders_and_between_searched_and_equal_distances():
-    def cost(history: tuple[int, ...], call: int) -> float:
-        return (5.0 - len(history) if call > 5 else 1.0) * (call - history[-1])
+class Costs:
+    """What forecasts cost, and fitted ones."""
 
+    def __init__(self, fitted: Costs | None = None) -> None:
+        self.fitted = fitted
+
+    def __call__(self, history: tuple[int, ...], call: int) -> float:
+        far = call - history[-1]
+        return far * ((5.0 - len(history) if call > 5 else 1.0) if self.fitted is None else 1.0 + (call < 4))
+
+
+def test_runs_choose_between_orders_and_between_searched_and_equal_distances():
+    cost = Costs()
     found = candidates(10, 4, TaylorConfig(), cost)
     assert [choice.settings.order for choice in found] == [1, 1, 2, 2, 3, 3]
     assert len({choice.places for choice in found[::2]}) > 1
@@ -53,6 +63,17 @@ def test_runs_choose_between_orders_and_between_searched_and_equal_distances():
         assert choice.places == schedule(10, 4, choice.settings, cost)
     assert [choice.settings.order for choice in candidates(10, 4, TaylorConfig(order=2), cost)] == [2, 2]
     assert predictor(TaylorConfig()).order == 2  # where nothing chooses
+
+
+def test_fits_are_tried_at_equal_distances_and_where_they_are_placed_best():
+    fitted = Costs()
+    cost = Costs(fitted)
+    found = candidates(10, 4, TaylorConfig(order=2), cost)
+    assert [choice.ridge for choice in found] == [None, None, *(ridge for ridge in RIDGES for _ in range(2))]
+    own = found[0].settings
+    placed, even = schedule(10, 4, own, fitted), found[1].places
+    assert placed not in (found[0].places, even)
+    assert [choice.places for choice in found[2:]] == [placed, even] * len(RIDGES)
 
 
 def test_a_search_for_forecasts_of_many_values_is_refused():
