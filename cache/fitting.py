@@ -120,9 +120,9 @@ class FittedCost:
 
     def __init__(self, grams: Grams, worth: Sequence[float]) -> None:
         calls = len(worth)
-        self._own = sum(own.sum(0) for own in grams.own.values())[:calls, :calls].numpy()
-        self._with_target = sum(found.sum(0) for found in grams.with_target.values())[:calls].numpy()
-        self._squares = sum(found.sum(0) for found in grams.squares.values()).numpy()
+        self._own = _together(grams.own)[:calls, :calls].numpy()
+        self._with_target = _together(grams.with_target)[:calls].numpy()
+        self._squares = _together(grams.squares).numpy()
         self._worth = numpy.asarray(worth)
         self._known: dict[tuple[int, ...], list[float]] = {}
 
@@ -139,6 +139,11 @@ class FittedCost:
         left = self._squares - 2 * (found * targets).sum(0) + (found * (products @ found)).sum(0)
         costs: list[float] = (self._worth * numpy.sqrt(left.clip(min=0))).tolist()
         return costs
+
+
+def _together(tables: dict[str, Tensor]) -> Tensor:
+    """Of all tensors and channels."""
+    return torch.stack([table.sum(0) for table in tables.values()]).sum(0)
 
 
 def fitted_plan(plan: CachePlan, grams: Grams, ridge: float) -> tuple[CachePlan, dict[str, Tensor]]:
