@@ -27,7 +27,7 @@ from dacc.cache.config import METHODS, SearchCacheConfig
 from dacc.cache.measuring import loop_seconds
 from dacc.cache.planned import blank_plan, planned
 from dacc.cache.profile import count_unit_macs, counted_macs, first_calls
-from dacc.cache.units import choose_unit
+from dacc.cache.units import choose_unit, unit_text
 from dacc.core.config import build_config
 from dacc.core.machine import describe_machine
 from dacc.core.pipeline import denoisers
@@ -60,7 +60,7 @@ def rows_of(model: str, folder: Path, dtype: torch.dtype, repeats: int) -> list[
     for name, fields in METHODS_ASKED.items():
         method = METHODS.load(name)
         settings = build_config(method.CONFIG, **fields)
-        unit = choose_unit(denoiser, "auto", whole=getattr(method, "WHOLE", False))
+        unit = choose_unit(denoiser, unit_text("auto", name, method))
         calls, window = first_calls(pipe, component, request)
         macs = count_unit_macs(denoiser, (unit,), calls)
         blank = blank_plan(denoiser, (unit,), macs, window.schedule, "", SearchCacheConfig())
@@ -99,12 +99,12 @@ def promise_and_measure(pipe: Any, component: str, request: RunRequest, repeats:
 
 @torch.inference_mode()
 def exact_row(model: str) -> str:
-    """Row of one model: its call with hooks before all modules of a unit, of each kind that is taken by default."""
+    """Row of one model: its call with hooks before all modules of a unit, of several kinds."""
     denoiser = make_denoiser(model, depth=SHALLOW[model], dtype=torch.float32)
     inputs = example_inputs(model, resolution=list(MODELS[model].resolutions)[-1], dtype=torch.float32)
     plain, told = denoiser(**inputs)[0], []
-    for whole in (False, True):
-        unit = choose_unit(denoiser, "auto", whole=whole)
+    for text in ("auto", "body", "output"):
+        unit = choose_unit(denoiser, text)
         units = CachedUnits(denoiser, [unit])
         with units.recording({}):
             same = torch.equal(denoiser(**inputs)[0], plain)
