@@ -73,7 +73,7 @@ def check_promise(asked: float, measured: float) -> None:
     if measured < KEPT_PROMISE * asked:
         raise UnsupportedError(
             f"a speed-up of {asked:g} was asked for and {measured:.2f} measured.",
-            "The time of a call was measured before; a busy machine, or work between the calls, makes the difference.",
+            "The time of a call was measured before; a busy machine, or the sums of forecasts, make the difference.",
             "Try again on a quiet machine, ask for more, or use --macs-ratio.",
         )
 

@@ -27,17 +27,19 @@ from ..runtime.macs import count_macs, counting_calls
 from ..runtime.request import RunRequest
 from ..runtime.timing import measure_in_turns
 from ..runtime.trajectory import PROBE_STEPS, DenoiserCall, call_pipeline, capture_calls, sample
+from .measuring import loop_seconds
 from .window import Window
 
 REPEATS = 5
+LOOPS, LOOP_STEPS = 3, 8  # short runs that tell what is done between calls
 
 
 class CallCost(Config):
     """What the calls of one denoiser take: the profile that `--cost-profile` replays."""
 
     unit: str  # what is skipped: the units as JSON, with commas between
-    full_seconds: float  # a call that computes everything
-    partial_seconds: float  # a call that skips the unit
+    full_seconds: float  # a call that computes everything, with the work of the run up to the next one
+    partial_seconds: float  # a call that skips the unit, likewise
 
 
 class _FirstCall(Exception):
@@ -109,19 +111,49 @@ def counted_macs(pipe: Any, component: str, request: RunRequest) -> int:
     return total.macs
 
 
-def time_calls(denoiser: nn.Module, units: tuple[Unit, ...], calls: list[DenoiserCall], reporter: Reporter) -> CallCost:
-    """Seconds of a call with and without all units, medians of interleaved repeats."""
+def time_calls(
+    denoiser: nn.Module,
+    units: tuple[Unit, ...],
+    calls: list[DenoiserCall],
+    reporter: Reporter,
+    pipe: Any,
+    request: RunRequest,
+) -> CallCost:
+    """Seconds of a call with and without all units, medians of interleaved repeats, and of the work between calls.
+
+    Args:
+        calls: the evaluations of one call, all guidance branches.
+        request: the run that they are of.
+    """
     with _hooked(denoiser, units) as hooked:
         outer = [name for name in hooked.names if not hooked.containers[name]]
         partials = list(_partials(hooked, calls, outer))
         actions = [lambda: [call.replay(denoiser) for call in calls], lambda: [replay() for replay in partials]]
         device = next(denoiser.parameters()).device
-        full, partial = measure_in_turns(actions, REPEATS, reporter, device=device)
-    return CallCost(
-        unit=told(units),
-        full_seconds=statistics.median(full),
-        partial_seconds=statistics.median(partial),
-    )
+        full, partial = map(statistics.median, measure_in_turns(actions, REPEATS, reporter, device=device))
+        between = max(0.0, _seconds_per_call(pipe, hooked, calls, outer, request) - partial)
+    return CallCost(unit=told(units), full_seconds=full + between, partial_seconds=partial + between)
+
+
+def _seconds_per_call(
+    pipe: Any, units: CachedUnits, calls: list[DenoiserCall], skipped: list[str], request: RunRequest
+) -> float:
+    """Of a short run whose calls all skip some units; 0 for pipelines of several denoisers, where others run too."""
+    if len(denoisers(pipe)) > 1:
+        return 0.0
+    steps = min(request.num_inference_steps, LOOP_STEPS)
+    short = request.model_copy(update={"seeds": request.seeds[:1], "batch_size": 1, "num_inference_steps": steps})
+    values: Values = {}
+    with units.recording(values):
+        calls[0].replay(units.denoiser)
+    evaluated: list[Any] = []
+    handle = units.denoiser.register_forward_pre_hook(lambda *_: evaluated.append(None))
+    try:
+        with units.reusing(values, skipped):
+            loops = [loop_seconds(pipe, short) for _ in range(LOOPS)]
+    finally:
+        handle.remove()
+    return min(loops) * LOOPS * len(calls) / len(evaluated)
 
 
 def told(units: tuple[Unit, ...]) -> str:

@@ -31,6 +31,8 @@ from .window import Window
 class Scene:
     """Some units of one denoiser in the runs of a request."""
 
+    pipe: Any
+    request: RunRequest
     denoiser: nn.Module
     units: tuple[Unit, ...]
     evaluations: list[DenoiserCall]  # of the first call, all guidance branches
@@ -45,7 +47,7 @@ class Scene:
         """
         if known:
             return _of_units(known, self.units)
-        return time_calls(self.denoiser, self.units, self.evaluations, reporter)
+        return time_calls(self.denoiser, self.units, self.evaluations, reporter, self.pipe, self.request)
 
     def cheapest(self) -> float:
         """Multiply-accumulates over those of a full run, of one that computes the units at its first call alone."""
@@ -93,7 +95,7 @@ def scene_of(
     evaluations, window = first_calls(pipe, component, request)
     macs = count_unit_macs(denoiser, units, evaluations)
     check_saving(units, macs)
-    return Scene(denoiser, units, evaluations, window, macs)
+    return Scene(pipe, request, denoiser, units, evaluations, window, macs)
 
 
 def aim_of(
