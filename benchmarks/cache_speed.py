@@ -60,7 +60,7 @@ def rows_of(model: str, folder: Path, dtype: torch.dtype, repeats: int) -> list[
     for name, fields in METHODS_ASKED.items():
         method = METHODS.load(name)
         settings = build_config(method.CONFIG, **fields)
-        unit = choose_unit(denoiser, unit_text("auto", name, method))
+        unit = choose_unit(denoiser, unit_text("auto", name, method, denoiser))
         calls, window = first_calls(pipe, component, request)
         macs = count_unit_macs(denoiser, (unit,), calls)
         blank = blank_plan(denoiser, (unit,), macs, window.schedule, "", SearchCacheConfig())

@@ -44,7 +44,7 @@ def search_auto(
     costs: dict[str, tuple[CallCost, ...]] = {}  # of the units that methods treat: calls of each are timed once
     for name in TRIED:
         method = METHODS.load(name)
-        unit = unit_text(config.unit, name, method)
+        unit = unit_text(config.unit, name, method, pipe.components[component])
         own = config.model_copy(update={"method": name})
         try:
             plan = search_component(

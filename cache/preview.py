@@ -97,7 +97,7 @@ def _preview_component(
     names = TRIED if job.config.method == AUTO else (job.config.method,)
     for name in names:
         config, method = job.config.model_copy(update={"method": name}), METHODS.load(name)
-        unit = unit_text(config.unit, name, method)
+        unit = unit_text(config.unit, name, method, pipe.components[component])
         known = parse_costs(job.costs, component) or costs.get(unit, ())
         weights = job.hashes[component]
         try:

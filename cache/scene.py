@@ -115,7 +115,7 @@ def aim_of(
         UnsupportedError: the denoiser cannot be cached so, or the target is out of reach.
     """
     denoiser: nn.Module = pipe.components[component]
-    unit = choose_unit(denoiser, unit_text(config.unit, config.method, method))
+    unit = choose_unit(denoiser, unit_text(config.unit, config.method, method, denoiser))
     scene = scene_of(pipe, component, (unit,), config, request, reporter)
     calls, macs = scene.window.calls, scene.macs
     rank = ranks_of(settings)  # a map is decided on by samples that are left out of its fit, so that needs some

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from types import ModuleType
 
 from torch import nn
@@ -12,6 +13,7 @@ from ..core.cache_plan import ModuleUnit, Unit, UnitMacs
 from ..core.config import nearest
 from ..core.errors import ConfigError, DaccError, UnsupportedError
 from ..runtime.cache_units import block_names, containers_of, layout_of, stacks_of
+from ..runtime.quantized_layer import QuantizedLayer
 from .config import UNIT_FORMS, parse_unit
 
 # of a transformer block, in the order in which they run; what they give is scaled and added by the block itself
@@ -107,9 +109,9 @@ def _parts(denoiser: nn.Module) -> tuple[Unit, ...]:
     return (*cut, *(ModuleUnit(id=name, path=name) for name in names))
 
 
-def unit_text(asked: str, name: str, method: ModuleType) -> str:
-    """What a search treats: what was asked for, where that is auto what the method is best at, if there is such a part;
-    a method that is about one part of a network decides by itself.
+def unit_text(asked: str, name: str, method: ModuleType, denoiser: nn.Module) -> str:
+    """What a search treats: what was asked for, where that is auto what the method is best at in such a denoiser, if it
+    knows; a method that is about one part of a network decides by itself.
 
     Raises:
         ConfigError: another part was asked for than the method treats.
@@ -122,7 +124,16 @@ def unit_text(asked: str, name: str, method: ModuleType) -> str:
             f"--method {name} treats --unit {own}, not {asked}.",
             mend="Leave --unit out, or choose another method.",
         )
-    return getattr(method, "BEST_UNIT", own) if own == "auto" else own
+    if own != "auto" or not hasattr(method, "best_unit"):
+        return own
+    best: str = method.best_unit(quantized=any(isinstance(module, QuantizedLayer) for module in denoiser.modules()))
+    return best if best != "body" or _has_body(denoiser) else "output"
+
+
+def _has_body(denoiser: nn.Module) -> bool:
+    with suppress(DaccError):
+        return bool(choose_unit(denoiser, "body"))
+    return False
 
 
 def _is_unet(denoiser: nn.Module) -> bool:

@@ -9,8 +9,8 @@ even        0 ... w - 1, then w - 1 + floor(i (C - w + 1) / (K - w + 1)), i = 1 
 interval    0 ... w - 1, then w - 1 + N, w - 1 + 2 N, ... with the smallest whole N that gives no more than K calls
 
 Published for the output of every attention and feed-forward of a transformer; here for one unit. Unless another is
-named that is what the whole denoiser returns: it changes more evenly from call to call than what is inside, it has few
-channels, and a call that forecasts it computes nothing. How values are continued: `runtime/forecast.py`.
+named that is what the whole denoiser returns: it changes more evenly from call to call than what is inside, and a call
+that forecasts it computes nothing. How values are continued: `runtime/forecast.py`.
 Letters: C calls of a run, K calls that compute, w warmup.
 """
 
@@ -52,7 +52,6 @@ class TaylorConfig(Config):
 
 
 CONFIG = TaylorConfig
-BEST_UNIT = "output"
 ORDER = 2  # where none is asked for and none is searched
 REACH = 3  # distances are searched up to so many times their mean
 
@@ -60,6 +59,12 @@ REACH = 3  # distances are searched up to so many times their mean
 def needs(config: TaylorConfig) -> tuple[str, ...]:
     """What a schedule is found from."""
     return ("forecasts",) if config.spacing == "searched" else ()
+
+
+def best_unit(*, quantized: bool) -> str:
+    """What is treated unless it is named. Of a quantized network that is the body: in its many channels fits to the float
+    network take back what rounding did."""
+    return "body" if quantized else "output"
 
 
 def least(calls: int, config: TaylorConfig) -> int:
