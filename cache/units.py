@@ -124,15 +124,15 @@ def unit_text(asked: str, name: str, method: ModuleType, denoiser: nn.Module) ->
             f"--method {name} treats --unit {own}, not {asked}.",
             mend="Leave --unit out, or choose another method.",
         )
-    if own != "auto" or not hasattr(method, "best_unit"):
-        return own
-    best: str = method.best_unit(quantized=any(isinstance(module, QuantizedLayer) for module in denoiser.modules()))
-    return best if best != "body" or _has_body(denoiser) else "output"
+    if own == "auto" and hasattr(method, "best_units"):
+        quantized = any(isinstance(module, QuantizedLayer) for module in denoiser.modules())
+        return next(text for text in method.best_units(quantized=quantized) if _has(denoiser, text))
+    return own
 
 
-def _has_body(denoiser: nn.Module) -> bool:
+def _has(denoiser: nn.Module, text: str) -> bool:
     with suppress(DaccError):
-        return bool(choose_unit(denoiser, "body"))
+        return bool(choose_unit(denoiser, text))
     return False
 
 

@@ -67,7 +67,7 @@ def search_cache(
         str,
         typer.Option(
             metavar="UNIT",
-            help="What is reused: auto, cut:BLOCK.LAYER, encoder or body of a UNet, blocks:FIRST-END of a transformer, "
+            help="What is reused: auto, output, body, cut:BLOCK.LAYER or encoder of a UNet, blocks:FIRST-END of a transformer, "
             "module:NAME.",
         ),
     ] = "auto",
