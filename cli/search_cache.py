@@ -67,8 +67,8 @@ def search_cache(
         str,
         typer.Option(
             metavar="UNIT",
-            help="What is reused: auto, output, body, cut:BLOCK.LAYER or encoder of a UNet, blocks:FIRST-END of a transformer, "
-            "module:NAME.",
+            help="What is reused: auto, output, body, cut:BLOCK.LAYER or encoder of a UNet, blocks:FIRST-END of a "
+            "transformer, module:NAME.",
         ),
     ] = "auto",
     steps: Annotated[
