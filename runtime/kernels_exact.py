@@ -11,9 +11,11 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .kernels_scratch import scratch
 
+HELD = 2**24  # float32 holds all integers up to here
 EXACT = 1024  # products of -128..127 with -128..127 whose sum float32 holds: 1024 * 128 * 128 = 2^24
 ROUNDED_AT_ONCE = 2**19  # values made float at once: larger saves calls, smaller keeps them in cache
 _PROBE = 128, 512, 128  # M, K, O
@@ -70,6 +72,35 @@ def exact_product_into(a: Tensor, weight: Tensor, output: Tensor) -> None:
             sums += scratch("exact_piece", tuple(output.shape), torch.int32).copy_(output)
     if features > EXACT:
         output.copy_(sums)
+
+
+def exact_convolution(
+    image: Tensor, weight: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> Tensor:
+    """Padded (N, H, W, C) int8, (O, K) int8 with channels innermost -> (N, H', W', O) float32: the int32 sums rounded
+    to float32. A float convolution reads each pixel once, where the patches of a product would repeat it kernel-size
+    times."""
+    channels = image.shape[3]
+    kernels = weight.view(weight.shape[0], *kernel_size, channels)
+    at_once = channels if _is_held(weight) else max(1, EXACT // (kernel_size[0] * kernel_size[1]))
+    pieces = [slice(start, start + at_once) for start in range(0, channels, at_once)]
+
+    def sums(piece: slice) -> Tensor:
+        pixels = _as_floats("exact_image", image[..., piece]).permute(0, 3, 1, 2)
+        kernel = _as_floats("exact_kernel", kernels[..., piece]).permute(0, 3, 1, 2)
+        return F.conv2d(pixels, kernel, None, stride, 0, dilation).permute(0, 2, 3, 1)
+
+    if len(pieces) == 1:
+        return sums(pieces[0])
+    total = sums(pieces[0]).int()
+    for piece in pieces[1:]:
+        total += sums(piece).int()
+    return total.float()
+
+
+def _is_held(weight: Tensor) -> bool:
+    """Whether float32 holds every sum that a row of (O, K) int8 can give with 8-bit inputs."""
+    return bool(weight.float().abs().sum(1).max() * 128 <= HELD)
 
 
 def _row_blocks(rows: int, width: int) -> Iterator[slice]:

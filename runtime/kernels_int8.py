@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .kernels_exact import exact_product, exact_product_into, has_int8_products
+from .kernels_exact import exact_convolution, exact_product, exact_product_into, has_int8_products
 from .kernels_round import blocks, quantize_rows, quantize_tokens
 from .kernels_scratch import may_use_scratch, scratch
 from .weight import from_rows
@@ -40,6 +40,30 @@ class Offset(NamedTuple):
 
     zero: Tensor  # (M, 1) float32, or (N, 1) before a convolution spreads it over pixels
     row_sums: Tensor  # (O,) int32
+
+
+class _Ending(NamedTuple):
+    """What makes outputs of integer sums."""
+
+    scale: Tensor | None  # (M, 1) float32, or None for a scale of 1
+    weight_scale: Tensor  # (O,) float32
+    bias: Tensor | None  # (O,) float32
+    offset: Offset | None
+
+    def write(self, y: Tensor, output: Tensor, rows: slice) -> None:
+        """Sums (R, O) float32, which are overwritten, into some rows of (M, O)."""
+        if self.offset is not None:
+            y.addcmul_(self.offset.zero[rows], self.offset.row_sums.float(), value=-1)
+        if self.scale is not None:
+            y.mul_(self.scale[rows])
+        output = output[rows]
+        written = output if output.dtype is torch.float32 else y  # other dtypes would be converted value by value
+        if self.bias is None:
+            torch.mul(y, self.weight_scale, out=written)
+        else:
+            torch.addcmul(self.bias, y, self.weight_scale, out=written)
+        if written is y:
+            output.copy_(y)
 
 
 def linear_int8_dynamic(
@@ -128,7 +152,11 @@ def int8_convolution(
         y = int8_product(rows, scale, weight, weight_scale, bias, dtype, offset)
         return y.view(out_shape).permute(0, 3, 1, 2)
     output = torch.empty(out_shape, dtype=dtype)
-    _conv_blocks(taps, scale, weight, weight_scale.float(), _plain_bias(bias), output, offset)
+    ending = _Ending(scale, weight_scale.float(), _plain_bias(bias), offset)
+    if has_int8_products() or len(taps) == 1:
+        _conv_blocks(taps, weight, ending, output)
+    else:
+        _exact_conv_blocks(integers, geometry, weight, ending, output)
     return output.permute(0, 3, 1, 2)
 
 
@@ -153,49 +181,26 @@ def int8_product(
         y = (y if scale is None else y * scale) * weight_scale.float()
         return (y if bias is None else y + bias.float()).to(dtype)
     output = torch.empty(integers.shape[0], weight.shape[0], dtype=dtype)
-    weight_scale = weight_scale.float()
-    bias = _plain_bias(bias)
+    ending = _Ending(scale, weight_scale.float(), _plain_bias(bias), offset)
     for rows in blocks(integers.shape[0], _PRODUCT_BLOCK // max(weight.shape[0], 1)):
-        _product_into(integers[rows], scale, weight, weight_scale, bias, output, rows, offset)
+        _product_into(integers[rows], weight, ending, output, rows)
     return output
 
 
-def _product_into(
-    integers: Tensor,
-    scale: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    output: Tensor,
-    rows: slice,
-    offset: Offset | None,
-) -> None:
+def _product_into(integers: Tensor, weight: Tensor, ending: _Ending, output: Tensor, rows: slice) -> None:
     """One block (R, K) of integers, into its `rows` of the whole output; the int32 sums become float32 where they
     lie."""
-    output = output[rows]  # (R, O)
-    sums = scratch("sums", tuple(output.shape), torch.int32)
+    sums = scratch("sums", (integers.shape[0], weight.shape[0]), torch.int32)
     y = sums.view(torch.float32)
     if has_int8_products():
         torch._int_mm(integers, weight.t(), out=sums)
         y.copy_(sums)
     else:
         exact_product_into(integers, weight, y)
-    if offset is not None:
-        y.addcmul_(offset.zero[rows], offset.row_sums.float(), value=-1)
-    if scale is not None:
-        y.mul_(scale[rows])
-    output.copy_(y.mul_(weight_scale) if bias is None else torch.addcmul(bias, y, weight_scale, out=y))
+    ending.write(y, output, rows)
 
 
-def _conv_blocks(
-    taps: list[Tensor],
-    scale: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    output: Tensor,
-    offset: Offset | None,
-) -> None:
+def _conv_blocks(taps: list[Tensor], weight: Tensor, ending: _Ending, output: Tensor) -> None:
     """Gathers patches of some whole samples, or of some image rows of one, and multiplies them."""
     samples, height, width, out_channels = output.shape
     rows_at_once = min(_PATCH_BLOCK // max(weight.shape[1], 1), _PRODUCT_BLOCK // max(out_channels, 1))
@@ -210,7 +215,16 @@ def _conv_blocks(
             else:
                 patches = scratch("patches", (*parts[0].shape[:3], weight.shape[1]), torch.int8)
                 torch.cat(parts, -1, out=patches)
-            _product_into(patches.view(-1, weight.shape[1]), scale, weight, weight_scale, bias, flat, rows, offset)
+            _product_into(patches.view(-1, weight.shape[1]), weight, ending, flat, rows)
+
+
+def _exact_conv_blocks(image: Tensor, geometry: Geometry, weight: Tensor, ending: _Ending, output: Tensor) -> None:
+    """Convolves some whole samples at once."""
+    samples, height, width, out_channels = output.shape
+    flat, pixels = output.view(-1, out_channels), height * width
+    for some in blocks(samples, _PRODUCT_BLOCK // max(pixels * out_channels, 1)):
+        y = exact_convolution(image[some], weight, geometry.kernel_size, geometry.stride, geometry.dilation)
+        ending.write(y.reshape(-1, out_channels), flat, slice(some.start * pixels, some.stop * pixels))
 
 
 def _taps(image: Tensor, geometry: Geometry) -> list[Tensor]:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from dacc.runtime import kernels_int8
-from dacc.runtime.kernels_exact import EXACT, _tried, exact_product, exact_product_into, has_int8_products
+from dacc.runtime.kernels_exact import (
+    EXACT,
+    HELD,
+    _tried,
+    exact_convolution,
+    exact_product,
+    exact_product_into,
+    has_int8_products,
+)
 from dacc.runtime.kernels_int8 import conv2d_int8_dynamic, linear_int8_dynamic
 
 
@@ -30,6 +39,38 @@ def test_sums_are_those_of_integer_arithmetic(features: int, extreme: bool) -> N
 def test_the_most_extreme_sum_of_one_piece_is_held_exactly() -> None:
     a = torch.full((2, EXACT), -128, dtype=torch.int8)
     assert exact_product(a, a.t()).tolist() == [[EXACT * 2**14] * 2] * 2
+
+
+@pytest.mark.parametrize("channels", [1, 113, 114, 300])  # 113 channels of nine pixels are sums of 1017 products
+@pytest.mark.parametrize("extreme", [True, False])
+@pytest.mark.parametrize(("stride", "dilation"), [((1, 1), (1, 1)), ((2, 1), (1, 2))])
+def test_convolutions_are_those_of_integer_arithmetic(
+    channels: int, extreme: bool, stride: tuple[int, int], dilation: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(-128, 128, (2, 9, 8, channels), generator=generator, dtype=torch.int8)
+    weight = torch.randint(-127, 128, (5, 9 * channels), generator=generator, dtype=torch.int8)
+    if extreme:
+        image[:], weight[:] = -128, -127
+        image[0, 3, 3, 0] = -127  # an odd sum, which float32 rounds once it is too long
+    kernel = weight.view(5, 3, 3, channels).permute(0, 3, 1, 2)
+    wanted = torch.conv2d(image.permute(0, 3, 1, 2).double(), kernel.double(), None, stride, 0, dilation)
+    found = exact_convolution(image, weight, (3, 3), stride, dilation)
+    assert torch.equal(found, wanted.permute(0, 2, 3, 1).int().float())
+
+
+def test_a_convolution_is_cut_where_float32_does_not_hold_its_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    convolve = Mock(wraps=torch.nn.functional.conv2d)
+    monkeypatch.setattr("dacc.runtime.kernels_exact.F.conv2d", convolve)
+    weight = torch.zeros(2, 9 * 130, dtype=torch.int8)
+    image = torch.full((1, 3, 3, 130), -128, dtype=torch.int8)
+    weight[1, : HELD // 128 // 127] = 127  # the most that is held
+    weight[1, -1] = HELD // 128 % 127
+    exact_convolution(image, weight, (3, 3), (1, 1), (1, 1))
+    assert convolve.call_count == 1
+    weight[0] = 127
+    exact_convolution(image, weight, (3, 3), (1, 1), (1, 1))
+    assert convolve.call_count == 1 + 2
 
 
 def test_the_machine_is_tried_once() -> None:
