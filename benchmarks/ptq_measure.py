@@ -118,10 +118,15 @@ def first_of(judged: Judged, count: int) -> Judged:
 
 
 def fid(features: Tensor, judge: Judge, *, resamples: int = RESAMPLES) -> Metric:
-    """Frechet distance with a bootstrap interval of features (N, D). The reference counts as known."""
+    """Frechet distance with a bootstrap interval of features (N, D). The reference counts as known.
+
+    Its note says how wide the features lie: damage draws them together, which brings those nearer that lay too wide.
+    """
     value, distances = _distances(features, judge, resamples)
     low, high = numpy.percentile(distances, [2.5, 97.5])
-    return Metric(value=value, low=float(low), high=float(high), count=len(features), better="lower")
+    spread = float(gaussian(features)[1].trace() / judge.covariance.trace())
+    note = f"total variance of the features: {spread:.3f} times that of real ones"
+    return Metric(value=value, low=float(low), high=float(high), count=len(features), better="lower", note=note)
 
 
 def fid_ratio(features: Tensor, reference: Tensor, judge: Judge, *, resamples: int = RESAMPLES) -> Metric:

@@ -157,6 +157,14 @@ def test_the_interval_of_fid_lies_about_its_value():
     assert found.low < found.value < found.high
 
 
+def test_fid_notes_how_wide_the_features_lie():
+    judge = load_judge(zoo_entry("digits-unet"))
+    features = torch.randn(60, len(judge.mean), generator=torch.Generator().manual_seed(0))
+    spread = features.var(0).sum() / judge.covariance.trace()
+    assert fid(features, judge, resamples=2).note.endswith(f" {spread:.3f} times that of real ones")
+    assert fid(2 * features, judge, resamples=2).note.endswith(f" {4 * spread:.3f} times that of real ones")
+
+
 def test_the_ratio_of_two_fids_is_known_better_than_either():
     judge = load_judge(zoo_entry("digits-unet"))
     generator = torch.Generator().manual_seed(0)
