@@ -219,10 +219,10 @@ def _conv_blocks(taps: list[Tensor], weight: Tensor, ending: _Ending, output: Te
 
 
 def _exact_conv_blocks(image: Tensor, geometry: Geometry, weight: Tensor, ending: _Ending, output: Tensor) -> None:
-    """Convolves some whole samples at once."""
+    """Convolves whole samples, so many at once that neither the image as floats nor the sums take much memory."""
     samples, height, width, out_channels = output.shape
     flat, pixels = output.view(-1, out_channels), height * width
-    for some in blocks(samples, _PRODUCT_BLOCK // max(pixels * out_channels, 1)):
+    for some in blocks(samples, _PRODUCT_BLOCK // max(image[:1].numel(), output[:1].numel(), 1)):
         y = exact_convolution(image[some], weight, geometry.kernel_size, geometry.stride, geometry.dilation)
         ending.write(y.reshape(-1, out_channels), flat, slice(some.start * pixels, some.stop * pixels))
 

@@ -73,6 +73,20 @@ def test_a_convolution_is_cut_where_float32_does_not_hold_its_sums(monkeypatch: 
     assert convolve.call_count == 1 + 2
 
 
+def test_wide_images_are_convolved_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels_int8, "has_int8_products", lambda: False)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(5, 64, 6, 6, generator=generator)
+    weight = torch.randint(-127, 128, (1, 9 * 64), generator=generator, dtype=torch.int8)
+    with torch.no_grad():
+        whole = conv2d_int8_dynamic(x, weight, torch.ones(1), kernel_size=(3, 3))
+        monkeypatch.setattr(kernels_int8, "_PRODUCT_BLOCK", 2 * x[0].numel())
+        convolve = Mock(wraps=exact_convolution)
+        monkeypatch.setattr(kernels_int8, "exact_convolution", convolve)
+        assert torch.equal(conv2d_int8_dynamic(x, weight, torch.ones(1), kernel_size=(3, 3)), whole)
+    assert [len(call.args[0]) for call in convolve.call_args_list] == [2, 2, 1]
+
+
 def test_the_machine_is_tried_once() -> None:
     _tried.cache_clear()
     assert has_int8_products() == has_int8_products()
