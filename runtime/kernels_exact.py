@@ -1,7 +1,8 @@
 """Products of 8-bit integers on processors without instructions for them, where `torch._int_mm` takes twenty times as
 long as a float product. Float32 holds every integer up to 2^24, so the sums of up to 1024 products of int8 values come
 out of a float product exactly, in whatever order it adds; longer rows are multiplied piece by piece, and the pieces are
-added as int32. The integers are those of `torch._int_mm`, bit for bit.
+added as int32. Convolutions are cut likewise, unless their weights are small enough to bound all sums. The integers are
+those of `torch._int_mm`, bit for bit.
 
 Letters: M rows, K inner size, O columns of the result."""
 

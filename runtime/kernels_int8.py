@@ -11,6 +11,7 @@ Two forms give the same integers: a functional one (torch.compile fuses it; CUDA
 works in blocks, in reused memory. Products run on plain (O, K) int8 rows: no second copy of the weight.
 Letters: M rows (tokens or pixels), K inner size, O out_features, R rows of one block, N samples, C in_channels, H W."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -202,29 +203,36 @@ def _product_into(integers: Tensor, weight: Tensor, ending: _Ending, output: Ten
 
 def _conv_blocks(taps: list[Tensor], weight: Tensor, ending: _Ending, output: Tensor) -> None:
     """Gathers patches of some whole samples, or of some image rows of one, and multiplies them."""
-    samples, height, width, out_channels = output.shape
-    rows_at_once = min(_PATCH_BLOCK // max(weight.shape[1], 1), _PRODUCT_BLOCK // max(out_channels, 1))
-    flat = output.view(-1, out_channels)  # (N*H'*W', O)
-    for some in blocks(samples, rows_at_once // max(height * width, 1)):
-        for lines in blocks(height, height if some.stop - some.start > 1 else rows_at_once // max(width, 1)):
-            first = (some.start * height + lines.start) * width
-            rows = slice(first, first + (some.stop - some.start) * (lines.stop - lines.start) * width)
-            parts = [tap[some, lines] for tap in taps]
-            if len(parts) == 1 and parts[0].is_contiguous():
-                patches = parts[0]  # a 1x1 convolution reads the image itself
-            else:
-                patches = scratch("patches", (*parts[0].shape[:3], weight.shape[1]), torch.int8)
-                torch.cat(parts, -1, out=patches)
-            _product_into(patches.view(-1, weight.shape[1]), weight, ending, flat, rows)
+    out_channels = output.shape[3]
+    at_once = min(_PATCH_BLOCK // max(weight.shape[1], 1), _PRODUCT_BLOCK // max(out_channels, 1))
+    for some, lines, rows in _parts(output.shape, at_once):
+        parts = [tap[some, lines] for tap in taps]
+        if len(parts) == 1 and parts[0].is_contiguous():
+            patches = parts[0]  # a 1x1 convolution reads the image itself
+        else:
+            patches = scratch("patches", (*parts[0].shape[:3], weight.shape[1]), torch.int8)
+            torch.cat(parts, -1, out=patches)
+        _product_into(patches.view(-1, weight.shape[1]), weight, ending, output.view(-1, out_channels), rows)
 
 
 def _exact_conv_blocks(image: Tensor, geometry: Geometry, weight: Tensor, ending: _Ending, output: Tensor) -> None:
-    """Convolves whole samples, so many at once that neither the image as floats nor the sums take much memory."""
-    samples, height, width, out_channels = output.shape
-    flat, pixels = output.view(-1, out_channels), height * width
-    for some in blocks(samples, _PRODUCT_BLOCK // max(image[:1].numel(), output[:1].numel(), 1)):
-        y = exact_convolution(image[some], weight, geometry.kernel_size, geometry.stride, geometry.dilation)
-        ending.write(y.reshape(-1, out_channels), flat, slice(some.start * pixels, some.stop * pixels))
+    """Convolves some whole samples, or some image rows of one."""
+    out_channels = output.shape[3]
+    kernel_size, stride, dilation, _ = geometry
+    floats = max(image.shape[3] * stride[0] * stride[1], out_channels, 1)  # for one pixel of the output
+    for some, lines, rows in _parts(output.shape, _PRODUCT_BLOCK // floats):
+        bottom = (lines.stop - 1) * stride[0] + (kernel_size[0] - 1) * dilation[0] + 1
+        y = exact_convolution(image[some, lines.start * stride[0] : bottom], weight, kernel_size, stride, dilation)
+        ending.write(y.reshape(-1, out_channels), output.view(-1, out_channels), rows)
+
+
+def _parts(shape: torch.Size, at_once: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Of an output (N, H', W', O) so many pixels at once: samples, lines of them, and rows of the flat output."""
+    samples, height, width, _ = shape
+    for some in blocks(samples, at_once // max(height * width, 1)):
+        for lines in blocks(height, height if some.stop - some.start > 1 else at_once // max(width, 1)):
+            first = (some.start * height + lines.start) * width
+            yield some, lines, slice(first, first + (some.stop - some.start) * (lines.stop - lines.start) * width)
 
 
 def _taps(image: Tensor, geometry: Geometry) -> list[Tensor]:

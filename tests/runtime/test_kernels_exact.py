@@ -73,18 +73,25 @@ def test_a_convolution_is_cut_where_float32_does_not_hold_its_sums(monkeypatch: 
     assert convolve.call_count == 1 + 2
 
 
-def test_wide_images_are_convolved_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("images", [2, 0.5])
+@pytest.mark.parametrize(("stride", "dilation"), [((1, 1), (1, 1)), ((2, 1), (1, 2)), ((1, 2), (2, 1))])
+def test_large_images_are_convolved_in_parts(
+    monkeypatch: pytest.MonkeyPatch, images: float, stride: tuple[int, int], dilation: tuple[int, int]
+) -> None:
     monkeypatch.setattr(kernels_int8, "has_int8_products", lambda: False)
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(5, 64, 6, 6, generator=generator)
+    x = torch.randn(5, 64, 9, 8, generator=generator)
     weight = torch.randint(-127, 128, (1, 9 * 64), generator=generator, dtype=torch.int8)
+    shape = {"kernel_size": (3, 3), "padding": (1, 1), "stride": stride, "dilation": dilation}
     with torch.no_grad():
-        whole = conv2d_int8_dynamic(x, weight, torch.ones(1), kernel_size=(3, 3))
-        monkeypatch.setattr(kernels_int8, "_PRODUCT_BLOCK", 2 * x[0].numel())
+        whole = conv2d_int8_dynamic(x, weight, torch.ones(1), **shape)
+        allowed = int(images * whole[0].numel() * stride[0] * stride[1] * 64)
+        monkeypatch.setattr(kernels_int8, "_PRODUCT_BLOCK", allowed)
         convolve = Mock(wraps=exact_convolution)
         monkeypatch.setattr(kernels_int8, "exact_convolution", convolve)
-        assert torch.equal(conv2d_int8_dynamic(x, weight, torch.ones(1), kernel_size=(3, 3)), whole)
-    assert [len(call.args[0]) for call in convolve.call_args_list] == [2, 2, 1]
+        assert torch.equal(conv2d_int8_dynamic(x, weight, torch.ones(1), **shape), whole)
+    counts = [len(call.args[0]) for call in convolve.call_args_list]
+    assert counts == [2, 2, 1] if images == 2 else set(counts) == {1} and len(counts) >= 10
 
 
 def test_the_machine_is_tried_once() -> None:
