@@ -116,7 +116,7 @@ def _shortage(error: Exception) -> ResourceError | None:
         said = str(error).strip().splitlines()
         return ResourceError(
             f"there is not enough memory{f' ({said[0]})' if said else ''}.",
-            mend="Free some; or use a smaller --batch-size, --dtype bfloat16, or --measure never.",
+            mend="Free some; or use a smaller --batch-size, --dtype bfloat16, --measure never, or --device cpu.",
         )
     if isinstance(error, OSError) and error.errno in NO_DISK:
         return ResourceError(f"the disk is full ({error}).", mend="Free some space and run the same command again.")

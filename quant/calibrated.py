@@ -80,7 +80,8 @@ def quantize_units(
         reporter=reporter,
     )
     _tell_of_steps(planned, walking, reporter)
-    folder = paging_folder(held, treatment.writer.folder, reporter)
+    on_cpu = treatment.device.type == "cpu"
+    folder = paging_folder(held, treatment.writer.folder, reporter) if on_cpu else None
     for block in reporter.progress(
         _blocks(treatment, model, reference, units, walking, rounding, folder),
         f"quantize {treatment.component}",
@@ -89,7 +90,7 @@ def quantize_units(
         _finish_unit(treatment, block, chosen)
     if hasattr(method, "finish"):
         whole = [plan for plan in plans if plan.scheme]
-        intact = reference or load_float(treatment.folder, model)
+        intact = reference or load_float(treatment.folder, model, treatment.device)
         finish_model(treatment, model, intact, whole, calls, rounding, chosen, reporter)
     multiplying = [plan for plan in plans if not isinstance(model.get_submodule(plan.name), nn.Embedding)]
     _tell_of_baselines(treatment, multiplying, reporter)

@@ -71,7 +71,7 @@ def expected_error(rows: Tensor, scheme: Scheme, power: Tensor, spans: Tensor, f
         factors: (C,); None: ones.
     """
     channels = spans.shape[2]
-    factors = torch.ones(channels) if factors is None else factors.float()
+    factors = spans.new_ones(channels) if factors is None else factors.float()
     every = factors.repeat(rows.shape[1] // channels)  # (K,)
     moved = rows * every
     rounded = find_grid(moved, scheme.plain, search=False).round(moved)

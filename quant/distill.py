@@ -140,16 +140,16 @@ class Training:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on where the last checkpoint was made; nothing happens where there is none."""
-        if (kept := checkpoint.load()) is None:
+        parameters = self.student.parameters
+        if (kept := checkpoint.load(parameters[0].device)) is None:
             return
         tensors, record = kept
         self.done, self.least = record["done"], record["least"]
-        self.generator.set_state(tensors["generator"])
-        parameters = self.student.parameters
+        self.generator.set_state(tensors["generator"].cpu())
         sizes = [parameter.numel() for parameter in parameters]
         columns = [tensors[key].split(sizes) for key in ("parameters", "exp_avg", "exp_avg_sq")]
         with torch.no_grad():
-            for parameter, value, mean, square, step in zip(parameters, *columns, tensors["steps"], strict=True):
+            for parameter, value, mean, square, step in zip(parameters, *columns, tensors["steps"].cpu(), strict=True):
                 parameter.copy_(value.view_as(parameter))
                 if step > 0:
                     averages = {"exp_avg": mean.view_as(parameter), "exp_avg_sq": square.view_as(parameter)}

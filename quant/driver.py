@@ -7,6 +7,7 @@ largest layer and an interrupted run goes on where it stopped. The network itsel
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -77,12 +78,14 @@ def quantize_component(
             folder,
             job.config.seed,
             job.config.cache_gb,
-            partial(call_sensitivity, job.source.path, name, calibration.record, device="cpu", reporter=reporter),
+            partial(call_sensitivity, job.source.path, name, calibration.record, device=str(target), reporter=reporter),
+            target,
         )
-        if target.type != "cpu":
-            reporter.say(f"{job.config.method} treats the layers on the CPU, not on {target}")
-        calls = calibration.of(name, dtype=torch.float32)  # as the network has it; sets may be made with --dtype
-        chosen = quantize_units(treatment, load_float(folder, skeleton), plans, family, calls, reporter)
+        # as the network has it; sets may be made with --dtype
+        calls = calibration.of(name, dtype=torch.float32, device=target)
+        model = load_float(folder, skeleton, target)
+        with _plain_convolutions():
+            chosen = quantize_units(treatment, model, plans, family, calls, reporter)
     modules: dict[str, ModuleRecord] = {}
     for plan in reporter.progress(plans, f"quantize {name}"):
         if plan.scheme is None:
@@ -125,6 +128,13 @@ def quantize_component(
             chosen=chosen,
         ),
     )
+
+
+def _plain_convolutions() -> AbstractContextManager[None]:
+    """CUDA's convolve in whole float32 then, not in the 19 bits of TF32, and give the same again."""
+    cudnn = torch.backends.cudnn
+    found: AbstractContextManager[None] = cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _steps(calibration: CalibrationSet | None, schemes: list[Scheme]) -> StepRecord | None:

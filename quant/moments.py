@@ -112,8 +112,9 @@ class _Gathering:
         weights: dict[str, Tensor] = {name: block.layers[name].weight for name in level}  # type: ignore[misc]
         self.rows = {name: to_rows(weight.detach()).float() for name, weight in weights.items()}
         features = self.rows[self.name].shape[1]
-        self.gram, self.lag = torch.zeros(features, features), torch.zeros(features, features)
-        self.sums, self.drifts = torch.zeros(features), torch.zeros(features)
+        zeros = self.rows[self.name].new_zeros
+        self.gram, self.lag = zeros(features, features), zeros(features, features)
+        self.sums, self.drifts = zeros(features), zeros(features)
         self.lost, self.power, self.total = dict.fromkeys(level, 0.0), dict.fromkeys(level, 0.0), 0
 
     def add(self, here: Tensor, intact: Tensor) -> None:

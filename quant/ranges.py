@@ -63,7 +63,9 @@ def find_scales(block: Block, search: Search | Finder = "mse") -> dict[str, Acti
     """
     names = [name for name in block.layers if block.scheme(name).has_fixed_acts]
     seen = observe(block, names) if names else {}
-    return {name: scale_of(block.scheme(name), records, search) for name, records in seen.items()}
+    scales = {name: scale_of(block.scheme(name), records, search) for name, records in seen.items()}
+    # of a layer that no call reaches they were made on the CPU
+    return {name: found.to(block.layers[name].weight.device) for name, found in scales.items()}  # type: ignore[union-attr, arg-type]
 
 
 def observe(block: Block, names: list[str]) -> dict[str, list[list[Record]]]:
@@ -156,13 +158,14 @@ def grid_of(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def _covering(records: list[Observed], bits: int) -> Range:
     """The lowest and the highest value."""
-    return torch.tensor(min(seen.low for seen in records)), torch.tensor(max(seen.high for seen in records))
+    filled = records[0].values.new_full
+    return filled((), min(seen.low for seen in records)), filled((), max(seen.high for seen in records))
 
 
 def _least_error(records: list[Observed], bits: int) -> Range:
     """The shrunken range with the least error; both ends shrink by the same factor."""
     low, high = _covering(records, bits)
-    shares = 1 - 0.01 * torch.arange(CANDIDATES)
+    shares = 1 - 0.01 * torch.arange(CANDIDATES, device=low.device)
     return best_range(_thinned(records), low * shares, high * shares, bits)
 
 

@@ -12,7 +12,6 @@ Letters: O rows, K input features per row.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from ..core.config import Config
 from ..core.reporter import Reporter
+from ..runtime.timing import now
 from ..runtime.trajectory import DenoiserCall
 from ..runtime.weight import to_rows
 from .block import Block, Sighting, Treated, outputs_of
@@ -237,7 +237,7 @@ def choose_iterations(
 
 def _seconds_of_update(model: nn.Module, units: Sequence[Unit], call: DenoiserCall) -> float:
     """Unit by unit, so that no more memory is needed than later; the second of two updates, when memory is warm."""
-    total = 0.0
+    total, device = 0.0, next(model.parameters()).device
     with Walk(model, [call], [unit.name for unit in units]) as walk:
         for unit in units:
             (entering,) = walk.advance(unit.name)
@@ -253,9 +253,9 @@ def _seconds_of_update(model: nn.Module, units: Sequence[Unit], call: DenoiserCa
                 continue
             learner = _Learner(block, starts, ReconstructionConfig())
             for _ in range(2):
-                started = time.perf_counter()
+                started = now(device)
                 learner.update(1.0)
-            total += time.perf_counter() - started
+            total += now(device) - started
     return max(total, 1e-3)
 
 

@@ -108,7 +108,7 @@ def compensated(rows: Tensor, gram: Tensor, lag: Tensor, damping: float = 0.01) 
     moved = (rows.double() @ lag.double()).T  # (K, O)
     damped = torch.empty_like(gram, dtype=torch.float64).T.copy_(gram)  # column by column, as LAPACK works in place
     damped.diagonal().add_(damping * gram.diagonal().double().mean())
-    lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, torch.empty((), dtype=torch.int32)))
+    lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, damped.new_empty((), dtype=torch.int32)))
     if failed:
         return rows
     half = torch.linalg.solve_triangular(lower, moved, upper=False)  # unlike cholesky_solve this copies no factor

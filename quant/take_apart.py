@@ -38,7 +38,7 @@ class Layer:
     def shifted(self, shift: float) -> Layer:
         """The same with a constant added to what is rounded."""
         scheme = self.scheme.model_copy(update={"shifted": True})
-        return replace(self, scheme=scheme, shift=self.rows.new_tensor([shift]))
+        return replace(self, scheme=scheme, shift=self.rows.new_full((1,), shift))
 
     def first(self, count: int) -> Layer:
         """The same, judged on fewer inputs."""

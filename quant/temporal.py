@@ -229,9 +229,8 @@ def _distinct(entering: Entering) -> Entering:
     """Without rows that are there twice: thousands of samples share a time step."""
     tensors = [leaf.double().flatten(1) if leaf.ndim > 1 else leaf.double()[:, None] for leaf in _tensors(entering)]
     _, place = torch.cat(tensors, dim=1).unique(dim=0, return_inverse=True)
-    firsts = torch.full((int(place.max()) + 1,), len(place)).scatter_reduce(
-        0, place, torch.arange(len(place)), reduce="amin"
-    )
+    numbers = torch.arange(len(place), device=place.device)
+    firsts = numbers.new_full((int(place.max()) + 1,), len(place)).scatter_reduce(0, place, numbers, reduce="amin")
     return _take(entering, firsts.sort().values)
 
 

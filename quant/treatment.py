@@ -23,6 +23,8 @@ from .layerwise import weight_error_of
 from .plan import LayerPlan
 from .simulate import RoundedInputs, branch_of, channel_axis, put_bias_, put_weight_, rounding_before, rounding_of
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Treatment:
@@ -36,6 +38,7 @@ class Treatment:
     seed: int = 0
     cache_gb: float = 4.0
     sensitivity: Callable[[], list[float]] | None = None  # measures it for every call of the grid of the calibration
+    device: torch.device = CPU  # of the network
 
     def key(self, plan: LayerPlan) -> str:
         """Name of a layer in the journal."""
@@ -58,6 +61,7 @@ class Treatment:
         found = {name.rpartition(".")[2]: kept.load() for name, kept in self.writer.unit_tensors(key).items()}
         record = self.writer.unit_record(key)
         scheme = Scheme.from_name(record["scheme"])  # the planned one, or what the method made of it
+        found = {name: values.to(self.device) for name, values in found.items()}
         return Treated.from_tensors(
             found, scheme, plan.shape, method=record["method"], output_error=record["output_error"]
         )
@@ -94,7 +98,7 @@ def entry(plan: LayerPlan, layer: nn.Module, treated: Treated) -> tuple[dict[str
         output_error=None if treated.output_error is None else six_digits(treated.output_error),
     )
     tensors = treated.tensors()
-    return {f"{plan.name}.{key}": value for key, value in tensors.items()}, record.model_dump()
+    return {f"{plan.name}.{key}": value.cpu() for key, value in tensors.items()}, record.model_dump()
 
 
 def six_digits(value: float) -> float:
@@ -102,10 +106,10 @@ def six_digits(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def load_float(folder: Path, skeleton: nn.Module) -> nn.Module:
+def load_float(folder: Path, skeleton: nn.Module, device: torch.device = CPU) -> nn.Module:
     """The component's network with its weights in float32."""
     model: Any = type(skeleton).from_pretrained(  # type: ignore[attr-defined]
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
     )
-    network: nn.Module = model.eval().requires_grad_(False)
+    network: nn.Module = model.eval().requires_grad_(False).to(device)
     return network

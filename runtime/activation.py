@@ -26,6 +26,10 @@ class ActivationScale:
     scale: Tensor  # (S, P) float32 > 0
     zero_point: Tensor  # (S, P) uint8, 0..2**bits - 1
 
+    def to(self, device: torch.device) -> ActivationScale:
+        """The same there."""
+        return ActivationScale(self.scale.to(device), self.zero_point.to(device))
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors to store, by their state-dict names."""
         return {"act_scale": self.scale, "act_zero_point": self.zero_point}

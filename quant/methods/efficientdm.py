@@ -18,7 +18,6 @@ Letters: O output channels, K input features per row, r rank, G groups.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -30,6 +29,7 @@ from torch.func import functional_call
 from ...core.families import Family, find_family
 from ...core.reporter import Reporter
 from ...runtime.clock import fixed_run
+from ...runtime.timing import now
 from ...runtime.trajectory import DenoiserCall
 from ...runtime.weight import QuantizedWeight, from_rows, scale_columns, spread, to_rows
 from ..block import Block, Treated, outputs_of
@@ -89,9 +89,10 @@ class QALoRA(nn.Module):
         rows, features = base.shape
         self.base, self.start, self.features = base, start, features
         rank = min(rank, rows, features)
-        self.down = nn.Parameter((2 * torch.rand(rank, features, generator=generator) - 1) / features**0.5)  # A
-        self.up = nn.Parameter(torch.zeros(rows, rank))  # B
-        self.growth = nn.Parameter(torch.zeros(start.scale.shape))  # logarithm of s / its start
+        drawn = torch.rand(rank, features, generator=generator).to(base.device)  # on the CPU: the same everywhere
+        self.down = nn.Parameter((2 * drawn - 1) / features**0.5)  # A
+        self.up = nn.Parameter(base.new_zeros(rows, rank))  # B
+        self.growth = nn.Parameter(base.new_zeros(start.scale.shape))  # logarithm of s / its start
         zero = start.zero_point
         self.zero = 0.0 if zero is None else spread(zero.float(), features, start.scheme.split)
 
@@ -211,7 +212,7 @@ def _seconds_of_update(
     model: nn.Module, plans: Sequence[LayerPlan], call: DenoiserCall, config: EfficientDMConfig
 ) -> float:
     """The second time, when memory is warm."""
-    weights, generator = {}, torch.Generator().manual_seed(0)
+    weights, generator, device = {}, torch.Generator().manual_seed(0), next(model.parameters()).device
     for plan in plans:
         layer = model.get_submodule(plan.name)
         if plan.scheme and not isinstance(layer, nn.Embedding):
@@ -219,12 +220,12 @@ def _seconds_of_update(
             grid = find_grid(rows, plan.scheme, search=False)
             weights[plan] = QALoRA(rows, grid.pack(grid.nearest(rows), plan.shape), config.rank, generator)
     for _ in range(2):
-        started = time.perf_counter()
+        started = now(device)
         values = {f"{plan.name}.weight": from_rows(weight(), plan.shape) for plan, weight in weights.items()}
         with fixed_run(call.state), torch.enable_grad():
             outputs = outputs_of(functional_call(model, values, call.args, dict(call.kwargs)))
             torch.stack([output.square().mean() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
-    return time.perf_counter() - started
+    return now(device) - started
 
 
 def treat(block: Block, config: EfficientDMConfig, chosen: dict[str, Any]) -> dict[str, Treated]:

@@ -72,7 +72,9 @@ def round_columns(rows: Tensor, gram: Tensor, grid: Grid, config: GPTQConfig) ->
     power = gram.diagonal()
     silent = power == 0  # inputs that are always zero: any code will do, the nearest is as good as another
     filled = 1.0 if silent.all() else power[~silent].mean()  # the mean, so that the damping of the others stays
-    order = power.argsort(descending=True, stable=True) if config.act_order else torch.arange(features)
+    order = (
+        power.argsort(descending=True, stable=True) if config.act_order else torch.arange(features, device=rows.device)
+    )
     upper = _inverse_factor(gram, power + silent * filled, config.damping, order)
     remaining, codes, wanted = rows[:, order].clone(), torch.empty_like(rows), torch.empty_like(rows)
     scale, zero_point = grid.columns(features)
@@ -112,9 +114,9 @@ def _inverse_factor(gram: Tensor, power: Tensor, damping: float, order: Tensor) 
     for _ in range(ATTEMPTS):
         damped.copy_(gram[backwards[:, None], backwards])
         damped.diagonal().copy_(power + damping * unit)
-        lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, torch.empty((), dtype=torch.int32)))
+        lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, damped.new_empty((), dtype=torch.int32)))
         if not failed:
-            inverse = torch.eye(len(lower), dtype=lower.dtype)
+            inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
             torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
             del lower, damped
             return inverse.float().flip(0, 1)

@@ -88,7 +88,8 @@ def mixed_range(records: list[Observed], bits: int) -> Range:
 
 def _threshold(seen: Observed, bits: int) -> Range:
     """[-th, th], or one-sided when all values have one sign."""
-    thresholds = max(-seen.low, seen.high) * torch.arange(1, CANDIDATES + 1) / CANDIDATES
+    shares = torch.arange(1, CANDIDATES + 1, device=seen.values.device)
+    thresholds = max(-seen.low, seen.high) * shares / CANDIDATES
     low = thresholds * (-1.0 if seen.low < 0 else 0.0)
     high = thresholds * (1.0 if seen.high > 0 else 0.0)
     if seen.low < 0 < seen.high:
