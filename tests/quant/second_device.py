@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +115,33 @@ def main() -> None:
     from dacc.quant.api import quantize_pipeline
     from dacc.quant.config import QuantizeConfig
 
-    distill.SAVE_SECONDS = 0.0
     source, folder, cases = sys.argv[1:]
+    distill.SAVE_SECONDS = 0.0
     for name, (calib, fields) in json.loads(cases).items():
         config = QuantizeConfig(measure="never", **fields)
-        quantize_pipeline(source, config, calib=calib, output=Path(folder) / name, device=NAME, reporter=silent())
+        make = partial(
+            quantize_pipeline, source, config, calib=calib, output=Path(folder) / name, device=NAME, reporter=silent()
+        )
+        with suppress(KeyboardInterrupt), leaving_after(distill.Training, 2):
+            make()
+        make()  # goes on, or finds that all is done
+
+
+@contextmanager
+def leaving_after(training: Any, updates: int) -> Iterator[None]:
+    """An interruption behind a checkpoint, of methods that train."""
+    save = training.save
+
+    def save_and_leave(self: Any, checkpoint: Any) -> None:
+        save(self, checkpoint)
+        if self.done == updates:
+            raise KeyboardInterrupt
+
+    training.save = save_and_leave
+    try:
+        yield
+    finally:
+        training.save = save
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Memory:
         self.kept = copy.deepcopy(tensors), json.dumps(record)
         self.saves += 1
 
-    def load(self):
+    def load(self, device):
         return self.kept and (self.kept[0], json.loads(self.kept[1]))
 
 
