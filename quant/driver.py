@@ -38,7 +38,7 @@ from .calibrated import first_names, quantize_units
 from .config import QuantizeConfig
 from .layerwise import weight_error_of
 from .plan import LayerPlan, Traits, integers_instead, plan_layers, ungrouped, without_groups
-from .treatment import Treatment, load_float, six_digits
+from .treatment import Treatment, load_float, six_digits, treating_device
 
 WIDE = ("F32", "F64")
 FLOATS = ("F16", "BF16", *WIDE)
@@ -70,6 +70,7 @@ def quantize_component(
     if calibration:
         _check_treated(stored, plans)
         family, _ = find_family(type(skeleton).__name__)
+        place = treating_device(target, job.config.method, reporter)
         treatment = Treatment(
             name,
             method,
@@ -78,12 +79,12 @@ def quantize_component(
             folder,
             job.config.seed,
             job.config.cache_gb,
-            partial(call_sensitivity, job.source.path, name, calibration.record, device=str(target), reporter=reporter),
-            target,
+            partial(call_sensitivity, job.source.path, name, calibration.record, device=str(place), reporter=reporter),
+            place,
         )
         # as the network has it; sets may be made with --dtype
-        calls = calibration.of(name, dtype=torch.float32, device=target)
-        model = load_float(folder, skeleton, target)
+        calls = calibration.of(name, dtype=torch.float32, device=place)
+        model = load_float(folder, skeleton, place)
         with _plain_convolutions():
             chosen = quantize_units(treatment, model, plans, family, calls, reporter)
     modules: dict[str, ModuleRecord] = {}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core.bundle import BundleWriter
 from ..core.config import Config
 from ..core.manifest import ModuleRecord
+from ..core.reporter import Reporter
 from ..core.scheme import Scheme
 from .block import Treated
 from .layerwise import weight_error_of
@@ -104,6 +105,14 @@ def entry(plan: LayerPlan, layer: nn.Module, treated: Treated) -> tuple[dict[str
 def six_digits(value: float) -> float:
     """So that reports of two machines agree."""
     return float(f"{value:.6g}")
+
+
+def treating_device(target: torch.device, method: str, reporter: Reporter) -> torch.device:
+    """Where the layers are treated: second moments are inverted in float64, which Apple's GPUs do not have."""
+    if target.type != "mps":
+        return target
+    reporter.say(f"{method} treats the layers on the CPU: {target} has no float64")
+    return CPU
 
 
 def load_float(folder: Path, skeleton: nn.Module, device: torch.device = CPU) -> nn.Module:

@@ -177,16 +177,16 @@ def test_what_cannot_be_is_refused_before_a_set_is_made(
         quantize_pipeline(dit_folder, GPTQ.model_copy(update=fields), output=tmp_path / "out")
 
 
-def test_on_an_accelerator_it_says_that_the_layers_are_treated_on_the_cpu(
+def test_on_a_device_without_float64_it_says_that_the_layers_are_treated_on_the_cpu(
     dit_folder: Path, calibration: Path, tmp_path: Path, monkeypatch
 ) -> None:
     reporter, said = Reporter(quiet=True), []
     monkeypatch.setattr(reporter, "say", said.append)
     for place in ("dacc.quant.driver.pick_device", "dacc.runtime.load.pick_device"):
-        monkeypatch.setattr(place, lambda _: torch.device("cuda"))
+        monkeypatch.setattr(place, lambda _: torch.device("mps"))
     monkeypatch.setattr("dacc.quant.outcome.target_of", lambda *_: None)  # it would look for the device
-    quantize_pipeline(dit_folder, GPTQ, calib=calibration, output=tmp_path / "out", device="cuda", reporter=reporter)
-    assert [line for line in said if "gptq treats the layers on the CPU, not on cuda" in line]
+    quantize_pipeline(dit_folder, GPTQ, calib=calibration, output=tmp_path / "out", device="mps", reporter=reporter)
+    assert [line for line in said if "gptq treats the layers on the CPU: mps has no float64" in line]
 
 
 def test_only_the_calls_that_fit_are_read(dit_folder: Path, tmp_path: Path, monkeypatch) -> None:
