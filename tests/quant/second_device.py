@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ backend_registration._setup_privateuseone_for_python_backend(NAME)
 DEVICE = torch.device(NAME, 0)
 aten = torch.ops.aten
 COPYING = {aten._to_copy.default, aten.copy_.default}  # between devices
+USED = Counter[Any]()  # operators that ran on the second device
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}  # with indices from anywhere
 
 
@@ -74,6 +76,7 @@ def run(operator: Any, args: Any, kwargs: Any) -> Any:
         away = isinstance(args[0], Away)
     if (wanted := kwargs.get("device")) is not None:
         away, kwargs = wanted.type == NAME, {**kwargs, "device": torch.device("cpu")}
+    USED[operator] += away
     known = {id(leaf.here): leaf for leaf in leaves if isinstance(leaf, Away)}
     made = operator(*_mapped(args, _here), **_mapped(kwargs, _here))
     if operator is aten._to_copy.default and id(made) in known:
@@ -122,9 +125,16 @@ def main() -> None:
         make = partial(
             quantize_pipeline, source, config, calib=calib, output=Path(folder) / name, device=NAME, reporter=silent()
         )
-        with suppress(KeyboardInterrupt), leaving_after(distill.Training, 2):
+        USED.clear()
+        try:
+            with leaving_after(distill.Training, 2):
+                make()
+            left = False
+        except KeyboardInterrupt:
+            left = True
             make()
-        make()  # goes on, or finds that all is done
+        assert left == ("updates" in fields.get("settings", {})), f"{name}: trainings alone are interrupted"
+        assert USED[aten.convolution.default], f"{name}: the network did not run on the second device"
 
 
 @contextmanager
