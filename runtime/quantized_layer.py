@@ -25,6 +25,7 @@ from .weight import STATE_NAMES, QuantizedWeight, integer_rows, state_shapes
 Prefer = Literal["memory", "speed"]
 STORED_NAMES = (*STATE_NAMES, *ACTIVATION_NAMES)
 SCALE_NAMES = STORED_NAMES[1:]  # all but the codes
+FOUND_NAMES = ("_row_sums", "_shift_outputs")  # buffers from when they are first needed: offloading refuses empty ones
 
 
 class QuantizedLayer(nn.Module):
@@ -40,8 +41,6 @@ class QuantizedLayer(nn.Module):
     act_shift: Tensor | None
     act_scale: Tensor | None
     act_zero_point: Tensor | None
-    _row_sums: Tensor | None
-    _shift_outputs: Tensor | None
 
     def __init__(self, original: nn.Module, scheme: Scheme) -> None:
         """Take over the hyperparameters and the bias of `original`; the stored tensors start on the meta device."""
@@ -56,8 +55,6 @@ class QuantizedLayer(nn.Module):
         self.prefer: Prefer = "memory"
         self.step_table: StepTable | None = None
         self._unpacked: Tensor | None = None
-        self.register_buffer("_row_sums", None, persistent=False)
-        self.register_buffer("_shift_outputs", None, persistent=False)
         for name in SCALE_NAMES:
             self.register_buffer(name, None)
         for name, (shape, dtype) in (state_shapes(scheme, self.weight_shape) | activation_shapes(scheme)).items():
@@ -85,7 +82,21 @@ class QuantizedLayer(nn.Module):
 
     def _forget(self) -> None:
         """What was computed from stored tensors is out of date."""
-        self._unpacked = self._row_sums = self._shift_outputs = None
+        self._unpacked = None
+        for name in FOUND_NAMES:
+            self._drop(name)
+
+    def _found(self, name: str) -> Tensor | None:
+        return getattr(self, name, None)
+
+    def _keep(self, name: str, tensor: Tensor) -> Tensor:
+        """As a buffer, so that it goes where the layer goes; not stored."""
+        self.register_buffer(name, tensor, persistent=False)
+        return tensor
+
+    def _drop(self, name: str) -> None:
+        if name in self._buffers:
+            delattr(self, name)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget()
@@ -126,13 +137,12 @@ class QuantizedLayer(nn.Module):
     def row_sums(self) -> Tensor:
         """(P, O) int32, sums of the integers of each row, or (G, O) within each group of features that have activation
         scales of their own; kept from the first eager call on."""
-        if self._row_sums is not None:
-            return self._row_sums
+        if (found := self._found("_row_sums")) is not None:
+            return found
         if torch.compiler.is_compiling():
             return self._sum_rows()
         with torch.inference_mode(False):  # it outlives the call
-            self._row_sums = self._sum_rows()
-        return self._row_sums
+            return self._keep("_row_sums", self._sum_rows())
 
     def _sum_rows(self) -> Tensor:
         rows = integer_rows(self.qweight, self.group_scale, self.scheme, self.features)
@@ -144,14 +154,15 @@ class QuantizedLayer(nn.Module):
 
     def shift_outputs(self) -> Tensor | None:
         """(O,) float32, what the shift of the inputs adds to the outputs, kept from the first eager call on."""
-        if self.act_shift is None or self._shift_outputs is not None:
-            return self._shift_outputs
+        if self.act_shift is None:
+            return None
+        if (found := self._found("_shift_outputs")) is not None:
+            return found
         stored = self.stored
         if torch.compiler.is_compiling():
             return shift_outputs(stored.residual(), self.smoothing, self.act_shift)
         with torch.inference_mode(False):  # it outlives the call
-            self._shift_outputs = shift_outputs(stored.residual(), self.smoothing, self.act_shift)
-        return self._shift_outputs
+            return self._keep("_shift_outputs", shift_outputs(stored.residual(), self.smoothing, self.act_shift))
 
     def activation_scale(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point (P,) of what enters the layer in this call."""
@@ -179,7 +190,8 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {name: self._buffers[name] for name in SCALE_NAMES if self._buffers[name] is not None}
-        self._unpacked = self._shift_outputs = None  # found anew from what is never cast
+        self._unpacked = None
+        self._drop("_shift_outputs")  # found anew from what is never cast
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = self._buffers[name]

@@ -1,5 +1,5 @@
-"""Quantize on a second device, made of CPU memory: its operators run on the CPU, but refuse tensors of both devices, as
-those of an accelerator do.
+"""Quantize, and run with offloaded weights, on a second device, made of CPU memory: its operators run on the CPU, but
+refuse tensors of both devices, as those of an accelerator do.
 
     python second_device.py SOURCE FOLDER CASES     # CASES: JSON of output name -> [calibration set, config fields]
 
@@ -37,7 +37,11 @@ class Away(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, here: Tensor) -> Away:
+    def __new__(cls, here: Tensor, requires_grad: bool = False) -> Tensor:  # accelerate makes anew what it moves
+        if isinstance(here, Away):
+            return here
+        if here.device.type == "meta":
+            return torch.nn.Parameter(here, requires_grad)
         away = Tensor._make_wrapper_subclass(
             cls, here.size(), here.stride(), here.storage_offset(), dtype=here.dtype, device=DEVICE
         )
@@ -75,7 +79,8 @@ def run(operator: Any, args: Any, kwargs: Any) -> Any:
     if operator is aten.copy_.default:
         away = isinstance(args[0], Away)
     if (wanted := kwargs.get("device")) is not None:
-        away, kwargs = wanted.type == NAME, {**kwargs, "device": torch.device("cpu")}
+        away = wanted.type == NAME
+        kwargs = {**kwargs, "device": torch.device("cpu")} if away else kwargs
     USED[operator] += away
     known = {id(leaf.here): leaf for leaf in leaves if isinstance(leaf, Away)}
     made = operator(*_mapped(args, _here), **_mapped(kwargs, _here))
@@ -135,6 +140,26 @@ def main() -> None:
             make()
         assert left == ("updates" in fields.get("settings", {})), f"{name}: trainings alone are interrupted"
         assert USED[aten.convolution.default], f"{name}: the network did not run on the second device"
+        check_offloading(Path(folder) / name)
+
+
+def check_offloading(bundle: Path) -> None:
+    """Weights that come to the second device for one layer at a time give what those give that stay there."""
+    from accelerate import cpu_offload
+
+    from dacc.runtime.load import load
+    from dacc.runtime.request import RunRequest
+    from dacc.runtime.trajectory import sample
+
+    whole, request = load(bundle, device="cpu"), RunRequest(seeds=(0, 1), num_inference_steps=3)
+    whole.unet.to(DEVICE)
+    wanted = sample(whole, request).latents
+    for buffers in (False, True):
+        pipe = load(bundle, device="cpu")
+        cpu_offload(pipe.unet, execution_device=DEVICE, offload_buffers=buffers)
+        USED.clear()
+        assert torch.equal(sample(pipe, request).latents, wanted), f"{bundle.name}: offloaded weights change the result"
+        assert USED[aten.convolution.default], f"{bundle.name}: offloaded weights did not come back"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_adapters_that_are_loaded_later_count_in_computed_and_in_reused_calls(sd
     assert torch.equal(sample(pipe, request).latents, plain)
 
 
-@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level", "sequential", "sequential, buffers too"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_weights_that_come_and_go_change_nothing(unet_pipeline, kind, when):
     pipe, other = unet_pipeline(), unet_pipeline()
@@ -77,9 +78,13 @@ def test_weights_that_come_and_go_change_nothing(unet_pipeline, kind, when):
     wanted = sample(pipe, request_of(pipe)).latents
     if when == "after":
         installed(other, {CUT: "CRCR"})
-    blockwise = {"num_blocks_per_group": 1} if kind == "block_level" else {}
     device = torch.device("cpu")
-    other.unet.enable_group_offload(onload_device=device, offload_device=device, offload_type=kind, **blockwise)
+    if kind.startswith("sequential"):
+        accelerate.cpu_offload(other.unet, execution_device=device, offload_buffers=kind.endswith("too"))
+        assert {parameter.device.type for parameter in other.unet.parameters()} == {"meta"}
+    else:
+        blockwise = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        other.unet.enable_group_offload(onload_device=device, offload_device=device, offload_type=kind, **blockwise)
     if when == "before":
         installed(other, {CUT: "CRCR"})
     assert torch.equal(sample(other, request_of(other)).latents, wanted)

@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -166,6 +167,23 @@ def test_new_tensors_replace_what_was_computed_from_old_ones():
     assert distance(layer(x), reference(plain, layer, x)) < 2e-6
     layer.store_activation(random_activation(layer.scheme))
     assert distance(layer(x), reference(plain, layer, x)) < 2e-6
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_stored_tensors_may_be_offloaded_one_layer_at_a_time(kind, ran, buffers):
+    _, layer, x = made(kind, Scheme(**STATIC))
+    other = copy.deepcopy(layer)
+    wanted = layer(x)
+    if ran:
+        other(x)
+    accelerate.cpu_offload(other, execution_device=torch.device("cpu"), offload_buffers=buffers)
+    assert other.qweight.device.type == "meta"
+    assert other.scale.device.type == ("meta" if buffers else "cpu")
+    for _ in range(2):
+        assert torch.equal(other(x), wanted)
+    assert other.qweight.device.type == "meta"
 
 
 def test_a_layer_that_ran_in_inference_mode_runs_outside_it():
