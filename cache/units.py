@@ -125,9 +125,14 @@ def unit_text(asked: str, name: str, method: ModuleType, denoiser: nn.Module) ->
             mend="Leave --unit out, or choose another method.",
         )
     if own == "auto" and hasattr(method, "best_units"):
-        quantized = any(isinstance(module, QuantizedLayer) for module in denoiser.modules())
-        return next(text for text in method.best_units(quantized=quantized) if _has(denoiser, text))
+        return next(text for text in method.best_units(_fewest_bits(denoiser)) if _has(denoiser, text))
     return own
+
+
+def _fewest_bits(denoiser: nn.Module) -> int:
+    """Of a weight; 16 where none is quantized."""
+    layers = (module for module in denoiser.modules() if isinstance(module, QuantizedLayer))
+    return min((layer.scheme.bits for layer in layers), default=16)
 
 
 def _has(denoiser: nn.Module, text: str) -> bool:

@@ -61,10 +61,14 @@ def needs(config: TaylorConfig) -> tuple[str, ...]:
     return ("forecasts",) if config.spacing == "searched" else ()
 
 
-def best_units(*, quantized: bool) -> tuple[str, ...]:
+def best_units(bits: int) -> tuple[str, ...]:
     """What is treated unless it is named: the first of these that a denoiser has. Measured nearest was the output, of
-    networks with 4-bit weights the body, whose many channels leave more to the fits."""
-    return ("body", "output") if quantized else ("output",)
+    networks with 4-bit weights the body, whose many channels leave more to the fits.
+
+    Args:
+        bits: the fewest that a weight of the denoiser has.
+    """
+    return ("body", "output") if bits < 8 else ("output",)
 
 
 def least(calls: int, config: TaylorConfig) -> int:
